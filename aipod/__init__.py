@@ -1,0 +1,72 @@
+# Layers: a module may import only from strictly lower rows (tests/test_tree.py enforces it, and the doors below it).
+#
+#   __main__
+#   cli                          commands; the only print, argv and environment
+#   server  client  examples     lifecycles, and models to start from
+#   service                      gRPC method bodies: guard clauses, then a viewer of one job
+#   job                          the story of one job: receive, queue, lease, run, store, reply
+#   pool                         instances per version
+#   runner                       how an instance's methods are executed: process, loop
+#   spool  versions              what is on disk: jobs, and the data of versions
+#   codec  retry  transport      one hard thing each
+#   worker                       the child process (standard library only)
+#   models  results              what the author of a model sees and returns (standard library only)
+#   errors  config  wire         import nothing of aipod
+#
+# Doors: transport/bridge imports trio_asyncio; transport/ touches grpclib and h2 internals; spool writes the spool
+# directory and uses filelock; runner starts processes and model threads.
+"""Large inputs to Python model code and the answer back, over one gRPC stream, through any number of proxies.
+
+Names load on first use, so that a worker process, which imports this package before anything else, loads neither
+trio nor grpclib.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aipod.client import Client
+    from aipod.config import Config
+    from aipod.errors import AipodError, ConnectionLost, JobCancelled, JobFailed, ModelError, Refused, Unreachable
+    from aipod.models import Context, Model, method
+    from aipod.server import serve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AipodError",
+    "Client",
+    "Config",
+    "ConnectionLost",
+    "Context",
+    "JobCancelled",
+    "JobFailed",
+    "Model",
+    "ModelError",
+    "Refused",
+    "Unreachable",
+    "method",
+    "serve",
+]
+
+_HOME = {
+    **dict.fromkeys(
+        ("AipodError", "ConnectionLost", "JobCancelled", "JobFailed", "ModelError", "Refused", "Unreachable"), "errors"
+    ),
+    **dict.fromkeys(("Context", "Model", "method"), "models"),
+    "Client": "client",
+    "Config": "config",
+    "serve": "server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'aipod' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"aipod.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

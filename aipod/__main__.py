@@ -1,0 +1,16 @@
+"""`python -m aipod`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """The command `aipod`; exits with its status."""
+    from aipod.cli import run
+
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""`aipod health [SERVICE]`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import click
+
+from aipod.config import Config
+
+
+@click.command()
+@click.argument("service", default="")
+@click.option("--to", default="127.0.0.1:50051", envvar="AIPOD_TO", show_default=True, help="HOST:PORT or unix:PATH.")
+@click.option("--timeout", default=5.0, show_default=True, help="Seconds to wait for the answer.")
+@click.pass_context
+def health(context: click.Context, service: str, to: str, timeout: float) -> None:
+    """Print a server's health: exit status 0 when it is SERVING, 1 when not, 3 when it cannot be reached.
+
+    SERVICE is one of ai.AI, liveness, readiness, or nothing for the whole server.
+    """
+    status = asyncio.run(_check(service, to, timeout))
+    click.echo(status)
+    context.exit(0 if status == "SERVING" else 1)
+
+
+async def _check(service: str, to: str, timeout: float) -> str:
+    from grpclib.const import Status
+    from grpclib.exceptions import GRPCError, StreamTerminatedError
+    from grpclib.health.v1.health_grpc import HealthStub
+    from grpclib.health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+    from aipod.errors import Refused, Unreachable, UsageError
+    from aipod.transport.channel import Channel
+
+    try:
+        channel = Channel(to, Config(connect_timeout=timeout))
+    except ValueError as exc:
+        raise UsageError(str(exc)) from None
+    try:
+        answer = await HealthStub(channel).Check(HealthCheckRequest(service=service), timeout=timeout)
+        return str(HealthCheckResponse.ServingStatus.Name(answer.status))
+    except GRPCError as exc:
+        if exc.status is Status.NOT_FOUND:
+            raise Refused("NOT_FOUND", f"the server knows no service {service!r}") from None
+        raise Unreachable(f"no answer from {to}: {exc.status.name}: {exc.message}") from None
+    except (OSError, TimeoutError, StreamTerminatedError) as exc:
+        raise Unreachable(f"no server answers at {to}: {exc or 'timed out'}") from None
+    finally:
+        channel.close()

@@ -1,0 +1,113 @@
+"""What a call is doing, for a person: one live line on a terminal, nothing elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from aipod.client.call import Event
+
+_PHASES = {
+    "CONNECTING": "connect",
+    "RECEIVING": "upload",
+    "QUEUED": "queue",
+    "RUNNING": "run",
+    "DONE": "download",
+    "FAILED": "failed",
+    "CANCELLED": "cancelled",
+}
+
+
+class Progress:
+    """Shows events on `stream` where it is a terminal; log lines of the model above the bar."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._console = Console(file=stream)
+        self._live = self._console.is_terminal
+        self._bar = Bar(
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            _Detail(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("connect", total=None, detail="")
+        self.is_json = False
+        self._phase = ""
+        self._since = (0.0, 0)
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._live:
+            self._bar.stop()
+            self._live = False
+
+    def show(self, event: Event) -> None:
+        """Called with every event of the call."""
+        self.is_json = event.content_type == "application/json"
+        if not self._live:
+            return
+        if event.log:
+            self._console.print(Text(event.log.rstrip("\n")))
+        done, total = _amounts(event)
+        if event.phase != self._phase:
+            self._phase = event.phase
+            self._since = (time.monotonic(), done)
+        self._bar.update(
+            self._task,
+            description=_PHASES.get(event.phase, event.phase.lower()),
+            total=total,
+            completed=done,
+            detail=self._detail(event, done, total),
+        )
+
+    def _detail(self, event: Event, done: int, total: float | None) -> str:
+        if event.phase == "QUEUED":
+            return f"{event.place} before" if event.place else ""
+        if event.phase == "RUNNING":
+            return f"{event.progress:.0%} {event.message}" if event.progress or event.message else ""
+        if event.phase not in ("RECEIVING", "DONE"):
+            return ""
+        took, before = time.monotonic() - self._since[0], self._since[1]
+        rate = (done - before) / took if took > 0.2 else 0
+        text = f"{done / 1e6:.1f} MB"
+        if total:
+            text = f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
+        if rate:
+            text += f"  {rate / 1e6:.1f} MB/s"
+            if total:
+                text += f"  {(total - done) / rate:.0f} s left"
+        return text
+
+
+class _Detail(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["detail"])
+
+
+def _amounts(event: Event) -> tuple[int, float | None]:
+    """What is done of what, in the current phase."""
+    if event.phase == "RECEIVING":
+        return event.sent, event.payload_size
+    if event.phase == "DONE":
+        return event.received, event.answer_size
+    if event.phase == "RUNNING" and event.progress:
+        return int(event.progress * 1000), 1000
+    return 0, None

@@ -1,0 +1,89 @@
+"""`aipod serve MODULE:CLASS`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aipod.cli.options import config_options, make_config
+from aipod.errors import leaves
+
+log = logging.getLogger("aipod.server")
+
+OPTIONS = (
+    "bind", "insecure", "spool", "data", "runner", "instances", "max_instances", "drain", "tick", "cancel_grace",
+    "load_timeout", "max_payload", "max_kwargs", "max_message", "reserve", "upload_stall", "upload_ttl", "max_streams",
+    "stream_window", "connection_window", "ping_interval", "ping_timeout", "send_stall", "level",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("model", metavar="MODULE:CLASS", envvar="AIPOD_MODEL")
+@config_options(OPTIONS)
+@click.pass_context
+def serve(context: click.Context, /, model: str, config_file: Path | None, **options: Any) -> None:
+    """Serve a class: its public methods can be called from anywhere that reaches the address.
+
+    Writes one line per address to stdout once health answers; logs go to stderr. HUP, INT and TERM drain it: no new
+    jobs, running ones get --drain seconds; a second signal ends it at once.
+    """
+    config = make_config(config_file, options, model=model)
+    _set_up_logging(debug=bool(context.obj))
+    # The class lies where the user is, as with `python -m`; the installed script would not look there.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    # Imported late: trio_asyncio changes asyncio for the whole process, and `call` wants none of it.
+    import trio
+
+    from aipod.server import ServeError
+    from aipod.server import serve as run_server
+    from aipod.spool import SpoolError
+
+    async def main() -> None:
+        stop = trio.Event()
+        async with trio.open_nursery() as nursery:
+            # Before the start: a TERM while a model loads must end it, not be lost.
+            await nursery.start(_listen_to_signals, stop, nursery.cancel_scope)
+            async with trio.open_nursery() as server:
+                addresses: list[str] = await server.start(functools.partial(run_server, config, stop=stop))
+                for address in addresses:
+                    sys.stdout.write(f"aipod listening on {address}\n")
+                sys.stdout.flush()
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(main)
+    except* SpoolError as group:
+        raise ServeError("SPOOL_UNUSABLE", str(next(leaves(group)))) from None
+
+
+async def _listen_to_signals(stop: Any, scope: Any, *, task_status: Any) -> None:
+    import trio
+
+    with trio.open_signal_receiver(signal.SIGHUP, signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for number in signals:
+            name = signal.Signals(number).name
+            if stop.is_set():
+                log.warning("%s again: ending at once", name)
+                scope.cancel()
+                return
+            log.info("%s: draining", name)
+            stop.set()
+
+
+def _set_up_logging(*, debug: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    # grpclib logs every ended call of every stranger; what matters of it we log ourselves.
+    logging.getLogger("grpclib").setLevel(logging.DEBUG if debug else logging.CRITICAL)
+    logging.getLogger("filelock").setLevel(logging.WARNING)

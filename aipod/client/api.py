@@ -1,0 +1,207 @@
+"""`Client`: the four methods, retries, and the connection they share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from grpclib.metadata import Deadline
+
+from aipod.client.call import Attempt, OnEvent, Request
+from aipod.client.failure import explain
+from aipod.client.source import Payload, Source
+from aipod.codec import Compressor
+from aipod.config import KIB, Config
+from aipod.errors import UsageError, outcome
+from aipod.retry import delays
+from aipod.transport.channel import Channel, split_target
+
+# Above it bytes are better in a file, and kwargs better in the payload: both are held in memory whole.
+WARN_ABOVE = 32 * KIB
+
+
+class Client:
+    """Calls the methods of a served model. asyncio-flavored; many calls may be under way at once.
+
+        async with aipod.Client("127.0.0.1:50051") as client:
+            answer = await client.predict("scan.nii", version="3", top=5)
+
+    `target` is HOST:PORT, [::1]:PORT or unix:PATH. The connection is made at the first call and again where it was
+    lost. Raises `UsageError` for a target that is none.
+    """
+
+    def __init__(self, target: str = "127.0.0.1:50051", *, config: Config | None = None) -> None:
+        try:
+            split_target(target)
+        except ValueError as exc:
+            raise UsageError(str(exc)) from None
+        self._target = target
+        self._config = config or Config()
+        self._channel: Channel | None = None
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way end as lost ones. The next call opens a new one."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    async def chaos(
+        self,
+        payload: Payload = b"",
+        /,
+        *,
+        version: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout: float | None = None,
+        save_to: str | os.PathLike[str] | None = None,
+        on_event: OnEvent | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Call the method that metadata `x-func-name` names ("chaos" without it); else as `predict`."""
+        return await self._call(
+            "chaos", payload, version, metadata, timeout, save_to, on_event, {**(kwargs or {}), **more}
+        )
+
+    async def train(
+        self,
+        payload: Payload = b"",
+        /,
+        *,
+        version: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout: float | None = None,
+        save_to: str | os.PathLike[str] | None = None,
+        on_event: OnEvent | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Call the method `train`; else as `predict`."""
+        return await self._call(
+            "train", payload, version, metadata, timeout, save_to, on_event, {**(kwargs or {}), **more}
+        )
+
+    async def predict(
+        self,
+        payload: Payload = b"",
+        /,
+        *,
+        version: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout: float | None = None,
+        save_to: str | os.PathLike[str] | None = None,
+        on_event: OnEvent | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Call the method `predict` and return its answer.
+
+        `payload`: a path (str or PathLike) names a file to send; bytes, a binary file, or an iterable or async
+        iterable of bytes are the payload itself. Keyword arguments that this signature does not name go to the
+        method; those whose names it has go into `kwargs`. `timeout`: seconds for the whole call. `save_to`: write the
+        answer to this file and return its path; without it bytes above 64 MiB raise. `on_event`: called on the loop
+        with every `Event`; must not block.
+
+        Returns what the method returned: JSON values, bytes (for a `Path`, the file's content), or `save_to`.
+        Raises `UsageError`, `Refused`, `ModelError`, `JobCancelled`, `JobFailed`, `Unreachable` (the method did not
+        run) and `ConnectionLost` (it may have). What is lost before the request is complete is tried again.
+        Cancelled: the job is cancelled, best effort.
+        """
+        return await self._call(
+            "predict", payload, version, metadata, timeout, save_to, on_event, {**(kwargs or {}), **more}
+        )
+
+    async def log(
+        self,
+        payload: Payload = b"",
+        /,
+        *,
+        version: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout: float | None = None,
+        save_to: str | os.PathLike[str] | None = None,
+        on_event: OnEvent | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Call the method `log`; else as `predict`."""
+        return await self._call(
+            "log", payload, version, metadata, timeout, save_to, on_event, {**(kwargs or {}), **more}
+        )
+
+    async def _call(
+        self,
+        rpc: str,
+        payload: Payload,
+        version: str,
+        metadata: Sequence[tuple[str, str]],
+        timeout: float | None,
+        save_to: str | os.PathLike[str] | None,
+        on_event: OnEvent | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if rpc == "chaos" and version:
+            kwargs = {**kwargs, "version": version}  # Raw has no field for it
+        if isinstance(payload, bytes | bytearray | memoryview) and len(payload) > WARN_ABOVE:
+            warnings.warn(f"{len(payload)} bytes of payload in memory; a path is sent without loading it", stacklevel=3)
+        request = Request(
+            rpc=rpc,
+            kwargs=self._pack(kwargs),
+            version=version,
+            source=await asyncio.to_thread(Source, payload),
+            metadata=[(name.lower(), value) for name, value in metadata],
+            deadline=None if timeout is None else Deadline.from_timeout(timeout),
+            save_to=save_to,
+            on_event=on_event,
+        )
+        return await self._try(request)
+
+    def _pack(self, kwargs: dict[str, Any]) -> bytes:
+        for name in kwargs:
+            if name.startswith("_aipod"):
+                raise UsageError(f"keyword argument {name!r}: names that begin with _aipod are aipod's own")
+        try:
+            text = json.dumps(kwargs, sort_keys=True, allow_nan=False).encode()
+        except (TypeError, ValueError) as exc:
+            raise UsageError(f"the keyword arguments are not JSON: {exc}; send other data as the payload") from None
+        if len(text) > self._config.max_kwargs:
+            raise UsageError(f"{len(text)} bytes of keyword arguments; the limit is {self._config.max_kwargs}")
+        if len(text) > WARN_ABOVE:
+            warnings.warn(f"{len(text)} bytes of keyword arguments; send large data as the payload", stacklevel=4)
+        return Compressor(self._config.level).frame(text)
+
+    async def _try(self, request: Request) -> Any:
+        """Attempts, until one has an outcome or another cannot help."""
+        pauses = delays(self._config.attempts)
+        while True:
+            attempt = Attempt(self._connect(), self._config, request)
+            try:
+                return await attempt.run()
+            except (Exception, BaseExceptionGroup) as exc:
+                if request.deadline is not None and request.deadline.time_remaining() <= 0:
+                    raise outcome("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc
+                failure = explain(exc, committed=attempt.committed)
+                if failure is None:
+                    raise
+                pause = next(pauses, None)
+                if failure.retry_after is None or pause is None or not request.source.check_replayable():
+                    raise failure.error from exc
+            await asyncio.sleep(max(pause, failure.retry_after))
+
+    def _connect(self) -> Channel:
+        if self._channel is None:
+            self._channel = Channel(self._target, self._config)
+        return self._channel

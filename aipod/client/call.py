@@ -1,0 +1,231 @@
+"""One attempt of one call: upload and watch side by side, then the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpclib.client
+from grpclib.const import Cardinality
+from grpclib.metadata import Deadline
+
+from aipod.client.failure import NoAnswer, of_state
+from aipod.client.sink import Sink
+from aipod.client.source import Source
+from aipod.config import Config
+from aipod.errors import JobFailed, leaves
+from aipod.transport.channel import Channel, read_status, reset
+from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
+
+# Batches between the threads that compress and the network: one that is being sent, one that is ready.
+_AHEAD = 1
+# Seconds to wait for the trailers behind a complete answer.
+TRAILERS = 1.0
+TERMINAL = (Phase.DONE, Phase.FAILED, Phase.CANCELLED, Phase.RELEASED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a call is doing. Bytes are uncompressed; `log` is what is new since the last event."""
+
+    phase: str  # CONNECTING, RECEIVING (the upload), QUEUED, RUNNING, DONE (the download), FAILED, CANCELLED
+    sent: int = 0
+    payload_size: int | None = None
+    received: int = 0
+    answer_size: int = 0
+    place: int = 0
+    progress: float = 0.0
+    message: str = ""
+    log: str = ""
+    heartbeats: int = 0
+    content_type: str = ""  # of the answer, once it is known
+
+
+OnEvent = Callable[[Event], Any]
+
+
+@dataclasses.dataclass
+class Request:
+    """What is asked for; the same for every attempt."""
+
+    rpc: str
+    kwargs: bytes  # zstd(JSON)
+    version: str
+    source: Source
+    metadata: Sequence[tuple[str, str]]
+    deadline: Deadline | None
+    save_to: str | os.PathLike[str] | None
+    on_event: OnEvent | None
+
+
+class Attempt:
+    """One stream. `committed` turns true when the message that lets the method run is handed to the network."""
+
+    def __init__(self, channel: Channel, config: Config, request: Request) -> None:
+        self._config = config
+        self._request = request
+        self._ticket = secrets.token_bytes(16)
+        self.committed = False
+        self._event = Event("CONNECTING", payload_size=request.source.size)
+        kind = Raw if request.rpc == "chaos" else StreamInput
+        self._stream: grpclib.client.Stream[Any, Raw] = channel.request(
+            f"/ai.AI/{request.rpc}",
+            Cardinality.STREAM_STREAM,
+            kind,
+            Raw,
+            deadline=request.deadline,
+            metadata=[*request.metadata, ("x-job-id", hashlib.sha256(self._ticket).hexdigest()[:32])],
+        )
+
+    async def run(self) -> Any:
+        """The answer. Raises what `explain` reads.
+
+        This is an asyncio-flavored function; cancelled, it tells the server.
+        """
+        self._tell()
+        async with self._stream as stream:
+            try:
+                await stream.send_request()
+                uploader = asyncio.create_task(self._upload(), name="aipod-upload")
+                try:
+                    answer, error = await self._watch(uploader)
+                finally:
+                    uploader.cancel()
+                    await asyncio.wait([uploader])
+                # The outcome is whole and checked: what becomes of the call's last bytes changes nothing.
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(TRAILERS):
+                        await read_status(stream)
+                if error is not None:
+                    raise error
+                return answer
+            finally:
+                reset(stream)
+
+    async def _upload(self) -> None:
+        """Send everything. Ends early, without an error of its own, where the server has ended the call."""
+        request = self._request
+        opening = Open(ticket=self._ticket, op=Op.RUN, epoch=time.time_ns() // 1000, size=request.source.size)
+        if request.source.size == 0:
+            self.committed = True
+        # An empty payload is complete with the first message.
+        empty = request.source.size == 0
+        if request.rpc == "chaos":
+            first: Raw | StreamInput = Raw(data=request.kwargs, open=opening, last=empty)
+        else:
+            raw = Raw(open=opening, last=empty)
+            first = StreamInput(kwargs_json=request.kwargs, version=request.version, raw=raw)
+        await self._stream.send_message(first, end=empty)
+        if empty:
+            return
+        ready: asyncio.Queue[list[Raw]] = asyncio.Queue(_AHEAD)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._produce(ready))
+            while not self.committed:
+                for raw in await ready.get():
+                    await self._send_chunk(raw)
+
+    async def _produce(self, ready: asyncio.Queue[list[Raw]]) -> None:
+        async for batch in self._request.source.batches(self._config.level):
+            await ready.put(batch)
+
+    async def _send_chunk(self, raw: Raw) -> None:
+        self.committed = self.committed or raw.last
+        message = raw if self._request.rpc == "chaos" else StreamInput(raw=raw)
+        await self._stream.send_message(message, end=raw.last)
+        sent = self._request.source.size if raw.last else raw.offset
+        self._tell(phase="RECEIVING", sent=sent or self._event.sent)
+
+    async def _watch(self, uploader: asyncio.Task[None]) -> tuple[Any, JobFailed | None]:
+        """Read states until the terminal one, then the answer: what it is, or why there is none."""
+        final: State | None = None
+        while True:
+            message = await self._receive(uploader)
+            if message is None:
+                await read_status(self._stream)
+                raise NoAnswer("the call ended without an outcome")
+            state = message.state
+            if state is None:
+                if final is not None:
+                    return await self._download(final, message), None
+                self._tell(heartbeats=self._event.heartbeats + 1)
+                continue
+            self._show(state)
+            # The terminal state comes again for as long as there is more of the log.
+            if state.phase in TERMINAL:
+                final = state
+                if state.phase != Phase.DONE and not state.log:
+                    return None, of_state(state)
+
+    async def _receive(self, uploader: asyncio.Task[None] | None = None) -> Raw | None:
+        """The next message; None at the end. Raises NoAnswer after `silence` seconds, or what ended the upload."""
+        silence = self._config.silence
+        receiver = asyncio.ensure_future(self._stream.recv_message())
+        waiting: set[asyncio.Future[Any]] = {receiver}
+        if uploader is not None and not uploader.done():
+            waiting.add(uploader)
+        try:
+            deadline = time.monotonic() + silence
+            while not receiver.done():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise NoAnswer(f"no heartbeat for {silence:g} s")
+                await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                waiting = {receiver}
+                self._raise_local(uploader)
+            return receiver.result()
+        finally:
+            if not receiver.done():
+                receiver.cancel()
+                await asyncio.wait([receiver])
+
+    def _raise_local(self, uploader: asyncio.Task[None] | None) -> None:
+        """Raise what the caller's own source raised; what the network did to the upload the receiver tells better."""
+        if uploader is None or not uploader.done() or uploader.cancelled() or uploader.exception() is None:
+            return
+        exc = uploader.exception()
+        assert exc is not None
+        for leaf in leaves(exc):
+            if not isinstance(
+                leaf, grpclib.exceptions.StreamTerminatedError | grpclib.GRPCError | asyncio.TimeoutError
+            ):
+                raise leaf
+
+    async def _download(self, state: State, message: Raw | None) -> Any:
+        sink = await asyncio.to_thread(Sink, state, self._request.save_to)
+        try:
+            while message is not None:
+                last = message.last
+                await asyncio.to_thread(sink.add, message)
+                self._tell(phase="DONE", received=sink.received, answer_size=state.size, log="")
+                if last:
+                    return await asyncio.to_thread(sink.finish)
+                message = await self._receive()
+            await read_status(self._stream)
+            raise NoAnswer("the answer ended before its last byte")
+        finally:
+            await asyncio.to_thread(sink.discard)
+
+    def _show(self, state: State) -> None:
+        self._tell(
+            phase=state.phase.name,
+            place=state.place,
+            progress=state.progress,
+            message=state.message,
+            log=state.log.decode("utf-8", "replace"),
+            answer_size=state.size,
+            content_type=state.content_type,
+            heartbeats=self._event.heartbeats + 1,
+        )
+
+    def _tell(self, **changes: Any) -> None:
+        self._event = dataclasses.replace(self._event, **{"log": "", **changes})
+        if self._request.on_event is not None:
+            self._request.on_event(self._event)

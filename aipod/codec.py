@@ -1,0 +1,262 @@
+"""zstd, JSON and digests: everything that turns payload bytes into wire bytes and back. No I/O, no clock, no loop.
+
+What comes from outside is bounded before it is decoded. Facts about python-zstandard that this relies on, each covered
+by a test: `decompress` ignores `max_output_size` where the frame states its size; streaming decoders accept a cut
+stream silently; one `decompressobj` call may make 1 GiB of 32 KiB. So single frames are checked before decoding, and
+streams go through `StreamDecoder`, which walks the frames itself (RFC 8878 section 3.1) and decodes into a writer that
+gets 128 KiB at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, cast
+
+import xxhash
+import zstandard
+
+from aipod.config import CHUNK, KIB, MIB
+from aipod.errors import Refused
+
+# The window that RFC 8878 section 3.1.1.1.2 asks every decoder to support; it is also the memory a stream may cost.
+MAX_WINDOW = 8 * MIB
+# Pieces of a result for plain clients are held back until they are this long (never 4 bytes, as "PONG" is).
+PIECE = 256 * KIB
+PONG = b"PONG"
+
+_MAGIC = b"\x28\xb5\x2f\xfd"
+_SKIPPABLE = b"\x2a\x4d\x18"  # follows a byte 0x50 to 0x5f
+
+
+def digest(*parts: bytes) -> bytes:
+    """xxh3-128 of `parts`, 16 bytes big-endian."""
+    hasher = xxhash.xxh3_128()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()
+
+
+def new_hasher() -> xxhash.xxh3_128:
+    """An incremental `digest`."""
+    return xxhash.xxh3_128()
+
+
+class Compressor:
+    """Makes one zstd frame per call, with its size and checksum in it. Not to be shared between threads."""
+
+    def __init__(self, level: int) -> None:
+        self._context = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
+
+    def frame(self, data: bytes | memoryview) -> bytes:
+        return self._context.compress(data)
+
+
+def unframe(data: bytes, limit: int, reason: str) -> bytes:
+    """Decode exactly one frame of at most `limit` bytes, stated or not. Raises `Refused(reason)`."""
+    try:
+        params = zstandard.get_frame_parameters(data)
+        if params.window_size > max(MAX_WINDOW, limit):
+            raise Refused(reason, f"the zstd window of {params.window_size} bytes is over the limit of {MAX_WINDOW}")
+        context = zstandard.ZstdDecompressor(max_window_size=max(MAX_WINDOW, limit))
+        if params.content_size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
+            return _unframe_unsized(context, data, limit, reason)
+        if params.content_size > limit:
+            raise Refused(reason, f"{params.content_size} bytes after decompression; the limit is {limit}")
+        return context.decompress(data, max_output_size=limit, allow_extra_data=False)
+    except (zstandard.ZstdError, ValueError, MemoryError) as exc:
+        raise Refused(reason, f"not one whole zstd frame: {exc}") from None
+
+
+def _unframe_unsized(context: zstandard.ZstdDecompressor, data: bytes, limit: int, reason: str) -> bytes:
+    """A frame that does not state its size, as stream compressors write them: decoded piece by piece."""
+    out = bytearray()
+
+    def keep(piece: bytes) -> None:
+        if len(out) + len(piece) > limit:
+            raise Refused(reason, f"more than {limit} bytes after decompression")
+        out.extend(piece)
+
+    decoder = StreamDecoder(keep, reason=reason, frames=1, context=context)
+    decoder.feed(data)
+    decoder.finish()
+    return bytes(out)
+
+
+def decode_chunk(data: bytes) -> bytes:
+    """Decode an own client's chunk: exactly one frame that states a size of 1 byte to `CHUNK`. Raises `Refused`."""
+    try:
+        params = zstandard.get_frame_parameters(data)
+    except zstandard.ZstdError as exc:
+        raise Refused("BAD_CHUNK", f"the chunk is no zstd frame: {exc}") from None
+    if params.content_size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
+        raise Refused("BAD_CHUNK", "the chunk's zstd frame does not state its size")
+    if not 0 < params.content_size <= CHUNK:
+        raise Refused("BAD_CHUNK", f"a chunk of {params.content_size} bytes; it must have 1 to {CHUNK}")
+    return unframe(data, CHUNK, "BAD_CHUNK")
+
+
+class _FrameWalker:
+    """Finds where zstd frames begin and end (RFC 8878 section 3.1), so that a cut or garbage is seen for what it is.
+
+    Holds at most 18 undecided bytes. `between` is true when the last frame is complete.
+    """
+
+    def __init__(self) -> None:
+        self._held = bytearray()  # the part of a header that has arrived
+        self._skip = 0  # bytes of the current block, checksum or skippable frame still to come
+        self._step: Callable[[], int | None] = self._magic
+        self._checksum = False
+        self.frames = 0
+
+    @property
+    def between(self) -> bool:
+        return not self._skip and not self._held and self._step == self._magic
+
+    def feed(self, data: bytes) -> None:
+        pos, end = 0, len(data)
+        while pos < end:
+            if self._skip:
+                step = min(self._skip, end - pos)
+                self._skip -= step
+                pos += step
+                continue
+            # Headers are at most 18 bytes: take one byte at a time until the step is satisfied.
+            self._held.append(data[pos])
+            pos += 1
+            skip = self._step()
+            if skip is not None:
+                self._held.clear()
+                self._skip = skip
+
+    def _magic(self) -> int | None:
+        if len(self._held) < 4:
+            return None
+        if self._held == _MAGIC:
+            self.frames += 1
+            self._step = self._header
+            return 0
+        if 0x50 <= self._held[0] <= 0x5F and self._held[1:] == _SKIPPABLE:
+            self._step = self._skippable
+            return 0
+        raise ValueError("no zstd frame begins here")
+
+    def _skippable(self) -> int | None:
+        if len(self._held) < 4:
+            return None
+        self._step = self._magic
+        return int.from_bytes(self._held, "little")
+
+    def _header(self) -> int | None:
+        flags = self._held[0]
+        single_segment = flags >> 5 & 1
+        size = 1 + (not single_segment) + (0, 1, 2, 4)[flags & 3] + (single_segment, 2, 4, 8)[flags >> 6]
+        if len(self._held) < size:
+            return None
+        self._checksum = bool(flags & 4)
+        self._step = self._block
+        return 0
+
+    def _block(self) -> int | None:
+        if len(self._held) < 3:
+            return None
+        header = int.from_bytes(self._held, "little")
+        last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        if kind == 3:
+            raise ValueError("reserved zstd block type")
+        if last:
+            self._step = self._tail if self._checksum else self._magic
+        return 1 if kind == 1 else size  # an RLE block is one byte on the wire
+
+    def _tail(self) -> int | None:
+        if len(self._held) < 4:
+            return None
+        self._step = self._magic
+        return 0
+
+
+class StreamDecoder:
+    """Decodes a plain client's payload: one zstd stream or many concatenated frames, cut anywhere.
+
+    `write` gets at most 128 KiB at a time, whatever the input claims, and may raise to stop. Raises `Refused`.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[bytes], Any],
+        *,
+        reason: str = "BAD_CHUNK",
+        frames: int | None = None,
+        context: zstandard.ZstdDecompressor | None = None,
+    ) -> None:
+        self._reason = reason
+        self._frames = frames
+        self._walker = _FrameWalker()
+        context = context or zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        self._writer = context.stream_writer(cast(IO[bytes], _Sink(write)), closefd=False)
+
+    def feed(self, data: bytes) -> None:
+        try:
+            self._walker.feed(data)
+            if self._frames is not None and self._walker.frames > self._frames:
+                raise ValueError("more than one zstd frame")
+            self._writer.write(data)
+        except (zstandard.ZstdError, ValueError, MemoryError) as exc:
+            raise Refused(self._reason, f"not valid zstd: {exc}") from None
+
+    def finish(self) -> None:
+        """Raises `Refused(TRUNCATED)` where the stream ends inside a frame."""
+        if not self._walker.between:
+            reason = "TRUNCATED" if self._reason == "BAD_CHUNK" else self._reason
+            raise Refused(reason, "the zstd stream ends in the middle of a frame")
+
+
+class _Sink:
+    """The file-like object that zstandard's writer wants."""
+
+    def __init__(self, write: Callable[[bytes], Any]) -> None:
+        self.write = write
+
+
+def parse_kwargs(data: bytes, limit: int) -> dict[str, Any]:
+    """The keyword arguments in the first message: zstd(JSON object), empty for none. Raises `Refused(BAD_KWARGS)`."""
+    if not data:
+        return {}
+    text = unframe(data, limit, "BAD_KWARGS")
+    try:
+        kwargs = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise Refused("BAD_KWARGS", f"the keyword arguments are not JSON: {exc}") from None
+    if not isinstance(kwargs, dict):
+        raise Refused("BAD_KWARGS", f"the keyword arguments are a JSON {type(kwargs).__name__}, not an object")
+    return kwargs
+
+
+def plain_pieces(parts: Iterable[bytes], level: int, single: int) -> Iterator[bytes]:
+    """`parts` as one zstd stream in pieces for a plain client: one piece where it fits into `single` bytes.
+
+    Above that, pieces of at least `PIECE` bytes; no piece is 4 bytes long, so none can be taken for a heartbeat.
+    """
+    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj()
+    held = bytearray()
+    threshold = single
+    for part in parts:
+        held += compressor.compress(part)
+        if len(held) > threshold:
+            # Over the single-message limit: from here on it is a stream, and a tail of PIECE is enough to hold back.
+            threshold = PIECE
+            yield bytes(held[:-8])
+            del held[:-8]
+    held += compressor.flush()
+    yield bytes(held)
+
+
+def json_string_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The JSON string whose text is the UTF-8 in `chunks`. Raises `UnicodeDecodeError`."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    yield b'"'
+    for chunk in chunks:
+        yield json.dumps(decoder.decode(chunk))[1:-1].encode()
+    yield json.dumps(decoder.decode(b"", final=True))[1:-1].encode() + b'"'

@@ -1,0 +1,161 @@
+"""Every failure that crosses the wire: one table, one exception tree, the same classes on both sides.
+
+    AipodError                   has .reason (UPPER_SNAKE) and .metadata
+      UsageError                 the caller's mistake, found before anything was sent
+      Refused                    the server said no; the method did not run
+      JobFailed                  the job ended without a result; the method may have run
+        ModelError               the model raised
+        JobCancelled             it was cancelled, or its time was up
+      Unreachable                no connection, or none that lasted, before the request was complete
+      ConnectionLost             lost after the request was complete: the method may have run
+
+The server raises `Refused` and `JobFailed` with a reason from `TABLE`; `service` turns them into a gRPC status with a
+google.rpc.ErrorInfo, and the client turns that back. Error model: https://google.aip.dev/193
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+DOMAIN = "aipod"
+
+
+class Code(enum.IntEnum):
+    """gRPC status codes: https://grpc.github.io/grpc/core/md_doc_statuscodes.html"""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class Row(NamedTuple):
+    """What a reason means to gRPC. `retry_after`: seconds for google.rpc.RetryInfo, None where a retry cannot help."""
+
+    code: Code
+    retry_after: float | None = None
+
+
+TABLE: Mapping[str, Row] = {
+    # the request
+    "BAD_KWARGS": Row(Code.INVALID_ARGUMENT),
+    "BAD_TICKET": Row(Code.INVALID_ARGUMENT),
+    "BAD_VERSION": Row(Code.INVALID_ARGUMENT),
+    "BAD_MESSAGE": Row(Code.INVALID_ARGUMENT),
+    "UNKNOWN_METHOD": Row(Code.UNIMPLEMENTED),
+    "UNSUPPORTED_OP": Row(Code.UNIMPLEMENTED),
+    "JOB_EXISTS": Row(Code.ABORTED),
+    "NOT_FOUND": Row(Code.NOT_FOUND),
+    "WRONG_SPOOL": Row(Code.FAILED_PRECONDITION),
+    "DRAINING": Row(Code.UNAVAILABLE, retry_after=1.0),
+    # the payload
+    "BAD_CHUNK": Row(Code.INVALID_ARGUMENT),
+    "TRUNCATED": Row(Code.INVALID_ARGUMENT),
+    "SIZE_MISMATCH": Row(Code.INVALID_ARGUMENT),
+    "DIGEST_MISMATCH": Row(Code.DATA_LOSS),
+    "OFFSET_MISMATCH": Row(Code.OUT_OF_RANGE),
+    "PAYLOAD_TOO_LARGE": Row(Code.RESOURCE_EXHAUSTED),
+    "UPLOAD_STALLED": Row(Code.DEADLINE_EXCEEDED),
+    "SPOOL_FULL": Row(Code.RESOURCE_EXHAUSTED, retry_after=5.0),
+    # the run
+    "LOAD_FAILED": Row(Code.INTERNAL),
+    "MODEL_ERROR": Row(Code.INTERNAL),
+    "WORKER_CRASHED": Row(Code.INTERNAL),
+    "RESULT_NOT_JSON": Row(Code.INTERNAL),
+    "RESULT_NOT_TEXT": Row(Code.INTERNAL),
+    "RESULT_NO_FILE": Row(Code.INTERNAL),
+    "CANCELLED": Row(Code.CANCELLED),
+    "DEADLINE_EXCEEDED": Row(Code.DEADLINE_EXCEEDED),
+    "INTERNAL": Row(Code.INTERNAL),
+}
+
+
+class AipodError(Exception):
+    """Base of every error that aipod raises on purpose."""
+
+    def __init__(self, reason: str, message: str, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata = dict(metadata or {})
+
+    @property
+    def code(self) -> Code:
+        """The gRPC status of this reason; UNKNOWN for one that this version's table does not have."""
+        return TABLE[self.reason].code if self.reason in TABLE else Code.UNKNOWN
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds after which the same request may succeed; None where it cannot."""
+        return TABLE[self.reason].retry_after if self.reason in TABLE else None
+
+
+class UsageError(AipodError):
+    """The caller's own mistake, found before anything was sent."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("USAGE", message)
+
+
+class Refused(AipodError):
+    """The server refused the request; the method did not run."""
+
+
+class JobFailed(AipodError):
+    """The job ended without a result. `metadata` says more where there is more (`type`, `exit`)."""
+
+
+class ModelError(JobFailed):
+    """The model's method raised; `metadata["type"]` is the exception's class name there."""
+
+
+class JobCancelled(JobFailed):
+    """The job was cancelled, or its time was up, before it had a result."""
+
+
+class Unreachable(AipodError):
+    """No server answered, or the connection was lost before the request was complete: the method did not run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("UNREACHABLE", message)
+
+
+class ConnectionLost(AipodError):
+    """The connection was lost after the request was complete: the method may have run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("CONNECTION_LOST", message)
+
+
+def outcome(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> JobFailed:
+    """The exception for a job that ended with `reason`, of the class that fits it."""
+    kinds: dict[str, type[JobFailed]] = {
+        "MODEL_ERROR": ModelError,
+        "CANCELLED": JobCancelled,
+        "DEADLINE_EXCEEDED": JobCancelled,
+    }
+    return kinds.get(reason, JobFailed)(reason, message, metadata)
+
+
+def leaves(exc: BaseException) -> Iterator[BaseException]:
+    """The exceptions in `exc`, whatever exception groups the nurseries on the way put around them."""
+    if isinstance(exc, BaseExceptionGroup):
+        for inner in exc.exceptions:
+            yield from leaves(inner)
+    else:
+        yield exc

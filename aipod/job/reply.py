@@ -1,0 +1,74 @@
+"""The answer as messages, made in threads; never whole in memory, but for the one message of a plain client's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+import trio
+
+from aipod.codec import PIECE, Compressor, json_string_pieces, plain_pieces
+from aipod.config import CHUNK
+from aipod.errors import outcome
+from aipod.job.run import Answer
+from aipod.spool import Entry
+from aipod.wire.ai import Raw
+
+# `plain_pieces` may exceed its limit by what one step of the compressor gives (a piece of READ bytes, incompressible);
+# the message's own fields come on top.
+_SLACK = CHUNK + CHUNK // 2
+
+
+def own_messages(entry: Entry, answer: Answer, have: int, level: int) -> Iterator[Raw]:
+    """The result from byte `have` on, in chunks of one zstd frame each; the last one says so. Blocks."""
+    compressor = Compressor(level)
+    offset = min(have, answer.size)
+    for piece in _pieces(entry, answer, offset):
+        end = offset + len(piece)
+        yield Raw(data=compressor.frame(piece), offset=offset, last=end == answer.size)
+        offset = end
+    if offset == answer.size and (answer.size == 0 or have >= answer.size):
+        yield Raw(offset=offset, last=True)
+
+
+def plain_messages(entry: Entry, answer: Answer, level: int, max_message: int) -> Iterator[Raw]:
+    """The result as the first version sent it. Blocks. Raises `JobFailed(RESULT_NOT_TEXT)` before the first message."""
+    limit = max_message - _SLACK
+    parts: Iterable[bytes] = _pieces(entry, answer, 0)
+    if answer.kind == "bytes":
+        _check_text(_pieces(entry, answer, 0))
+        parts = json_string_pieces(parts)
+    for data in plain_pieces(parts, level, PIECE if answer.kind == "file" else limit):
+        yield Raw(data=data)
+
+
+def _check_text(pieces: Iterable[bytes]) -> None:
+    try:
+        for _ in json_string_pieces(pieces):
+            pass
+    except UnicodeDecodeError:
+        raise outcome(
+            "RESULT_NOT_TEXT",
+            "the method returned bytes that are not UTF-8 text; return a pathlib.Path, or call with aipod's own client",
+        ) from None
+
+
+def _pieces(entry: Entry, answer: Answer, offset: int) -> Iterator[bytes]:
+    if answer.inline is None:
+        return entry.read_result(offset)
+    return (answer.inline[start : start + CHUNK] for start in range(offset, len(answer.inline), CHUNK))
+
+
+async def send_all(messages: Iterator[Raw], send: Callable[[Raw], Awaitable[None]]) -> None:
+    """Make messages in a thread while earlier ones are sent. This is a trio-flavored async function."""
+    # Two: one that is being sent, one ready; with the one in the making that is 3 MiB for a result in chunks.
+    ready, todo = trio.open_memory_channel[Raw](1)
+
+    async def make() -> None:
+        async with ready:
+            while (message := await trio.to_thread.run_sync(next, messages, None)) is not None:
+                await ready.send(message)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(make)
+        async for message in todo:
+            await send(message)

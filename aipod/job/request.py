@@ -1,0 +1,118 @@
+"""What the first message of a call asks for; every name, size and id from outside is checked here. No I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from aipod.codec import parse_kwargs
+from aipod.errors import Refused
+from aipod.versions import check_version
+from aipod.wire.ai import Op, Open, Raw, StreamInput
+
+TICKET_MIN, TICKET_MAX = 16, 64
+_SIZE_KEY = "_aipod_bin_size"
+_OWN = "_aipod"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked first message. `first` is what it carries besides: perhaps already a chunk or `last`."""
+
+    job_id: str
+    method: str
+    version: str
+    kwargs: bytes  # JSON object, without what was aipod's own
+    size: int | None  # of the payload, where the caller said it
+    open: Open | None  # None: a plain client
+    first: Raw
+    metadata: Mapping[str, str]
+
+    @property
+    def plain(self) -> bool:
+        return self.open is None
+
+
+def job_id(ticket: bytes) -> str:
+    """The public name of the job that `ticket` owns."""
+    return hashlib.sha256(ticket).hexdigest()[:32]
+
+
+def parse_request(
+    rpc: str, message: Raw | StreamInput, headers: Mapping[str, str], methods: Mapping[str, Any], name: str, limit: int
+) -> Request:
+    """Check the first message of a call of `rpc`. `name` is the served class's. Raises `Refused`."""
+    if isinstance(message, StreamInput):
+        packed, named_version, first = message.kwargs_json, message.version, message.raw or Raw()
+        method = rpc
+    else:
+        # On chaos the first message's data is the kwargs, so it carries no chunk.
+        packed, named_version = message.data, ""
+        first = Raw(last=message.last, open=message.open, digest=message.digest, offset=message.offset)
+        method = headers.get("x-func-name", "chaos")
+    check_method(method, methods, name)
+    kwargs = parse_kwargs(packed, limit)
+    size = _declared_size(kwargs, first.open)
+    version = _version(named_version, kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if not key.startswith(_OWN)}
+    return Request(
+        job_id=_identify(first.open, headers),
+        method=method,
+        version=version,
+        kwargs=json.dumps(kwargs).encode(),
+        size=size,
+        open=first.open,
+        first=first,
+        metadata={key: value for key, value in headers.items() if key != "authorization" and not key.startswith(":")},
+    )
+
+
+def check_method(method: str, methods: Mapping[str, Any], name: str) -> None:
+    """Raises `Refused(UNKNOWN_METHOD)` for what may not be called; the text says what may."""
+    if method not in methods:
+        raise Refused(
+            "UNKNOWN_METHOD", f"{name} has no method {method[:80]!r} to call; it has: {', '.join(sorted(methods))}"
+        )
+
+
+def _declared_size(kwargs: Mapping[str, Any], open_: Open | None) -> int | None:
+    if open_ is not None:
+        return open_.size
+    size = kwargs.get(_SIZE_KEY)
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 1 << 63:
+        raise Refused("BAD_KWARGS", f"{_SIZE_KEY} is {str(size)[:40]!r}; it must be the payload's size in bytes")
+    return size
+
+
+def _version(named: str, kwargs: dict[str, Any]) -> str:
+    """The version, from either place; it is taken out of `kwargs`."""
+    told = kwargs.pop("version", "")
+    if isinstance(told, int) and not isinstance(told, bool):
+        told = str(told)
+    if told is None:
+        told = ""
+    if not isinstance(told, str):
+        raise Refused("BAD_VERSION", f"version is a JSON {type(told).__name__}; it must be a string")
+    if named and told and named != told:
+        raise Refused("BAD_VERSION", f"version is {named[:80]!r} in the message and {told[:80]!r} in the kwargs")
+    return check_version(named or told)
+
+
+def _identify(open_: Open | None, headers: Mapping[str, str]) -> str:
+    if open_ is None:
+        return job_id(secrets.token_bytes(16))  # a throw-away ticket: nobody can come back to it
+    if not TICKET_MIN <= len(open_.ticket) <= TICKET_MAX:
+        raise Refused("BAD_TICKET", f"a ticket of {len(open_.ticket)} bytes; it must have {TICKET_MIN} to {TICKET_MAX}")
+    name = job_id(open_.ticket)
+    if not hmac.compare_digest(headers.get("x-job-id", "").encode(), name.encode()):
+        raise Refused("BAD_TICKET", "header x-job-id is not hex(sha256(ticket))[:32]")
+    if open_.op != Op.RUN:
+        raise Refused("UNSUPPORTED_OP", "this server cannot take a job up again; start it anew with op RUN")
+    return name

@@ -1,0 +1,238 @@
+"""A job from the complete payload to its outcome: the queue, the lease, the run, the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+import trio
+
+from aipod.codec import digest
+from aipod.errors import JobFailed, leaves, outcome
+from aipod.job.request import Request
+from aipod.results import Result
+from aipod.runner import Report, RunnerBroken, Task
+from aipod.spool import Entry
+from aipod.versions import Versions
+from aipod.wire.ai import Error, Phase, State
+
+log = logging.getLogger("aipod.job")
+
+LOG_PIECE = 64 * 1024  # of the job's log per heartbeat
+# Log text between two writes to the entry; a worker's own bound is lower, this one is for methods on the loop.
+MAX_PENDING_LOG = 1024 * 1024
+
+CONTENT_TYPES = {"json": "application/json", "bytes": "application/octet-stream", "file": "application/octet-stream"}
+
+
+class Lease(Protocol):
+    """What `run_job` needs of `pool.Lease`."""
+
+    @property
+    def lock_name(self) -> str: ...
+
+    async def run(self, task: Task, report: Report) -> Result: ...
+
+
+class Queue(Protocol):
+    """A place in line for an instance: given by `service`, so that a job knows no pool."""
+
+    def place(self) -> int: ...
+
+    def lease(self) -> AbstractAsyncContextManager[Lease]: ...
+
+    def retire(self) -> None:
+        """The version's data has changed: instances that loaded the former data end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A stored result."""
+
+    kind: str
+    inline: bytes | None
+    size: int
+    digest: bytes
+
+
+class Job:
+    """What is known of a job while a process works on it. Changes in the trio thread only; `changed` tells viewers."""
+
+    def __init__(self, request: Request, entry: Entry, spool_id: str) -> None:
+        self.request = request
+        self.entry = entry
+        self.phase = Phase.RECEIVING
+        self.answer: Answer | None = None
+        self.error: JobFailed | None = None
+        self.progress = 0.0
+        self.message = ""
+        self.queue: Queue | None = None
+        self.changed = trio.Event()
+        self.ended = trio.Event()
+        self.released = trio.Event()  # nobody wants the answer any more
+        self.scope = trio.CancelScope()  # of the run: cancelled, the method is stopped
+        self._spool_id = spool_id
+        self._pending_log: list[str] = []
+        self._attempt = 0
+        self.began = time.monotonic()
+
+    def enter(self, phase: Phase) -> None:
+        """Go to `phase` and wake who watches."""
+        self.phase = phase
+        if phase == Phase.RUNNING:
+            self._attempt += 1
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def report(self, progress: float | None, message: str | None, text: str | None) -> None:
+        """What the method says; kept until the next tick."""
+        if progress is not None:
+            self.progress, self.message = progress, message or ""
+        if text is not None and sum(map(len, self._pending_log)) < MAX_PENDING_LOG:
+            self._pending_log.append(text if text.endswith("\n") else text + "\n")
+
+    async def save_log(self) -> None:
+        """Write what was logged since the last time. This is a trio-flavored async function."""
+        if self._pending_log:
+            text, self._pending_log = "".join(self._pending_log), []
+            await trio.to_thread.run_sync(self.entry.append_log, text)
+
+    def state(self) -> State:
+        """The job as its own client sees it."""
+        state = State(
+            phase=self.phase,
+            offset=self.entry.durable,
+            spool=self._spool_id,
+            progress=self.progress,
+            message=self.message,
+            attempt=self._attempt,
+            place=self.queue.place() if self.queue is not None and self.phase == Phase.QUEUED else 0,
+            epoch=self.request.open.epoch if self.request.open else 0,
+        )
+        if self.answer is not None:
+            state.size, state.digest = self.answer.size, self.answer.digest
+            state.content_type = CONTENT_TYPES[self.answer.kind]
+        if self.error is not None:
+            kind = self.error.metadata.get("type", "")
+            state.error = Error(type=kind, message=self.error.message, reason=self.error.reason)
+        return state
+
+    def cancel(self) -> None:
+        """Nobody wants the answer: stop the run, and let the entry go."""
+        self.scope.cancel()
+        self.released.set()
+
+
+async def run_job(job: Job, queue: Queue, versions: Versions, tick: float, timeout: float | None) -> None:
+    """Queue the job, run it, store the outcome, and keep the entry until nobody wants it.
+
+    This is a trio-flavored async function; it owns the job's entry and lives in the server's nursery, so that it can
+    outlive the call that brought the job. Cancelled: the method has ended and the entry is gone when it returns.
+    """
+    try:
+        with job.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_keep_log, job, tick)
+                await _queue_and_run(job, queue, versions, timeout)
+                nursery.cancel_scope.cancel()
+        if job.scope.cancelled_caught:
+            _fail(job, outcome("CANCELLED", "the job was cancelled"))
+    except BaseException as exc:
+        known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed)]
+        if known:
+            _fail(job, known[0])
+        elif isinstance(exc, Exception):
+            log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc)
+            _fail(job, outcome("INTERNAL", "an internal error; the server's log says more"))
+        else:
+            _fail(job, outcome("CANCELLED", "the server is shutting down"))
+            raise
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(versions.discard, job.request.job_id)
+            await job.save_log()
+        _log_end(job)
+        job.ended.set()
+        try:
+            await job.released.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(job.entry.destroy)
+
+
+async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: float | None) -> None:
+    request, entry = job.request, job.entry
+    task = Task(
+        job_id=request.job_id,
+        method=request.method,
+        version=request.version,
+        kwargs=request.kwargs,
+        metadata=request.metadata,
+        payload=entry.payload,
+        work_dir=entry.work,
+        res=entry.result,
+        new_version=versions.fresh(request.job_id),
+        timeout=timeout,
+    )
+    job.queue = queue
+    await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED"})
+    job.enter(Phase.QUEUED)
+    result = None
+    while result is None:
+        async with queue.lease() as lease:
+            await trio.to_thread.run_sync(entry.record, {"phase": "RUNNING", "worker": lease.lock_name})
+            job.enter(Phase.RUNNING)
+            try:
+                result = await lease.run(task, job.report)
+            except RunnerBroken:
+                job.enter(Phase.QUEUED)  # its worker had died while idle; the method was not started
+    # The run is over: from here on a cancel must not undo what it did.
+    with trio.CancelScope(shield=True):
+        if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
+            queue.retire()
+        job.answer = await trio.to_thread.run_sync(_store, job.entry, result)
+    job.enter(Phase.DONE)
+
+
+def _store(entry: Entry, result: Result) -> Answer:
+    """Make the result the job's answer. Blocks."""
+    if result.inline is not None:
+        size, check = len(result.inline), digest(result.inline)
+    else:
+        size, check = entry.measure_result()
+    entry.drop_payload()
+    fields: dict[str, Any] = {"phase": "DONE", "kind": result.kind, "size": size, "digest": check.hex()}
+    if result.inline is not None:
+        fields["inline"] = result.inline.decode("latin-1")
+    entry.record(fields)
+    return Answer(result.kind, result.inline, size, check)
+
+
+async def _keep_log(job: Job, tick: float) -> None:
+    while True:
+        await trio.sleep(tick)
+        await job.save_log()
+
+
+def _fail(job: Job, error: JobFailed) -> None:
+    job.error = error
+    job.enter(Phase.CANCELLED if error.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED)
+
+
+def _log_end(job: Job) -> None:
+    took = time.monotonic() - job.began
+    request = job.request
+    if job.error is None:
+        log.info("job %s %s@%s done in %.3f s", request.job_id, request.method, request.version, took)
+        return
+    level = logging.INFO if job.error.reason == "CANCELLED" else logging.WARNING
+    trace = job.error.metadata.get("trace", "")
+    log.log(
+        level,
+        "job %s %s@%s ended in %.3f s: %s: %s%s",
+        *(request.job_id, request.method, request.version, took, job.error.reason, job.error.message),
+        f"\n{trace}" if trace else "",
+    )

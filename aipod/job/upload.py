@@ -1,0 +1,167 @@
+"""The payload on its way into the spool: received on the loop, checked, decompressed and written in threads."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from aipod.codec import StreamDecoder, decode_chunk
+from aipod.config import MIB
+from aipod.errors import Refused
+from aipod.job.request import Request
+from aipod.spool import Entry
+from aipod.wire.ai import Raw
+
+# What may wait between the network and the disk, per call. One message may exceed it (they are bounded by
+# Config.max_message); after it the stream's window fills and the peer stops.
+INBOX = 4 * MIB
+
+Receive = Callable[[], Awaitable[Raw | None]]
+
+
+class Inbox:
+    """Messages between the task that receives and the one that writes; `put` waits while `INBOX` bytes are inside."""
+
+    def __init__(self) -> None:
+        self._messages: list[Raw] = []
+        self._bytes = 0
+        self._ended = False
+        self._changed = trio.Event()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def put(self, message: Raw) -> None:
+        while self._bytes > INBOX:
+            await self._changed.wait()
+        self._messages.append(message)
+        self._bytes += len(message.data) + 64
+        self._notify()
+
+    def end(self) -> None:
+        self._ended = True
+        self._notify()
+
+    async def take(self) -> list[Raw]:
+        """All that is there, at least one message; an empty list at the end."""
+        while not self._messages and not self._ended:
+            await self._changed.wait()
+        taken, self._messages, self._bytes = self._messages, [], 0
+        self._notify()
+        return taken
+
+
+class PlainSink:
+    """A plain client's payload: any zstd stream, complete at the half-close."""
+
+    def __init__(self, entry: Entry, size: int | None, limit: int) -> None:
+        self._entry = entry
+        self._size = size
+        self._limit = limit
+        self._decoder = StreamDecoder(self._write)
+        self.complete = False
+
+    def _write(self, data: bytes) -> None:
+        after = self._entry.written + len(data)
+        if self._size is not None and after > self._size:
+            raise Refused("SIZE_MISMATCH", f"the payload is longer than the {self._size} bytes that were declared")
+        check_limit(after, self._limit)
+        self._entry.write(data)
+
+    def feed(self, messages: Sequence[Raw]) -> None:
+        for message in messages:
+            self._decoder.feed(message.data)
+            if message.open is not None:
+                raise Refused("BAD_MESSAGE", "open is for the first message of a call")
+        self._entry.checkpoint()
+
+    def finish(self) -> None:
+        self._decoder.finish()
+        if self._size is not None and self._entry.written != self._size:
+            raise Refused(
+                "SIZE_MISMATCH", f"the payload has {self._entry.written} bytes, but {self._size} were declared"
+            )
+        self._entry.seal()
+
+
+class ChunkSink:
+    """An own client's payload: chunks at their offsets, complete with `last`."""
+
+    def __init__(self, entry: Entry, size: int | None, limit: int) -> None:
+        self._entry = entry
+        self._size = size
+        self._limit = limit
+        self._digest = b""
+        self._total = 0
+        self.complete = False
+
+    def feed(self, messages: Sequence[Raw]) -> None:
+        for message in messages:
+            if self.complete:
+                raise Refused("BAD_MESSAGE", "a message after the one with last")
+            if message.data:
+                self._chunk(message)
+            if message.last:
+                self.complete = True
+                self._digest = message.digest
+                self._total = self._entry.written if message.data else message.offset
+        self._entry.checkpoint()
+
+    def _chunk(self, message: Raw) -> None:
+        if message.offset != self._entry.written:
+            raise Refused(
+                "OFFSET_MISMATCH", f"a chunk at {message.offset}, where {self._entry.written} bytes have arrived"
+            )
+        data = decode_chunk(message.data)
+        after = self._entry.written + len(data)
+        if self._size is not None and after > self._size:
+            raise Refused("SIZE_MISMATCH", f"the payload is longer than the {self._size} bytes that were declared")
+        check_limit(after, self._limit)
+        self._entry.write(data)
+
+    def finish(self) -> None:
+        if not self.complete:
+            raise Refused("TRUNCATED", "the request ended before a message with last")
+        if self._total != self._entry.written or self._size not in (None, self._entry.written):
+            wanted = self._total if self._size is None else self._size
+            raise Refused("SIZE_MISMATCH", f"the payload has {self._entry.written} bytes, but {wanted} were declared")
+        digest = self._entry.seal()
+        if self._digest and self._digest != digest:
+            raise Refused("DIGEST_MISMATCH", "the payload's digest is not the one that was sent with it")
+
+
+def check_limit(size: int, limit: int) -> None:
+    """Raises `Refused(PAYLOAD_TOO_LARGE)`; a `limit` of 0 is none."""
+    if limit and size > limit:
+        raise Refused("PAYLOAD_TOO_LARGE", f"the payload is over this server's limit of {limit} bytes (--max-payload)")
+
+
+async def receive_payload(request: Request, entry: Entry, receive: Receive, *, limit: int, stall: float) -> None:
+    """Take the whole payload in. Returns when it is complete and checked.
+
+    This is a trio-flavored async function. Cancelled or raising `Refused`, the entry holds a part of the payload, and
+    no thread writes to it any more.
+    """
+    sink = (PlainSink if request.plain else ChunkSink)(entry, request.size, limit)
+    inbox = Inbox()
+
+    async def read() -> None:
+        message: Raw | None = request.first
+        while message is not None:
+            await inbox.put(message)
+            if not request.plain and message.last:
+                break
+            with trio.move_on_after(stall) as patience:
+                message = await receive()
+            if patience.cancelled_caught:
+                raise Refused("UPLOAD_STALLED", f"no message for {stall:g} s (--upload-stall)")
+        inbox.end()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        while messages := await inbox.take():
+            await trio.to_thread.run_sync(sink.feed, messages)
+            del messages
+        await trio.to_thread.run_sync(sink.finish)

@@ -1,0 +1,216 @@
+"""Instances of all versions: started on first use, leased, replaced, released.
+
+The mutable state is the line of jobs that wait and the list of instances; it changes only in synchronous steps of the
+trio thread, each followed by `_assign`, which alone decides who gets what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import trio
+
+from aipod.errors import JobFailed
+from aipod.results import Result
+from aipod.runner import Report, Runner, RunnerBroken, Task
+
+log = logging.getLogger("aipod.pool")
+
+MakeRunner = Callable[[str], Runner]
+
+
+@dataclasses.dataclass(eq=False)
+class Instance:
+    """One runner of a version and who uses it. A retired one gets no new jobs and ends when it is free."""
+
+    version: str
+    runner: Runner
+    users: int = 0
+    last_used: int = 0
+    retired: bool = False
+    ready: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Waiter:
+    """A job in line. `instance` is what it was given."""
+
+    version: str
+    given: trio.Event = dataclasses.field(default_factory=trio.Event)
+    instance: Instance | None = None
+
+
+class Pool:
+    """Made by `open_pool`."""
+
+    def __init__(self, make: MakeRunner, *, shared: bool, per_version: int, total: int, nursery: trio.Nursery) -> None:
+        self._make = make
+        self._shared = shared  # one instance per version runs all its jobs at once
+        self._per_version = per_version
+        self._total = total
+        # The pool's own: instances that are evicted or retired are shut down in it, so that no job waits for them.
+        self._nursery = nursery
+        self._instances: list[Instance] = []
+        self._line: list[Waiter] = []
+        self._clock = itertools.count(1)
+
+    def place(self, waiter: Waiter) -> int:
+        """How many jobs of the same version are before `waiter` in line."""
+        return sum(
+            other.version == waiter.version for other in itertools.takewhile(lambda w: w is not waiter, self._line)
+        )
+
+    @contextlib.asynccontextmanager
+    async def lease(self, version: str, waiter: Waiter) -> AsyncIterator[Lease]:
+        """Wait in line for an instance of `version`, first come, first served, and start it where needed.
+
+        This is a trio-flavored async function. Cancelled in line: the place is given up. Raises `JobFailed` where the
+        instance does not load.
+        """
+        instance = await self._wait(waiter)
+        try:
+            if not instance.ready:
+                await self._start(instance)
+            yield Lease(self, instance)
+        finally:
+            self._return(instance)
+
+    async def _wait(self, waiter: Waiter) -> Instance:
+        self._line.append(waiter)
+        self._assign()
+        try:
+            await waiter.given.wait()
+        except BaseException:
+            if waiter.instance is not None:  # given and cancelled in the same moment
+                self._return(waiter.instance)
+            raise
+        finally:
+            if waiter in self._line:
+                self._line.remove(waiter)
+        assert waiter.instance is not None
+        return waiter.instance
+
+    async def _start(self, instance: Instance) -> None:
+        try:
+            await instance.runner.start()
+        except BaseException:
+            self._forget(instance)
+            raise
+        instance.ready = True
+        self._assign()
+
+    def _assign(self) -> None:
+        """Give instances to whom they are due, in the order of the line."""
+        blocked: set[str] = set()
+        for waiter in list(self._line):
+            if waiter.version in blocked:
+                continue
+            instance = self._find(waiter.version)
+            if instance is None:
+                blocked.add(waiter.version)
+                continue
+            instance.users += 1
+            waiter.instance = instance
+            self._line.remove(waiter)
+            waiter.given.set()
+
+    def _find(self, version: str) -> Instance | None:
+        mine = [instance for instance in self._instances if instance.version == version and not instance.retired]
+        for instance in sorted(mine, key=lambda one: -one.last_used):
+            if instance.ready and (instance.users == 0 or self._shared):
+                return instance
+        if len(mine) >= (1 if self._shared else self._per_version):
+            return None
+        if len(self._instances) >= self._total and not self._evict():
+            return None
+        instance = Instance(version, self._make(version))
+        self._instances.append(instance)
+        return instance
+
+    def _evict(self) -> bool:
+        """Make room by closing the instance that has been idle for longest; False where none is idle."""
+        idle = [instance for instance in self._instances if instance.users == 0 and instance.ready]
+        if not idle:
+            return False
+        self._shut(min(idle, key=lambda one: one.last_used))
+        return True
+
+    def _return(self, instance: Instance) -> None:
+        instance.users -= 1
+        instance.last_used = next(self._clock)
+        if instance.retired and instance.users == 0:
+            self._shut(instance)
+        self._assign()
+
+    def retire(self, version: str) -> None:
+        """The version's data has changed: its instances end when they are free, the next job gets a new one."""
+        for instance in [one for one in self._instances if one.version == version]:
+            instance.retired = True
+            if instance.users == 0:
+                self._shut(instance)
+
+    def _forget(self, instance: Instance) -> None:
+        if instance in self._instances:
+            self._instances.remove(instance)
+        self._assign()
+
+    def _shut(self, instance: Instance) -> None:
+        if instance in self._instances:
+            self._instances.remove(instance)
+            self._nursery.start_soon(_shutdown, instance)
+
+    async def release(self) -> None:
+        """Shut all instances down, `close` hooks included. Nothing may be leased any more."""
+        async with trio.open_nursery() as nursery:
+            for instance in self._instances:
+                nursery.start_soon(_shutdown, instance)
+            self._instances = []
+
+
+async def _shutdown(instance: Instance) -> None:
+    try:
+        await instance.runner.shutdown()
+    except Exception as exc:
+        # A close hook that raises must not keep the others from closing.
+        log.error("closing an instance of version %s failed", instance.version, exc_info=exc)
+
+
+class Lease:
+    """An instance that a job may use until it leaves `Pool.lease`."""
+
+    def __init__(self, pool: Pool, instance: Instance) -> None:
+        self._pool = pool
+        self._instance = instance
+
+    @property
+    def lock_name(self) -> str:
+        """The worker lock that is held while the run may compute; empty where the server's own process runs it."""
+        return self._instance.runner.lock_name
+
+    async def run(self, task: Task, report: Report) -> Result:
+        """Run the task; as `Runner.run`. An instance that crashed is not used again."""
+        try:
+            return await self._instance.runner.run(task, report)
+        except RunnerBroken:
+            self._instance.retired = True
+            raise
+        except JobFailed as exc:
+            if exc.reason == "WORKER_CRASHED":
+                self._instance.retired = True
+            raise
+
+
+@contextlib.asynccontextmanager
+async def open_pool(make: MakeRunner, *, shared: bool, per_version: int, total: int) -> AsyncIterator[Pool]:
+    """A pool whose instances are all gone when the `async with` is left. This is a trio-flavored async function."""
+    async with trio.open_nursery() as nursery:
+        pool = Pool(make, shared=shared, per_version=per_version, total=total, nursery=nursery)
+        try:
+            yield pool
+        finally:
+            with trio.CancelScope(shield=True):
+                await pool.release()

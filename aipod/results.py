@@ -1,0 +1,76 @@
+"""What a method returned, as bytes to be kept in the journal or as the file `res` of its job. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+# Up to this length a result travels and is kept as bytes; above it, it is a file.
+INLINE = 64 * 1024
+KINDS = ("json", "bytes", "file")
+
+
+class BadResult(Exception):
+    """The method returned something that cannot be sent; `reason` is one of errors.TABLE."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """`kind` says what it was; `inline` holds it where it is short, else it is in the job's `res`."""
+
+    kind: str
+    inline: bytes | None = None
+
+
+def settle(value: Any, *, payload: Path, work_dir: Path, res: Path) -> Result:
+    """Turn `value` into a `Result`, writing `res` where it is long. Blocks. Raises `BadResult`.
+
+    `res` appears whole or not at all. A file in the work directory is renamed to it, the payload itself is linked
+    (never a second copy), any other file is copied.
+    """
+    if isinstance(value, Path):
+        _adopt(value, payload=payload, work_dir=work_dir, res=res)
+        return Result("file")
+    if isinstance(value, bytes | bytearray | memoryview):
+        kind, data = "bytes", bytes(value)
+    else:
+        try:
+            # Not NaN and Infinity: no JSON parser but Python's takes them.
+            kind, data = "json", json.dumps(value, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise BadResult(
+                "RESULT_NOT_JSON",
+                f"the method returned what JSON cannot hold: {exc}; return plain lists, dicts, numbers and strings, "
+                f"bytes, or a pathlib.Path",
+            ) from None
+    if len(data) <= INLINE:
+        return Result(kind, data)
+    fresh = res.with_suffix(".tmp")
+    fresh.write_bytes(data)
+    fresh.rename(res)
+    return Result(kind)
+
+
+def _adopt(source: Path, *, payload: Path, work_dir: Path, res: Path) -> None:
+    try:
+        real = source.resolve(strict=True)
+    except OSError as exc:
+        raise BadResult("RESULT_NO_FILE", f"the method returned the path of no file: {exc}") from None
+    if not real.is_file():
+        raise BadResult("RESULT_NO_FILE", f"the method returned {source.name!r}, which is not a file")
+    if real == payload.resolve():
+        os.link(real, res)
+    elif real.is_relative_to(work_dir.resolve()):
+        real.rename(res)
+    else:
+        fresh = res.with_suffix(".tmp")
+        shutil.copyfile(real, fresh)
+        fresh.rename(res)

@@ -1,0 +1,75 @@
+"""How an instance's methods are executed. Four verbs, the same for every kind: start, run, shutdown, wait.
+
+This package is the only one that starts processes and model threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from aipod.results import Result
+
+# (progress 0..1 or None, its message or None, log text or None)
+Report = Callable[[float | None, str | None, str | None], None]
+
+
+class RunnerBroken(Exception):
+    """This runner cannot run jobs any more and has not started this one: take another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What the served class offers, as told by who imported it."""
+
+    name: str
+    methods: Mapping[str, Mapping[str, Any]]
+    is_async: bool
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Description:
+        """From what `worker.describe` returns."""
+        return cls(raw["class"], raw["methods"], raw["async"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One run of one method."""
+
+    job_id: str
+    method: str
+    version: str
+    kwargs: bytes  # JSON object
+    metadata: Mapping[str, str]
+    payload: Path
+    work_dir: Path
+    res: Path
+    new_version: Path
+    timeout: float | None  # seconds
+
+
+class Runner(Protocol):
+    """One instance of a version. All four verbs are trio-flavored async functions."""
+
+    lock_name: str  # of the worker lock that is held while this runner may compute; empty where the server's own is
+    shared: bool  # may run several jobs at once
+
+    async def start(self) -> Description:
+        """Load the instance. Raises `JobFailed` (LOAD_FAILED, MODEL_ERROR, WORKER_CRASHED).
+
+        Cancelled: nothing is left.
+        """
+
+    async def run(self, task: Task, report: Report) -> Result:
+        """Run one method. Raises `JobFailed`, or `RunnerBroken` where nothing was started.
+
+        Cancelled: the method is asked to stop, then made to; this returns when it has really ended.
+        """
+
+    async def shutdown(self) -> None:
+        """Let the instance's `close` hook run, then end it, by force where it takes too long."""
+
+    async def wait(self) -> int | None:
+        """Wait for the end; the exit status of a process, None for anything else."""

@@ -1,0 +1,224 @@
+"""The process runner: a worker process per instance, so that a crash, a hang or a held GIL stays in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from aipod import worker
+from aipod.errors import JobFailed, outcome
+from aipod.results import Result
+from aipod.runner import Description, Report, RunnerBroken, Task
+from aipod.spool import Spool
+
+
+class ProcessRunner:
+    """One worker process (see `aipod.worker`).
+
+    The mutable state is the process and its socket; only the task that leases this runner touches them.
+    """
+
+    shared = False
+
+    def __init__(
+        self, model: str, version: str, data_dir: Path, spool: Spool, *, load_timeout: float, grace: float
+    ) -> None:
+        self.lock_name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._hello = {
+            "op": "load",
+            "model": model,
+            "version": version,
+            "data_dir": str(data_dir),
+            "lock": str(spool.worker_lock(self.lock_name)),
+            "path": sys.path,
+        }
+        self._spool = spool
+        self._load_timeout = load_timeout
+        self._grace = grace
+        self._buffer = bytearray()
+        self._process: trio.Process | None = None
+        self._stream: trio.SocketStream | None = None
+        self._tether = -1  # write end of the pipe whose end the worker cannot survive
+        self._broken = False
+
+    async def start(self) -> Description:
+        try:
+            await self._spawn()
+            with trio.move_on_after(self._load_timeout):
+                await self._send(self._hello)
+                event, _ = await self._receive()
+                if event["event"] == "ready":
+                    return Description.of(event)
+                raise outcome(event["reason"], event["message"], {"type": event["type"], "trace": event["trace"]})
+            raise outcome("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._end(0)
+            raise
+
+    async def look(self) -> Description:
+        """Have the class imported and described, without an instance; the worker is gone afterwards."""
+        self._hello["op"] = "look"
+        description = await self.start()
+        await self.shutdown()
+        return description
+
+    async def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        read_end, self._tether = os.pipe()
+        try:
+            self._process = await trio.lowlevel.open_process(
+                # -P: not the current directory first; the worker gets this process's sys.path.
+                [sys.executable, "-P", "-X", "faulthandler", "-m", "aipod.worker", str(theirs.fileno()), str(read_end)],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),  # stdout carries the listening lines and nothing else ever
+                pass_fds=(theirs.fileno(), read_end),
+                start_new_session=True,  # Ctrl-C on the terminal is the server's business
+                env={**os.environ, "PYTHONPATH": str(Path(worker.__file__).parent.parent)},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(read_end)
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+
+    async def run(self, task: Task, report: Report) -> Result:
+        if self._broken or self._process is None or self._process.poll() is not None:
+            raise RunnerBroken
+        head = {
+            "op": "run",
+            "job_id": task.job_id,
+            "method": task.method,
+            "version": task.version,
+            "metadata": dict(task.metadata),
+            "payload": str(task.payload),
+            "work_dir": str(task.work_dir),
+            "res": str(task.res),
+            "new_version": str(task.new_version),
+            "timeout": task.timeout,
+        }
+        running = False
+        try:
+            await self._send(head, task.kwargs)
+            running = True
+            return await self._result(report)
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                await self._stop(report, ask=running)
+            raise
+        except JobFailed:
+            if self._broken:
+                with trio.CancelScope(shield=True):
+                    await self._end(0)
+            raise
+
+    async def _result(self, report: Report) -> Result:
+        while True:
+            event, blob = await self._receive()
+            if event["event"] == "report":
+                report(event.get("progress"), event.get("message"), event.get("log"))
+            elif event["event"] == "done":
+                return Result(event["kind"], blob if event["inline"] else None)
+            else:
+                metadata: dict[str, str] = {name: event[name] for name in ("type", "trace") if name in event}
+                raise outcome(event["reason"], event["message"], metadata)
+
+    async def _stop(self, report: Report, *, ask: bool) -> None:
+        """Three steps: ask, SIGTERM, SIGKILL. Returns when the method has ended; the worker lives on if it obeyed."""
+        if ask:
+            with trio.move_on_after(self._grace) as asked, contextlib.suppress(JobFailed):
+                await self._send({"op": "cancel"})
+                await self._result(report)
+            if not asked.cancelled_caught and not self._broken:
+                return
+        self._signal(signal.SIGTERM)
+        await self._end(self._grace)
+
+    async def shutdown(self) -> None:
+        with trio.move_on_after(self._grace):
+            if not self._broken:
+                with contextlib.suppress(JobFailed):
+                    await self._send({"op": "close"})
+                await self.wait()
+        with trio.CancelScope(shield=True):
+            await self._end(0)
+
+    async def wait(self) -> int | None:
+        return None if self._process is None else await self._process.wait()
+
+    async def _end(self, grace: float) -> None:
+        """Make sure that the process is gone, and take its things away. Idempotent."""
+        self._broken = True
+        if self._process is not None:
+            with trio.move_on_after(grace):
+                await self._process.wait()
+            self._signal(signal.SIGKILL)
+            await self._process.wait()
+        if self._stream is not None:
+            await trio.aclose_forcefully(self._stream)
+            self._stream = None
+        if self._tether >= 0:
+            os.close(self._tether)
+            self._tether = -1
+        self._spool.forget_worker(self.lock_name)
+
+    def _signal(self, number: int) -> None:
+        """Signal the worker and the processes that the model started, which are in its session."""
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    async def _send(self, head: dict[str, Any], blob: bytes = b"") -> None:
+        assert self._stream is not None
+        try:
+            await self._stream.send_all(worker.pack(head, blob))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise await self._crashed() from None
+
+    async def _receive(self) -> tuple[dict[str, Any], bytes]:
+        """The next frame. Cancelled: what has arrived is kept. Raises `JobFailed(WORKER_CRASHED)`."""
+        assert self._stream is not None
+        while (frame := worker.unpack(self._buffer)) is None:
+            try:
+                data = await self._stream.receive_some()
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+            if not data:
+                raise await self._crashed()
+            self._buffer += data
+        return frame
+
+    async def _crashed(self) -> JobFailed:
+        """What to say about a worker that closed its socket: it is ending, or made to end."""
+        self._broken = True
+        with trio.move_on_after(self._grace):
+            await self.wait()
+        self._signal(signal.SIGKILL)
+        status = await self.wait()
+        text, metadata = explain_exit(status)
+        return outcome("WORKER_CRASHED", f"the worker process {text}", metadata)
+
+
+def explain_exit(status: int | None) -> tuple[str, dict[str, str]]:
+    """A process's exit status for a person, and for ErrorInfo."""
+    if status is None:
+        return "ended", {}
+    if status >= 0:
+        return f"exited with status {status}", {"exit": str(status)}
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}", {"signal": name}

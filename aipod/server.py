@@ -1,0 +1,246 @@
+"""The server's life: spool, pool, listeners, then a drain.
+
+This is trio; `transport.bridge` hosts grpclib's asyncio server in it. The nurseries, from the outside in: the pool's
+(instances that shut down), the jobs', and, in grpclib's tasks, one per call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import trio
+
+from aipod.config import Config, state_home
+from aipod.errors import AipodError
+from aipod.transport import bridge  # before anything that imports grpclib (see there)
+
+# isort: split
+from aipod.pool import MakeRunner, open_pool
+from aipod.runner import Description, Runner
+from aipod.runner.loop import LoopRunner
+from aipod.runner.process import ProcessRunner
+from aipod.service.ai import AI
+from aipod.service.health import Status
+from aipod.service.reflection import with_reflection
+from aipod.spool import Spool
+from aipod.transport.server import Server
+from aipod.versions import Versions
+
+log = logging.getLogger("aipod.server")
+
+# Seconds between sweeps for uploads that nobody came back to.
+SWEEP = 30.0
+# Seconds that connections get to take the last trailers and GOAWAY.
+LINGER = 0.5
+BACKLOG = 1024
+
+
+class ServeError(AipodError):
+    """The server cannot start; the text says why and what to do."""
+
+
+async def serve(
+    config: Config,
+    *,
+    stop: trio.Event | None = None,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `config.model` until `stop` is set or the task is cancelled.
+
+    This is a trio-flavored async function: `await nursery.start(serve, config)` returns the addresses once health
+    answers. `stop` begins a drain: health NOT_SERVING, new jobs refused, running ones get `config.drain` seconds, the
+    instances' `close` hooks run, and it returns. Cancelled: the same with no time for jobs. Raises `ServeError`,
+    `JobFailed` (the class does not load) and `spool.SpoolError`.
+    """
+    if stop is None:
+        stop = trio.Event()
+    with _sockets(config) as sockets, _home(config) as (spool_path, data_path):
+        spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)
+        async with bridge.open_loop():
+            description, make = await _look_at_model(config, spool, versions)
+            status = Status()
+            async with (
+                open_pool(
+                    make, shared=description.is_async, per_version=config.instances, total=config.max_instances
+                ) as pool,
+                trio.open_nursery() as jobs,
+            ):
+                ai = AI(config, description, pool, spool, versions, jobs)
+                jobs.start_soon(_sweep, spool)
+                async with _listening(config, [ai, status.service()], sockets) as server:
+                    task_status.started([_name(sock) for sock in sockets])
+                    try:
+                        await stop.wait()
+                        log.info("draining: at most %g s for running jobs", config.drain)
+                        status.stop_serving()
+                        await ai.drain(config.drain)
+                    finally:
+                        server.stop_listening()
+                        with trio.CancelScope(shield=True):
+                            await trio.sleep(LINGER if server.protocols else 0)
+                jobs.cancel_scope.cancel()
+
+
+def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool, Versions]:
+    spool = Spool.open(spool_path, config.app, reserve=config.reserve, ttl=config.upload_ttl)
+    removed = spool.sweep()
+    if removed:
+        log.info("removed %d entries of an earlier server from %s", removed, spool_path)
+    versions = Versions(data_path)
+    versions.sweep(spool.is_held)
+    return spool, versions
+
+
+async def _look_at_model(config: Config, spool: Spool, versions: Versions) -> tuple[Description, MakeRunner]:
+    """Have a worker import the class and tell what it is: the server never imports a user's heavy module unasked."""
+
+    def process(version: str) -> Runner:
+        data = versions.data_dir(version)
+        return ProcessRunner(
+            config.model, version, data, spool, load_timeout=config.load_timeout, grace=config.cancel_grace
+        )
+
+    def loop(version: str) -> Runner:
+        return LoopRunner(config.model, version, versions.data_dir(version))
+
+    scout = ProcessRunner(config.model, "", Path(), spool, load_timeout=config.load_timeout, grace=config.cancel_grace)
+    description = await scout.look()
+    if config.runner == "process" and description.is_async:
+        raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
+    if config.runner == "loop" and not description.is_async:
+        description = Description(description.name, description.methods, True)
+    return description, loop if description.is_async else process
+
+
+async def _sweep(spool: Spool) -> None:
+    while True:
+        await trio.sleep(SWEEP)
+        await trio.to_thread.run_sync(spool.sweep)
+
+
+@contextlib.asynccontextmanager
+async def _listening(config: Config, services: list[object], sockets: list[socket.socket]) -> AsyncIterator[Server]:
+    """grpclib's server on `sockets`; leaving drops what connections there still are."""
+
+    async def start() -> Server:
+        server = Server(with_reflection(services), config)
+        await server.listen(sockets)
+        return server
+
+    server = await bridge.to_trio(start)()
+    try:
+        yield server
+    finally:
+        server.stop_listening()
+        server.abort()
+
+
+@contextlib.contextmanager
+def _home(config: Config) -> Iterator[tuple[Path, Path]]:
+    """The spool and data directories; a temporary spool is removed at the end."""
+    base = state_home(os.environ) / config.app
+    data = Path(config.data).expanduser() if config.data else base / "data"
+    if config.spool != "tmp":
+        yield Path(config.spool).expanduser() if config.spool else base / "spool", data
+        return
+    path = Path(tempfile.mkdtemp(prefix="aipod-spool-"))
+    try:
+        yield path, data
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sockets(config: Config) -> Iterator[list[socket.socket]]:
+    """A listening socket for each address of `config.bind`. Raises `ServeError`."""
+    with contextlib.ExitStack() as stack:
+        sockets = []
+        for address in config.bind:
+            try:
+                sock = _listen(address, insecure=config.insecure)
+            except (OSError, ValueError) as exc:
+                raise ServeError(
+                    "BIND_FAILED", f"cannot listen on {address}: {exc}; choose another with --bind"
+                ) from exc
+            stack.enter_context(sock)
+            if address.startswith("unix:"):
+                stack.callback(_remove_socket, address.removeprefix("unix:"))
+            sockets.append(sock)
+        yield sockets
+
+
+def _listen(address: str, *, insecure: bool) -> socket.socket:
+    if address.startswith("unix:"):
+        return _listen_unix(address.removeprefix("unix:"))
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise ValueError("it is not HOST:PORT, [::1]:PORT or unix:PATH")
+    host = host.removeprefix("[").removesuffix("]")
+    family, kind, proto, _, where = socket.getaddrinfo(
+        host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where)
+        if not insecure and not _is_loopback(sock.getsockname()[0]):
+            raise ValueError("anybody who can reach it could call the model; add --insecure if that is meant")
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _listen_unix(path: str) -> socket.socket:
+    """Bind beside and rename: an old socket file is replaced, a living server's is not."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                    try:
+                        probe.connect(path)
+                    except ConnectionRefusedError:
+                        pass
+                    else:
+                        raise OSError("another server listens there")
+        fresh = f"{path}.{secrets.token_hex(4)}"
+        sock.bind(fresh)
+        os.chmod(fresh, 0o600)
+        sock.listen(BACKLOG)
+        os.rename(fresh, path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_socket(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    return ipaddress.ip_address(host).is_loopback
+
+
+def _name(sock: socket.socket) -> str:
+    where = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        # Bound under another name and renamed (see _listen_unix).
+        return f"unix:{where.rpartition('.')[0]}"
+    return f"[{where[0]}]:{where[1]}" if sock.family == socket.AF_INET6 else f"{where[0]}:{where[1]}"

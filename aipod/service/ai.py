@@ -1,0 +1,273 @@
+"""The service `ai.AI`: each call is a viewer of one job."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import trio
+from grpclib.const import Cardinality, Handler
+from grpclib.server import Stream
+
+from aipod.codec import PONG
+from aipod.config import Config
+from aipod.errors import Refused, leaves, outcome
+from aipod.job.reply import own_messages, plain_messages, send_all
+from aipod.job.request import Request, parse_request
+from aipod.job.run import LOG_PIECE, Job, run_job
+from aipod.job.upload import check_limit, receive_payload
+from aipod.pool import Lease, Pool, Waiter
+from aipod.runner import Description
+from aipod.service.status import Ending, ending_of, log
+from aipod.service.viewer import Call, Writer
+from aipod.spool import Spool
+from aipod.transport import bridge
+from aipod.transport.server import PEER_GONE
+from aipod.versions import Versions
+from aipod.wire.ai import Raw, State, StreamInput
+
+RPCS = {"chaos": Raw, "train": StreamInput, "predict": StreamInput, "log": StreamInput}
+
+
+class AI:
+    """The service object that grpclib serves.
+
+    The mutable state is the number of calls under way (a drain waits for it) and whether a drain has begun.
+    """
+
+    def __init__(
+        self, config: Config, description: Description, pool: Pool, spool: Spool, versions: Versions, jobs: trio.Nursery
+    ) -> None:
+        self._config = config
+        self._description = description
+        self._pool = pool
+        self._spool = spool
+        self._versions = versions
+        # The server's: a job must be able to outlive the call that brought it.
+        self._jobs = jobs
+        self._active: set[trio.CancelScope] = set()
+        self._idle = trio.Event()
+        self.draining = False
+
+    def __mapping__(self) -> dict[str, Handler]:
+        return {
+            f"/ai.AI/{rpc}": Handler(
+                bridge.to_asyncio(functools.partial(self._serve, rpc)), Cardinality.STREAM_STREAM, kind, Raw
+            )
+            for rpc, kind in RPCS.items()
+        }
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new jobs and wait for those under way; cancel what is left after `seconds`.
+
+        This is a trio-flavored async function.
+        """
+        self.draining = True
+        with trio.move_on_after(seconds):
+            while self._active:
+                await self._wait_idle()
+        for scope in self._active:
+            scope.cancel()
+        with trio.move_on_after(2 * self._config.cancel_grace + 5):  # the three steps, then trailers
+            while self._active:
+                await self._wait_idle()
+
+    async def _wait_idle(self) -> None:
+        self._idle = trio.Event()
+        await self._idle.wait()
+
+    async def _serve(self, rpc: str, stream: Stream[Any, Raw]) -> None:
+        """One call, from the initial metadata to the trailers. This is a trio-flavored async function.
+
+        Cancelled (the connection is gone): the job is cancelled; nothing is sent.
+        """
+        call = Call(stream)
+        scope = trio.CancelScope()
+        self._active.add(scope)
+        try:
+            await self._converse(rpc, call, scope)
+        except (Exception, BaseExceptionGroup) as exc:
+            if not all(isinstance(leaf, PEER_GONE) for leaf in leaves(exc)):
+                raise
+            log.info("a call of %s was left by its peer: %s", rpc, exc)
+        finally:
+            self._active.discard(scope)
+            if not self._active:
+                self._idle.set()
+
+    async def _converse(self, rpc: str, call: Call, scope: trio.CancelScope) -> None:
+        ending, trailers = Ending(), dict[str, str]()
+        await call.start()
+        async with trio.open_nursery() as nursery:
+            writer = Writer(call)
+            nursery.start_soon(writer.run)
+            try:
+                await self._view(rpc, call, writer, trailers, scope)
+            except (Exception, BaseExceptionGroup) as exc:
+                if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(exc)):
+                    raise
+                ending = ending_of(exc)
+            writer.close()
+            await writer.done.wait()
+        await call.finish(ending, trailers)
+
+    async def _view(
+        self, rpc: str, call: Call, writer: Writer, trailers: dict[str, str], scope: trio.CancelScope
+    ) -> None:
+        viewer = Viewer(writer, self._config.tick)
+        timeout = call.timeout
+        scope.deadline = trio.current_time() + timeout if timeout is not None else float("inf")
+        with scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(viewer.beat)
+                request = await self._open(rpc, call)
+                async with self._job(request, call, viewer) as job:
+                    await job.ended.wait()
+                    viewer.stop()
+                    await self._answer(job, writer, viewer, trailers)
+                nursery.cancel_scope.cancel()
+        if scope.cancelled_caught:
+            if trio.current_time() >= scope.deadline:
+                raise outcome("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
+            raise Refused("DRAINING", "the server is shutting down; try again")
+
+    async def _open(self, rpc: str, call: Call) -> Request:
+        """Read and check what is asked for; every refusal that needs no payload is made here."""
+        if self.draining:
+            raise Refused("DRAINING", "the server is shutting down; try again")
+        with trio.move_on_after(self._config.upload_stall):
+            first = await call.receive_first()
+            if first is None:
+                raise Refused("BAD_MESSAGE", "the request ended before its first message")
+            request = parse_request(
+                rpc, first, call.headers, self._description.methods, self._description.name, self._config.max_kwargs
+            )
+            if request.open is not None and request.open.spool not in ("", self._spool.id):
+                raise Refused("WRONG_SPOOL", "that job lives in another spool", {"spool": self._spool.id})
+            check_limit(request.size or 0, self._config.max_payload)
+            return request
+        raise Refused("UPLOAD_STALLED", f"no first message for {self._config.upload_stall:g} s (--upload-stall)")
+
+    @contextlib.asynccontextmanager
+    async def _job(self, request: Request, call: Call, viewer: Viewer) -> AsyncIterator[Job]:
+        """Receive the payload and start the job. When the viewer leaves, the job is cancelled if it has not ended.
+
+        That is the one place which decides what a viewer's end means to its job: its end, until jobs can be resumed.
+        """
+        fields = {"ticketed": not request.plain, "method": request.method, "version": request.version}
+        entry = await trio.to_thread.run_sync(
+            functools.partial(self._spool.claim, request.job_id, fields, size=request.size)
+        )
+        job = Job(request, entry, self._spool.id)
+        try:
+            viewer.watch(job)
+            await receive_payload(
+                request, entry, call.receive, limit=self._config.max_payload, stall=self._config.upload_stall
+            )
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(entry.destroy)
+            raise
+        queue = Place(self._pool, request.version)
+        limit = self._description.methods[request.method].get("timeout")
+        self._jobs.start_soon(run_job, job, queue, self._versions, self._config.tick, limit)
+        try:
+            yield job
+        finally:
+            job.cancel()
+
+    async def _answer(self, job: Job, writer: Writer, viewer: Viewer, trailers: dict[str, str]) -> None:
+        request, answer = job.request, job.answer
+        level = self._config.level
+        if request.plain:
+            if answer is None:
+                assert job.error is not None, "an ended job has an answer or an error"
+                raise job.error
+            if answer.kind == "file":
+                trailers["x-content-type"] = "application/octet-stream"
+            await send_all(plain_messages(job.entry, answer, level, self._config.max_message), writer.send)
+            return
+        await viewer.say_outcome()
+        if answer is not None:
+            assert request.open is not None
+            await send_all(own_messages(job.entry, answer, request.open.have, level), writer.send)
+
+
+class Place:
+    """A job's place in the pool's line."""
+
+    def __init__(self, pool: Pool, version: str) -> None:
+        self._pool = pool
+        self._version = version
+        self._waiter = Waiter(version)
+
+    def place(self) -> int:
+        return self._pool.place(self._waiter)
+
+    def lease(self) -> AbstractAsyncContextManager[Lease]:
+        self._waiter = Waiter(self._version)
+        return self._pool.lease(self._version, self._waiter)
+
+    def retire(self) -> None:
+        self._pool.retire(self._version)
+
+
+class Viewer:
+    """Says what a job is doing: at once, at every tick, and to its own client also when its phase changes."""
+
+    def __init__(self, writer: Writer, tick: float) -> None:
+        self._writer = writer
+        self._tick = tick
+        self._job: Job | None = None
+        self._log_seen = 0
+        self._watched = trio.Event()
+        self._stopped = False
+
+    def watch(self, job: Job) -> None:
+        """From now on heartbeats are about `job`."""
+        self._job = job
+        if job.request.open is not None:
+            self._log_seen = job.request.open.log_have
+            self._watched.set()
+
+    def stop(self) -> None:
+        """No more heartbeats: the answer follows."""
+        self._stopped = True
+
+    async def beat(self) -> None:
+        """Send heartbeats until `stop`. This is a trio-flavored async function."""
+        while True:
+            changed = self._job.changed if self._job is not None else self._watched
+            state = await self._state()
+            if self._stopped:
+                return
+            if self._writer.beat(state) and state is not None:
+                self._log_seen += len(state.log)
+            with trio.move_on_after(self._tick):
+                # A plain client hears a PONG a second and nothing else.
+                await (self._watched if self._plain else changed).wait()
+
+    @property
+    def _plain(self) -> bool:
+        return self._job is not None and self._job.request.plain
+
+    async def _state(self) -> State | None:
+        if self._job is None or self._plain:
+            return None
+        state = self._job.state()
+        state.log_offset = self._log_seen
+        state.log = await trio.to_thread.run_sync(self._job.entry.read_log, self._log_seen, LOG_PIECE)
+        return state
+
+    async def say_outcome(self) -> None:
+        """Send the terminal state and the rest of the log; unlike heartbeats they are never skipped."""
+        while True:
+            state = await self._state()
+            assert state is not None, "only own clients are told states"
+            self._log_seen += len(state.log)
+            await self._writer.send(Raw(data=PONG, state=state))
+            if not state.log:
+                return

@@ -1,0 +1,49 @@
+"""The one place where an outcome becomes a gRPC status with google.rpc details (https://google.aip.dev/193)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
+
+from aipod.errors import DOMAIN, AipodError, leaves
+
+log = logging.getLogger("aipod.service")
+
+# nginx passes on only as much of a response's headers as grpc_buffer_size (64 KiB in deploy/nginx.conf).
+MAX_TEXT = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a call ends."""
+
+    status: Status = Status.OK
+    message: str | None = None
+    details: list[Any] | None = None
+
+
+def ending_of(exc: BaseException) -> Ending:
+    """The status for whatever a call's nursery raised. Text of unknown exceptions stays in the server's log."""
+    known = next((leaf for leaf in leaves(exc) if isinstance(leaf, AipodError)), None)
+    if known is not None:
+        public = {name: value for name, value in known.metadata.items() if name != "trace"}
+        details: list[Any] = [ErrorInfo(reason=known.reason, domain=DOMAIN, metadata=public)]
+        if known.retry_after is not None:
+            details.append(
+                RetryInfo(retry_delay=Duration(nanos=int(known.retry_after % 1 * 1e9), seconds=int(known.retry_after)))
+            )
+        kind = known.metadata.get("type")
+        text = f"{kind}: {known.message}" if kind else known.message
+        return Ending(Status(int(known.code)), text[:MAX_TEXT], details)
+    wire = next((leaf for leaf in leaves(exc) if isinstance(leaf, GRPCError)), None)
+    if wire is not None:
+        details = [ErrorInfo(reason="BAD_MESSAGE", domain=DOMAIN)]
+        return Ending(wire.status, wire.message, details)
+    log.error("a bug of aipod", exc_info=exc)
+    return Ending(Status.INTERNAL, "internal error", [ErrorInfo(reason="INTERNAL", domain=DOMAIN)])

@@ -1,0 +1,93 @@
+"""One call, as trio sees it: the stream's two directions and the task that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import trio
+from grpclib.server import Stream
+
+from aipod.codec import PONG
+from aipod.service.status import Ending
+from aipod.transport import bridge
+from aipod.transport.server import request_timeout
+from aipod.wire.ai import Raw, State, StreamInput
+
+
+class Call:
+    """A grpclib server stream with trio-flavored methods. One task may receive, one may send."""
+
+    def __init__(self, stream: Stream[Any, Raw]) -> None:
+        self._stream = stream
+        self.timeout = request_timeout(stream)
+        # Repeated headers: the last one wins, as in a dict; bin headers are not for us.
+        self.headers: Mapping[str, str] = {
+            name: value for name, value in (stream.metadata or {}).items() if isinstance(value, str)
+        }
+
+    async def start(self) -> None:
+        """Send the initial metadata. First of all, or nginx may never tell a client that its upstream has died."""
+        await bridge.inline(self._stream.send_initial_metadata)
+
+    async def receive_first(self) -> Any:
+        """The first message, a Raw or a StreamInput; None after the half-close. Raises GRPCError for a bad one."""
+        return await bridge.inline(self._stream.recv_message)
+
+    async def receive(self) -> Raw | None:
+        """The next piece of the payload, None after the half-close. Raises GRPCError for what cannot be parsed."""
+        message = await bridge.inline(self._stream.recv_message)
+        return (message.raw or Raw()) if isinstance(message, StreamInput) else message
+
+    async def send(self, message: Raw) -> None:
+        """Send one message. Never cancelled on the good path: half a message would precede the status."""
+        await bridge.inline(self._stream.send_message, message)
+
+    async def finish(self, ending: Ending, trailers: Mapping[str, str]) -> None:
+        """Send the trailers; nothing may be sent after."""
+        details = ending.details
+
+        async def end() -> None:
+            await self._stream.send_trailing_metadata(
+                status=ending.status, status_message=ending.message, status_details=details, metadata=dict(trailers)
+            )
+
+        await bridge.inline(end)
+
+
+class Writer:
+    """The one task that writes to a call. Everybody else hands messages to it."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        # One message waits while one is written: a heartbeat finds no room behind a stalled peer, and is skipped.
+        self._send, self._receive = trio.open_memory_channel[Raw](1)
+        self.beats = True  # heartbeats may be sent: until the result's first message
+        self.done = trio.Event()
+
+    async def run(self) -> None:
+        """Write until `close`. This is a trio-flavored async function."""
+        async with self._receive:
+            async for message in self._receive:
+                await self._call.send(message)
+        self.done.set()
+
+    async def send(self, message: Raw) -> None:
+        """Hand over a message of the answer; from the first one on there are no heartbeats."""
+        if message.state is None:
+            self.beats = False
+        await self._send.send(message)
+
+    def beat(self, state: State | None) -> bool:
+        """A heartbeat, unless the peer has not even taken what came before it. False where it was skipped."""
+        if not self.beats:
+            return False
+        try:
+            self._send.send_nowait(Raw(data=PONG, state=state))
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
+        return True
+
+    def close(self) -> None:
+        """No more messages: `run` ends when it has written those that it has."""
+        self._send.close()

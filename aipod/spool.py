@@ -1,0 +1,359 @@
+"""The directory where jobs live: entries, their locks, their journals, and what is swept away.
+
+    spool/                 0700
+      app                  MODULE.CLASS that this spool belongs to
+      spool-id             random, made once; with the boot id behind it, it names this spool on the wire
+      workers/<name>.lock  held by a worker process for as long as it lives
+      <id>.lock            held by the server process that works on the entry; unlinked only by who holds it
+      <id>/                0700
+        state              the journal: one line per step, "crc32 json\\n"; the fold of all whole lines is the truth
+        in                 the decompressed payload
+        kw                 kwargs JSON, where it is longer than `INLINE` (else in the journal)
+        res                the result, uncompressed, where it is longer than `INLINE` (else in the journal)
+        log                what the model logged
+        work/              the model's scratch directory
+      .trash-*             being removed
+
+Nothing here is async and nothing but this module writes below `spool/` (a worker writes `res` and `work/` of its own
+job): callers hop to a thread. Page cache survives a killed process, so only a power cut asks for fsync: the first
+`SYNC_AFTER` seconds of an entry are never synced, which is why small jobs cost no flush.
+
+Locks are `flock`s through filelock, one object per holder and `thread_local=False`: with its default, a release in
+another thread than the acquire does nothing, silently (tox-dev/filelock#404). The lock file lies outside the entry,
+because a renamed directory would take a waiter's lock file with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from aipod.codec import new_hasher
+from aipod.config import GIB, MIB
+from aipod.errors import Refused
+
+SYNC_AFTER = 1.0  # seconds: the first tick
+SYNC_BYTES = 64 * MIB  # at most this much is ever written again after a power cut
+MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
+READ = 1 * MIB
+
+
+class SpoolError(Exception):
+    """The spool directory cannot be used; the text says why and what to do."""
+
+
+def _lock(path: Path) -> filelock.BaseFileLock:
+    # No soft fallback: on a file system without flock an error is right, a lock that a kill leaves behind is not.
+    return filelock.FileLock(path, thread_local=False, fallback_to_soft=False, mode=0o600)
+
+
+def _try_lock(path: Path) -> filelock.BaseFileLock | None:
+    lock = _lock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        return None
+    return lock
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+    except OSError:
+        return "0" * 32  # no boot id on this system: a reboot is then not noticed, as on every other spool software
+
+
+class Journal:
+    """Append-only lines, each checksummed; a torn last line (kill, power cut) is as if never written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+        text = json.dumps(fields, separators=(",", ":"))
+        line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(fd, line)
+            if sync:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def read(self) -> dict[str, Any]:
+        """The fold of all whole lines, later ones over earlier ones; empty where there is none."""
+        state: dict[str, Any] = {}
+        try:
+            raw = self._path.read_bytes()
+        except FileNotFoundError:
+            return state
+        for line in raw.splitlines(keepends=True):
+            check, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
+                break
+            state.update(json.loads(text))
+        return state
+
+
+class Entry:
+    """One job's directory, held by its lock. Every method blocks: call it from a thread.
+
+    The mutable state is the open payload file and how much of it is written and synced; only the one uploader of the
+    job touches it.
+    """
+
+    def __init__(self, spool: Spool, job_id: str, lock: filelock.BaseFileLock) -> None:
+        self.id = job_id
+        self.path = spool.path / job_id
+        self.payload = self.path / "in"
+        self.result = self.path / "res"
+        self.work = self.path / "work"
+        self._spool = spool
+        self._lock = lock
+        self._journal = Journal(self.path / "state")
+        self._fd: int | None = None
+        self._hasher = new_hasher()
+        self.written = 0  # bytes in the payload file
+        self.durable = 0  # bytes of it that a power cut cannot take
+        self._synced_at = time.monotonic()
+        self._log_size = 0
+
+    def create(self, fields: dict[str, Any]) -> None:
+        """Make the directory, the journal's first line and the empty payload file."""
+        self.path.mkdir(mode=0o700)
+        self.record(fields)
+        self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def record(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+        """Append a line to the journal."""
+        self._journal.append(fields, sync=sync)
+
+    def write(self, data: bytes) -> None:
+        """Append payload bytes. Raises `Refused(SPOOL_FULL)`."""
+        assert self._fd is not None, "the payload is sealed"
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as exc:
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Refused("SPOOL_FULL", "the server's disk is full; try again later") from None
+        self._hasher.update(data)
+        self.written += len(data)
+
+    def checkpoint(self) -> None:
+        """Make what has been written durable where a tick has passed or `SYNC_BYTES` are at stake."""
+        if time.monotonic() - self._synced_at < SYNC_AFTER and self.written - self.durable < SYNC_BYTES:
+            return
+        self._spool.check_space(0)
+        if self._fd is not None and self.written > self.durable:
+            os.fdatasync(self._fd)
+            self.durable = self.written
+            self.record({"offset": self.durable}, sync=True)
+        self._synced_at = time.monotonic()
+
+    def seal(self) -> bytes:
+        """Close the payload, make it read-only, and return its digest."""
+        if self._fd is not None:
+            os.fchmod(self._fd, 0o400)
+            os.close(self._fd)
+            self._fd = None
+        return self._hasher.digest()
+
+    def drop_payload(self) -> None:
+        """Remove the payload: the run is over, its space is better used by the result."""
+        with contextlib.suppress(FileNotFoundError):
+            self.payload.unlink()
+
+    def measure_result(self) -> tuple[int, bytes]:
+        """Size and digest of `res`."""
+        hasher, size = new_hasher(), 0
+        for piece in self.read_result(0):
+            hasher.update(piece)
+            size += len(piece)
+        return size, hasher.digest()
+
+    def read_result(self, offset: int) -> Iterator[bytes]:
+        """The bytes of `res` from `offset` on, in pieces of at most `READ`."""
+        with self.result.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while piece := file.read(READ):
+                yield piece
+
+    def append_log(self, text: str) -> None:
+        """Append to the job's log, up to `MAX_LOG` in all."""
+        data = text.encode("utf-8", "replace")
+        if self._log_size + len(data) > MAX_LOG:
+            if self._log_size >= MAX_LOG:
+                return
+            data = data[: MAX_LOG - self._log_size - 64] + b"\n[the log is full; the rest is dropped]\n"
+            self._log_size = MAX_LOG
+        else:
+            self._log_size += len(data)
+        with (self.path / "log").open("ab") as file:
+            file.write(data)
+
+    def read_log(self, offset: int, limit: int) -> bytes:
+        """At most `limit` bytes of the log from `offset` on, cut at a character; empty where there is no more."""
+        try:
+            with (self.path / "log").open("rb") as file:
+                file.seek(offset)
+                data = file.read(limit)
+        except FileNotFoundError:
+            return b""
+        return data.decode("utf-8", "ignore").encode()
+
+    def destroy(self) -> None:
+        """Remove the entry, then its lock file, then let go of the lock. Idempotent."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        trash = self._spool.path / f".trash-{secrets.token_hex(8)}"
+        try:
+            self.path.rename(trash)
+        except FileNotFoundError:
+            pass
+        else:
+            shutil.rmtree(trash, ignore_errors=True)  # what stays is swept at the next start
+        # Unlinked while held: filelock looks at st_nlink after every acquire, so a waiter notices and tries anew.
+        with contextlib.suppress(FileNotFoundError):
+            self._spool.lock_path(self.id).unlink()
+        self._lock.release()
+
+
+class Spool:
+    """A spool directory, opened for one app. `open` it; methods block."""
+
+    def __init__(self, path: Path, *, reserve: int, ttl: float) -> None:
+        self.path = path
+        self.workers = path / "workers"
+        self.id = ""
+        self._reserve = reserve
+        self._ttl = ttl
+        self._seen: dict[str, tuple[float, float]] = {}  # job id -> (newest mtime, when first seen so, monotonic)
+
+    @classmethod
+    def open(cls, path: Path, app: str, *, reserve: int = GIB, ttl: float = 3600.0) -> Spool:
+        """Make or open `path` for `app`, and sweep it. Raises `SpoolError`."""
+        spool = cls(path, reserve=reserve, ttl=ttl)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner = spool._once("app", app)
+            if owner != app:
+                raise SpoolError(
+                    f"spool {path} belongs to {owner}, not to {app}; choose another directory with --spool, "
+                    f"or remove it if its jobs are not wanted"
+                )
+            spool.id = f"{spool._once('spool-id', secrets.token_hex(8))}-{_boot_id()}"
+            spool.workers.mkdir(mode=0o700, exist_ok=True)
+            probe = _try_lock(path / ".probe")
+            if probe is not None:
+                probe.release()
+        except (OSError, NotImplementedError) as exc:
+            raise SpoolError(f"spool {path} cannot be used: {exc}; choose a local directory with --spool") from exc
+        return spool
+
+    def _once(self, name: str, value: str) -> str:
+        """The content of file `name`, which is `value` where it did not exist: the same for all who race."""
+        target = self.path / name
+        if not target.exists():
+            fresh = self.path / f".{name}-{secrets.token_hex(4)}"
+            fresh.write_text(value)
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, target)
+            fresh.unlink()
+        return target.read_text().strip()
+
+    def lock_path(self, job_id: str) -> Path:
+        return self.path / f"{job_id}.lock"
+
+    def worker_lock(self, name: str) -> Path:
+        """The lock file that worker `name` holds for as long as it lives."""
+        return self.workers / f"{name}.lock"
+
+    def forget_worker(self, name: str) -> None:
+        """Remove the lock file of a worker that has been waited for."""
+        with contextlib.suppress(FileNotFoundError):
+            self.worker_lock(name).unlink()
+
+    def check_space(self, wanted: int) -> None:
+        """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes would eat into the reserve."""
+        stat = os.statvfs(self.path)
+        if stat.f_bavail * stat.f_frsize - wanted < self._reserve:
+            raise Refused("SPOOL_FULL", "the server's disk has no room for this payload; try again later")
+
+    def claim(self, job_id: str, fields: dict[str, Any], *, size: int | None) -> Entry:
+        """Create the entry `job_id` and hold it. Raises `Refused` (SPOOL_FULL, JOB_EXISTS)."""
+        self.check_space(size or 0)
+        lock = _try_lock(self.lock_path(job_id))
+        if lock is None:
+            raise Refused("JOB_EXISTS", "a job with this ticket is already under way; use a new ticket")
+        entry = Entry(self, job_id, lock)
+        try:
+            entry.create(fields)
+        except FileExistsError:
+            lock.release()
+            raise Refused("JOB_EXISTS", "a job with this ticket already exists; use a new ticket") from None
+        except OSError as exc:
+            entry.destroy()
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Refused("SPOOL_FULL", "the server's disk is full; try again later") from None
+        return entry
+
+    def is_held(self, job_id: str) -> bool:
+        """True while a living process works on the job."""
+        if not self.lock_path(job_id).exists():
+            return False
+        lock = _try_lock(self.lock_path(job_id))
+        if lock is not None:
+            lock.release()
+        return lock is None
+
+    def sweep(self, now: Callable[[], float] = time.monotonic) -> int:
+        """Remove what nobody can want: trash, entries that no ticket can claim, and those unchanged for the TTL.
+
+        Held entries belong to a living process and are left alone. No wall clock decides: an entry's age is how long
+        its newest modification time has stayed the same by the monotonic clock of this process. Returns how many
+        entries were removed.
+        """
+        for trash in self.path.glob(".trash-*"):
+            shutil.rmtree(trash, ignore_errors=True)
+        for path in self.workers.glob("*.lock"):
+            lock = _try_lock(path)
+            if lock is not None:
+                path.unlink(missing_ok=True)
+                lock.release()
+        ids = {path.name.removesuffix(".lock") for path in self.path.glob("*.lock")}
+        ids |= {path.name for path in self.path.iterdir() if len(path.name) == 32 and path.is_dir()}
+        self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in ids}
+        return sum(self._sweep_one(job_id, now()) for job_id in ids)
+
+    def _sweep_one(self, job_id: str, now: float) -> bool:
+        lock = _try_lock(self.lock_path(job_id))
+        if lock is None:
+            return False
+        entry = Entry(self, job_id, lock)
+        if Journal(entry.path / "state").read().get("ticketed"):
+            newest = max(path.stat().st_mtime for path in (entry.path, *entry.path.iterdir()))
+            if self._seen.get(job_id, (None, 0))[0] != newest:
+                self._seen[job_id] = (newest, now)
+            if now - self._seen[job_id][1] < self._ttl:
+                lock.release()
+                return False
+        self._seen.pop(job_id, None)
+        existed = entry.path.exists()
+        entry.destroy()
+        return existed

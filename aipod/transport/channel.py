@@ -1,0 +1,71 @@
+"""The calling side: a channel that survives a graceful GOAWAY and never waits for ever to connect."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import grpclib.client
+from grpclib.encoding.proto import ProtoStatusDetailsCodec
+from h2.errors import ErrorCodes
+
+from aipod.config import Config
+from aipod.transport.codec import Codec
+from aipod.transport.http2 import H2Protocol, configuration
+
+
+class Channel(grpclib.client.Channel):
+    """A connection to one address, made when it is first needed. asyncio-flavored."""
+
+    def __init__(self, target: str, config: Config) -> None:
+        host, port, path = split_target(target)
+        super().__init__(
+            host,
+            port,
+            path=path,
+            codec=Codec(),
+            status_details_codec=ProtoStatusDetailsCodec(),
+            config=configuration(config),
+        )
+        self._settings = config
+
+    def _protocol_factory(self) -> H2Protocol:
+        return H2Protocol(grpclib.client.Handler(), self._settings, client=True)
+
+    @property
+    def _connected(self) -> bool:
+        # Not one that has announced its end: nginx does at every reload; its streams finish, new ones go elsewhere.
+        protocol = cast(H2Protocol | None, self._protocol)
+        return super()._connected and protocol is not None and not protocol.processor.draining
+
+    async def _create_connection(self) -> Any:
+        return await asyncio.wait_for(super()._create_connection(), self._settings.connect_timeout)
+
+
+def reset(stream: grpclib.client.Stream[Any, Any]) -> None:
+    """Send RST_STREAM(CANCEL) for a call that nobody wants; grpclib would say NO_ERROR, or wait for trailers."""
+    if stream._send_request_done and stream._stream.closable:
+        stream._stream.reset_nowait(ErrorCodes.CANCEL)
+        stream._cancel_done = True
+
+
+async def read_status(stream: grpclib.client.Stream[Any, Any]) -> None:
+    """Wait for the trailers. Raises GRPCError for any status but OK. This is an asyncio-flavored function."""
+    if not stream._end_done:
+        # A server may end a call early; grpclib then wants our side ended before it tells why.
+        await stream.end()
+    if not stream._recv_trailing_metadata_done:
+        await stream.recv_trailing_metadata()
+
+
+def split_target(target: str) -> tuple[str | None, int | None, str | None]:
+    """HOST:PORT, [::1]:PORT or unix:PATH as (host, port, path). Raises ValueError."""
+    if target.startswith("unix:"):
+        path = target.removeprefix("unix:")
+        if not path:
+            raise ValueError("unix: without a path; write unix:/run/aipod.sock")
+        return None, None, path
+    host, colon, port = target.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{target!r} is not HOST:PORT, [::1]:PORT or unix:PATH")
+    return host.removeprefix("[").removesuffix("]"), int(port), None

@@ -1,0 +1,74 @@
+"""Which data a version has: one directory per version under the server's data directory.
+
+    data/<version>           what a method wrote into `context.new_version`
+    data/.new-<job id>       being written; becomes data/<version> when the method returns
+    data/.old-<job id>-<version>  the former data of a version, for the moment in which it is replaced
+
+All functions block: call them from a thread.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from aipod.errors import Refused
+from aipod.models import DEFAULT_VERSION, VERSION
+
+
+def check_version(version: str) -> str:
+    """`version`, or the default for an empty one. Raises `Refused(BAD_VERSION)`: it becomes a directory's name."""
+    version = version or DEFAULT_VERSION
+    if not VERSION.match(version):
+        raise Refused(
+            "BAD_VERSION", f"version {version[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-', beginning alike"
+        )
+    return version
+
+
+class Versions:
+    """The data directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def data_dir(self, version: str) -> Path:
+        """Where the version's data is, whether it exists yet or not."""
+        return self.path / version
+
+    def fresh(self, job_id: str) -> Path:
+        """Where a job may write a new version; not made until it does."""
+        return self.path / f".new-{job_id}"
+
+    def publish(self, job_id: str, version: str) -> bool:
+        """Make what the job wrote the version's data; False where it wrote nothing."""
+        fresh, target = self.fresh(job_id), self.data_dir(version)
+        if not fresh.is_dir():
+            return False
+        old = self.path / f".old-{job_id}-{version}"
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        return True
+
+    def discard(self, job_id: str) -> None:
+        """Forget what the job wrote."""
+        shutil.rmtree(self.fresh(job_id), ignore_errors=True)
+
+    def sweep(self, is_held: Callable[[str], bool]) -> None:
+        """Finish what a killed server left: half-written versions go, one that was being replaced comes back."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self.path.glob(".old-*"):
+            _, _, rest = path.name.partition("-")
+            job_id, _, version = rest.partition("-")
+            if is_held(job_id):
+                continue
+            if self.data_dir(version).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(self.data_dir(version))
+        for path in self.path.glob(".new-*"):
+            if not is_held(path.name.removeprefix(".new-")):
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,274 @@
+"""What a worker process runs: `python -m aipod.worker SOCKET_FD PIPE_FD`. Standard library only.
+
+Loads one instance of a class, then runs one job after the other. Speaks with its server over a Unix socket in frames:
+4 bytes length of a JSON head, 4 bytes length of a blob, both big-endian, then the two.
+
+    server: load {model, version, data_dir, lock, path}      worker: ready {description} | error {reason, message}
+            (or look: the same without an instance)
+    server: run {...} + kwargs JSON                          worker: report {progress, message, log} ...
+    server: cancel                                           worker: done {kind} + result | error {...}
+    server: close                                            worker: exits
+
+Before it says ready, it makes sure that it cannot outlive its server and that others can see it live: see `_tether`
+and `_hold`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import inspect
+import json
+import os
+import queue
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from aipod.models import Context, LoadError, exported, is_async, load_class
+from aipod.results import BadResult, settle
+
+HEAD = struct.Struct(">II")
+# kwargs are bounded before they get here (Config.max_kwargs); this only stops a confused peer.
+MAX_FRAME = 512 * 1024 * 1024
+# Reports are sent at most this often: a heartbeat shows only the newest of a second anyway.
+REPORT_EVERY = 0.1
+# Log text that waits to be sent; beyond it the oldest is dropped, so that a model that logs in a loop stays small.
+MAX_PENDING_LOG = 256 * 1024
+
+
+def pack(head: dict[str, Any], blob: bytes = b"") -> bytes:
+    text = json.dumps(head).encode()
+    return HEAD.pack(len(text), len(blob)) + text + blob
+
+
+def unpack(buffer: bytearray) -> tuple[dict[str, Any], bytes] | None:
+    """Take the first whole frame out of `buffer`; None where there is none yet. Raises ValueError for a bad one."""
+    if len(buffer) < HEAD.size:
+        return None
+    head_size, blob_size = HEAD.unpack_from(buffer)
+    if head_size + blob_size > MAX_FRAME:
+        raise ValueError(f"a frame of {head_size + blob_size} bytes")
+    end = HEAD.size + head_size + blob_size
+    if len(buffer) < end:
+        return None
+    head = json.loads(bytes(buffer[HEAD.size : HEAD.size + head_size]))
+    blob = bytes(buffer[HEAD.size + head_size : end])
+    del buffer[:end]
+    return head, blob
+
+
+def describe(cls: type) -> dict[str, Any]:
+    """What the server needs to know of a class that it never imports."""
+    methods = {
+        name: {
+            **dataclasses.asdict(options),
+            "doc": inspect.getdoc(getattr(cls, name)) or "",
+            "signature": str(inspect.signature(getattr(cls, name))),
+        }
+        for name, options in exported(cls).items()
+    }
+    return {"methods": methods, "async": is_async(cls), "class": cls.__name__}
+
+
+def _tether(pipe: int) -> None:
+    """Die when the server does, whatever ends it and whatever the model does (holding the GIL included).
+
+    `pipe` is the read end of a pipe whose only write end is the server's. Linux: its SIGIO is SIGKILL, sent by the
+    kernel. Not PR_SET_PDEATHSIG: that belongs to the thread that forked, and trio's threads come and go.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+        poll = select.poll()
+        poll.register(pipe, 0)
+        if poll.poll(0):  # POLLHUP: the server was gone before the signal was armed
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="aipod-tether").start()
+
+
+def _hold(path: str) -> int:
+    """flock the worker's own lock file for as long as this process lives; the descriptor is close-on-exec."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+class Link:
+    """The socket to the server, written to by several threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self._lock = threading.Lock()
+
+    def send(self, head: dict[str, Any], blob: bytes = b"") -> None:
+        with self._lock:
+            self._sock.sendall(pack(head, blob))
+
+    def receive(self) -> tuple[dict[str, Any], bytes] | None:
+        """The next frame; None when the server has closed the socket."""
+        while (frame := unpack(self._buffer)) is None:
+            data = self._sock.recv(1 << 20)
+            if not data:
+                return None
+            self._buffer += data
+        return frame
+
+
+class Reporter:
+    """Sends what a running method reports, coalesced, from a thread of its own: a report never waits for the server."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._wake = threading.Event()
+        self._lock = threading.Lock()  # guards the pending report
+        self._sending = threading.Lock()  # a report is never sent after the `done` that ends its run
+        self._pending: dict[str, Any] = {}
+        threading.Thread(target=self._run, daemon=True, name="aipod-reporter").start()
+
+    def report(self, progress: float | None, message: str | None, log: str | None) -> None:
+        with self._lock:
+            if progress is not None:
+                self._pending.update(progress=progress, message=message or "")
+            if log is not None:
+                lines = self._pending.get("log", "") + log + "\n"
+                if len(lines) > MAX_PENDING_LOG:
+                    lines = "[lines were dropped]\n" + lines[-MAX_PENDING_LOG // 2 :]
+                self._pending["log"] = lines
+        self._wake.set()
+
+    def flush(self) -> None:
+        with self._sending:
+            with self._lock:
+                pending, self._pending = self._pending, {}
+            if pending:
+                self._link.send({"event": "report", **pending})
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        try:
+            while True:
+                self._wake.wait()
+                self._wake.clear()
+                self.flush()
+                pause.wait(REPORT_EVERY)
+        except OSError:
+            os._exit(1)  # the server has closed the socket: nobody is left to compute for
+
+
+class Worker:
+    """One instance and the job it runs. The main thread runs jobs; a thread of its own hears the server."""
+
+    def __init__(self, link: Link, instance: Any) -> None:
+        self._link = link
+        self._instance = instance
+        self._reporter = Reporter(link)
+        self._jobs: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
+        self._context: Context | None = None
+        threading.Thread(target=self._listen, daemon=True, name="aipod-listener").start()
+
+    def _listen(self) -> None:
+        while (frame := self._link.receive()) is not None and frame[0]["op"] != "close":
+            if frame[0]["op"] == "run":
+                # Made here, not in the main thread: a cancel that follows at once must find it.
+                self._context = self._make_context(frame[0])
+                self._jobs.put(frame)
+            elif self._context is not None:
+                self._context.cancel()
+        self._jobs.put(None)
+
+    def _make_context(self, head: dict[str, Any]) -> Context:
+        return Context(
+            job_id=head["job_id"],
+            method=head["method"],
+            version=head["version"],
+            metadata=head["metadata"],
+            work_dir=Path(head["work_dir"]),
+            new_version=Path(head["new_version"]),
+            timeout=head["timeout"],
+            report=self._reporter.report,
+        )
+
+    def run(self) -> None:
+        """Run jobs until the server says close, then call the `close` hook."""
+        while (job := self._jobs.get()) is not None:
+            head, blob = self._run_one(*job)
+            self._reporter.flush()
+            self._link.send(head, blob)
+        self._instance.close()
+
+    def _run_one(self, head: dict[str, Any], kwargs_json: bytes) -> tuple[dict[str, Any], bytes]:
+        payload, work_dir = Path(head["payload"]), Path(head["work_dir"])
+        assert self._context is not None
+        try:
+            function = getattr(self._instance, head["method"])
+            value = function(self._context, payload, **json.loads(kwargs_json))
+            result = settle(value, payload=payload, work_dir=work_dir, res=Path(head["res"]))
+        except BadResult as exc:
+            return {"event": "error", "reason": exc.reason, "message": str(exc)}, b""
+        except BaseException as exc:  # SystemExit too: the caller wants to know, and the instance lives on
+            return failure("MODEL_ERROR", exc), b""
+        return {"event": "done", "kind": result.kind, "inline": result.inline is not None}, result.inline or b""
+
+
+def failure(reason: str, exc: BaseException) -> dict[str, Any]:
+    """An exception as the `error` event. Its text is cut: a model may put its whole input into it."""
+    return {
+        "event": "error",
+        "reason": reason,
+        "type": type(exc).__name__,
+        "message": str(exc)[:4096],
+        "trace": "".join(traceback.format_exception(exc))[-16384:],
+    }
+
+
+def main() -> None:
+    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    _tether(int(sys.argv[2]))
+    frame = link.receive()
+    if frame is None:
+        return
+    head = frame[0]
+    lock = _hold(head["lock"])
+    sys.path[:] = head["path"]
+    try:
+        cls = load_class(head["model"])
+        description = describe(cls)
+        if head["op"] == "look":
+            link.send({"event": "ready", **description})
+            return
+        instance = cls()
+        instance.version = head["version"]
+        instance.data_dir = Path(head["data_dir"])
+        for hook in ("load", "warm_up"):
+            getattr(instance, hook, lambda: None)()
+    except LoadError as exc:
+        link.send(failure("LOAD_FAILED", exc))
+        return
+    except BaseException as exc:
+        link.send(failure("MODEL_ERROR", exc))
+        return
+    if not hasattr(instance, "close"):
+        instance.close = lambda: None
+    worker = Worker(link, instance)
+    link.send({"event": "ready", **description})
+    worker.run()
+    os.close(lock)
+
+
+if __name__ == "__main__":
+    main()
