@@ -21,9 +21,6 @@ import trio
 
 from aipod.config import Config, state_home
 from aipod.errors import AipodError
-from aipod.transport import bridge  # before anything that imports grpclib (see there)
-
-# isort: split
 from aipod.pool import MakeRunner, open_pool
 from aipod.runner import Description, Runner
 from aipod.runner.loop import LoopRunner
@@ -32,6 +29,7 @@ from aipod.service.ai import AI
 from aipod.service.health import Status
 from aipod.service.reflection import with_reflection
 from aipod.spool import Spool
+from aipod.transport import bridge
 from aipod.transport.server import Server
 from aipod.versions import Versions
 

@@ -125,10 +125,9 @@ def _make_large(directory: Path, size: int) -> Path:
     with target.open("wb") as out:
         while written < size:
             for path in files:
-                with contextlib.suppress(OSError):
-                    written += out.write(path.read_bytes()[: size - written])
-                if written >= size:
-                    break
+                with contextlib.suppress(OSError), path.open("rb") as file:
+                    while written < size and (piece := file.read(min(1 << 20, size - written))):
+                        written += out.write(piece)
     return target
 
 

@@ -1,22 +1,23 @@
 """The one place where trio and asyncio meet; the only importer of trio_asyncio.
 
 Importing trio_asyncio patches asyncio for the whole process, so nothing that an asyncio client needs may import this.
-On Python 3.12+ it must come before grpclib, which binds `asyncio.current_task` when it is imported.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import heapq
 import logging
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-if "grpclib" in sys.modules and "trio_asyncio" not in sys.modules and sys.version_info >= (3, 12):
-    raise ImportError("import aipod.transport.bridge (or aipod.server) before anything that imports grpclib")
-
+import grpclib.utils
 import trio_asyncio
+
+# grpclib binds `current_task` when it is imported. Where that was before trio_asyncio replaced it (Python 3.12+), every
+# call would fail with "no running event loop": bind it again, so that the order of imports does not matter.
+grpclib.utils._current_task = asyncio.current_task
 
 log = logging.getLogger("aipod.transport")
 T = TypeVar("T")

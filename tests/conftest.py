@@ -1,0 +1,171 @@
+"""Servers as real processes, the plain-asyncio client, and outside programs that may be missing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+
+
+def require(program: str) -> str:
+    """The path of an outside program; skips, or fails where CI says that it must be there."""
+    path = shutil.which(program)
+    if path is None:
+        missing(f"{program} is not installed")
+    assert path is not None
+    return path
+
+
+def missing(reason: str) -> None:
+    if os.environ.get("AIPOD_TEST_REQUIRE") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def run(main: Callable[[], Awaitable[T]], *, timeout: float = 60) -> T:
+    """Run an asyncio-flavored function on a loop of its own.
+
+    With an explicit loop class: a test module that imports the server has replaced asyncio's default by trio_asyncio's.
+    """
+
+    async def bounded() -> T:
+        async with asyncio.timeout(timeout):
+            return await main()
+
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        return runner.run(bounded())
+
+
+def wait_until(condition: Callable[[], Any], *, seconds: float = 10) -> Any:
+    """Poll until `condition()` is true; its value. Fails the test after `seconds`."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    return pytest.fail(f"not within {seconds} s")
+
+
+def children(pid: int) -> list[int]:
+    """All living descendants of `pid`."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (path / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if stat[0] != "Z":
+            parents.setdefault(int(stat[1]), []).append(int(path.name))
+    found, todo = [], [pid]
+    while todo:
+        mine = parents.get(todo.pop(), [])
+        found += mine
+        todo += mine
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def left_in(spool: Path) -> list[str]:
+    """What is in a spool besides what is always there."""
+    fixed = {"app", "spool-id", "workers", ".probe"}
+    return sorted(str(path.relative_to(spool)) for path in spool.rglob("*") if path.name not in fixed)
+
+
+def peak_memory(pid: int) -> float:
+    """Peak resident memory in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+class Served:
+    """A `python -m aipod serve` process."""
+
+    def __init__(self, model: str, directory: Path, options: tuple[str, ...], bind: str) -> None:
+        self.spool = directory / "spool"
+        self.data = directory / "data"
+        self.log = directory / f"server-{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", "aipod", "serve", model, "--bind", bind, "--spool", str(self.spool)]
+        command += ["--data", str(self.data), "--reserve", "0", *options]
+        with self.log.open("w") as stderr:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("aipod listening on "), self.log.read_text()
+        self.address = line.split()[-1]
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    def log_text(self) -> str:
+        return self.log.read_text()
+
+    def stop(self, *, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+        """Signal the server and wait for its end; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        self.process.communicate(timeout=timeout)
+        return self.process.returncode
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start servers: `serve("Plain", "--drain", "5")` or `serve("module:Class")`.
+
+    At the end each must drain cleanly, and leave neither an entry in its spool nor a process, unless the test has
+    ended it itself.
+    """
+    started: list[Served] = []
+
+    def start(model: str, *options: str, bind: str = "127.0.0.1:0", directory: Path | None = None) -> Served:
+        spec = model if ":" in model else f"tests.models_under_test:{model}"
+        started.append(Served(spec, directory or tmp_path, options, bind))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        problems = []
+        for served in started:
+            if served.process.poll() is not None:
+                continue
+            below = children(served.process.pid)
+            try:
+                if served.stop() != 0:
+                    problems.append(f"exit status {served.process.returncode}\n{served.log_text()}")
+            except subprocess.TimeoutExpired:
+                served.process.kill()
+                served.process.communicate()
+                problems.append(f"did not stop\n{served.log_text()}")
+            if left_in(served.spool):
+                problems.append(f"left in the spool: {left_in(served.spool)}")
+            problems += [f"process {pid} is left" for pid in below if alive(pid)]
+        assert not problems, "\n".join(problems)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
