@@ -59,7 +59,8 @@ def unframe(data: bytes, limit: int, reason: str) -> bytes:
         if params.window_size > max(MAX_WINDOW, limit):
             raise Refused(reason, f"the zstd window of {params.window_size} bytes is over the limit of {MAX_WINDOW}")
         context = zstandard.ZstdDecompressor(max_window_size=max(MAX_WINDOW, limit))
-        if params.content_size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
+        # For a stated size of 0 `decompress` returns without a look at what follows.
+        if params.content_size in (0, zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
             return _unframe_unsized(context, data, limit, reason)
         if params.content_size > limit:
             raise Refused(reason, f"{params.content_size} bytes after decompression; the limit is {limit}")

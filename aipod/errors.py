@@ -89,9 +89,10 @@ class AipodError(Exception):
     """Base of every error that aipod raises on purpose."""
 
     def __init__(self, reason: str, message: str, metadata: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
+        # An exception of a model's may quote a file name that is no UTF-8; on the wire all text is.
+        self.message = message.encode("utf-8", "backslashreplace").decode()
+        super().__init__(self.message)
         self.reason = reason
-        self.message = message
         self.metadata = dict(metadata or {})
 
     @property

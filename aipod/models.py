@@ -123,7 +123,9 @@ class Context:
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Tell the caller how far the run is (0 to 1). Cheap: only the newest one of a tick is sent."""
-        self._report(min(1.0, max(0.0, float(fraction))), str(message), None)
+        # It goes out with every heartbeat: valid UTF-8, and no more than a line.
+        line = str(message)[:1000].encode("utf-8", "backslashreplace").decode()
+        self._report(min(1.0, max(0.0, float(fraction))), line, None)
 
     def log(self, text: str) -> None:
         """Append a line to the job's log, which the caller sees."""

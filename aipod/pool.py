@@ -14,9 +14,8 @@ from collections.abc import AsyncIterator, Callable
 
 import trio
 
-from aipod.errors import JobFailed
 from aipod.results import Result
-from aipod.runner import Report, Runner, RunnerBroken, Task
+from aipod.runner import Report, Runner, Task
 
 log = logging.getLogger("aipod.pool")
 
@@ -37,9 +36,10 @@ class Instance:
 
 @dataclasses.dataclass(eq=False)
 class Waiter:
-    """A job in line. `instance` is what it was given."""
+    """A job in line. `instance` is what it was given. `again`: it has had its turn, but no runner that worked."""
 
     version: str
+    again: bool = False
     given: trio.Event = dataclasses.field(default_factory=trio.Event)
     instance: Instance | None = None
 
@@ -52,9 +52,10 @@ class Pool:
         self._shared = shared  # one instance per version runs all its jobs at once
         self._per_version = per_version
         self._total = total
-        # The pool's own: instances that are evicted or retired are shut down in it, so that no job waits for them.
+        # The pool's own: instances that are evicted or retired are shut down in it, not by the job that found them.
         self._nursery = nursery
         self._instances: list[Instance] = []
+        self._closing: list[Instance] = []  # they still take their memory, so they count to `total`
         self._line: list[Waiter] = []
         self._clock = itertools.count(1)
 
@@ -80,7 +81,7 @@ class Pool:
             self._return(instance)
 
     async def _wait(self, waiter: Waiter) -> Instance:
-        self._line.append(waiter)
+        self._line.insert(0 if waiter.again else len(self._line), waiter)
         self._assign()
         try:
             await waiter.given.wait()
@@ -95,11 +96,7 @@ class Pool:
         return waiter.instance
 
     async def _start(self, instance: Instance) -> None:
-        try:
-            await instance.runner.start()
-        except BaseException:
-            self._forget(instance)
-            raise
+        await instance.runner.start()
         instance.ready = True
         self._assign()
 
@@ -119,30 +116,36 @@ class Pool:
             waiter.given.set()
 
     def _find(self, version: str) -> Instance | None:
+        for instance in [one for one in self._instances if one.version == version]:
+            if instance.ready and instance.users == 0 and instance.runner.broken:
+                self._shut(instance)  # it died while nobody used it
         mine = [instance for instance in self._instances if instance.version == version and not instance.retired]
         for instance in sorted(mine, key=lambda one: -one.last_used):
             if instance.ready and (instance.users == 0 or self._shared):
                 return instance
         if len(mine) >= (1 if self._shared else self._per_version):
             return None
-        if len(self._instances) >= self._total and not self._evict():
+        if len(self._instances) + len(self._closing) >= self._total:
+            if not self._closing:
+                self._evict()
             return None
         instance = Instance(version, self._make(version))
         self._instances.append(instance)
         return instance
 
-    def _evict(self) -> bool:
-        """Make room by closing the instance that has been idle for longest; False where none is idle."""
+    def _evict(self) -> None:
+        """Begin to make room: close the instance that has been idle for longest, where there is one."""
         idle = [instance for instance in self._instances if instance.users == 0 and instance.ready]
-        if not idle:
-            return False
-        self._shut(min(idle, key=lambda one: one.last_used))
-        return True
+        if idle:
+            self._shut(min(idle, key=lambda one: one.last_used))
 
     def _return(self, instance: Instance) -> None:
         instance.users -= 1
         instance.last_used = next(self._clock)
-        if instance.retired and instance.users == 0:
+        instance.retired = instance.retired or instance.runner.broken
+        if instance.users == 0 and not instance.ready:
+            self._instances.remove(instance)  # it did not load, or nobody came to load it
+        elif instance.users == 0 and instance.retired:
             self._shut(instance)
         self._assign()
 
@@ -152,16 +155,19 @@ class Pool:
             instance.retired = True
             if instance.users == 0:
                 self._shut(instance)
-
-    def _forget(self, instance: Instance) -> None:
-        if instance in self._instances:
-            self._instances.remove(instance)
         self._assign()
 
     def _shut(self, instance: Instance) -> None:
-        if instance in self._instances:
-            self._instances.remove(instance)
-            self._nursery.start_soon(_shutdown, instance)
+        self._instances.remove(instance)
+        self._closing.append(instance)
+        self._nursery.start_soon(self._close, instance)
+
+    async def _close(self, instance: Instance) -> None:
+        try:
+            await _shutdown(instance)
+        finally:
+            self._closing.remove(instance)
+            self._assign()
 
     async def release(self) -> None:
         """Shut all instances down, `close` hooks included. Nothing may be leased any more."""
@@ -192,16 +198,8 @@ class Lease:
         return self._instance.runner.lock_name
 
     async def run(self, task: Task, report: Report) -> Result:
-        """Run the task; as `Runner.run`. An instance that crashed is not used again."""
-        try:
-            return await self._instance.runner.run(task, report)
-        except RunnerBroken:
-            self._instance.retired = True
-            raise
-        except JobFailed as exc:
-            if exc.reason == "WORKER_CRASHED":
-                self._instance.retired = True
-            raise
+        """Run the task; as `Runner.run`."""
+        return await self._instance.runner.run(task, report)
 
 
 @contextlib.asynccontextmanager

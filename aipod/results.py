@@ -62,7 +62,7 @@ def settle(value: Any, *, payload: Path, work_dir: Path, res: Path) -> Result:
 def _adopt(source: Path, *, payload: Path, work_dir: Path, res: Path) -> None:
     try:
         real = source.resolve(strict=True)
-    except OSError as exc:
+    except (OSError, RuntimeError, ValueError) as exc:  # a loop of links before Python 3.13; a NUL in the name
         raise BadResult("RESULT_NO_FILE", f"the method returned the path of no file: {exc}") from None
     if not real.is_file():
         raise BadResult("RESULT_NO_FILE", f"the method returned {source.name!r}, which is not a file")

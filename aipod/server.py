@@ -14,9 +14,11 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
+import outcome
 import trio
 
 from aipod.config import Config, state_home
@@ -34,6 +36,7 @@ from aipod.transport.server import Server
 from aipod.versions import Versions
 
 log = logging.getLogger("aipod.server")
+T = TypeVar("T")
 
 # Seconds between sweeps for uploads that nobody came back to.
 SWEEP = 30.0
@@ -55,16 +58,20 @@ async def serve(
     """Serve `config.model` until `stop` is set or the task is cancelled.
 
     This is a trio-flavored async function: `await nursery.start(serve, config)` returns the addresses once health
-    answers. `stop` begins a drain: health NOT_SERVING, new jobs refused, running ones get `config.drain` seconds, the
-    instances' `close` hooks run, and it returns. Cancelled: the same with no time for jobs. Raises `ServeError`,
-    `JobFailed` (the class does not load) and `spool.SpoolError`.
+    answers, or none where `stop` was set before. `stop` begins a drain: health NOT_SERVING, new jobs refused, running
+    ones get `config.drain` seconds, the instances' `close` hooks run, and it returns. Cancelled: the same with no time
+    for jobs. Raises `ServeError`, `JobFailed` (the class does not load) and `spool.SpoolError`.
     """
     if stop is None:
         stop = trio.Event()
     with _sockets(config) as sockets, _home(config) as (spool_path, data_path):
         spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)
         async with bridge.open_loop():
-            description, make = await _look_at_model(config, spool, versions)
+            look = await _unless(stop, _look_at_model, config, spool, versions)
+            if look is None:
+                task_status.started([])
+                return
+            description, make = look
             status = Status()
             async with (
                 open_pool(
@@ -88,6 +95,20 @@ async def serve(
                 jobs.cancel_scope.cancel()
 
 
+async def _unless(stop: trio.Event, fn: Callable[..., Awaitable[T]], *args: Any) -> T | None:
+    """`await fn(*args)`, or None where `stop` is set before it is done. This is a trio-flavored async function."""
+    async with trio.open_nursery() as nursery:
+
+        async def cancel_when_set() -> None:
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(cancel_when_set)
+        result = await outcome.acapture(fn, *args)
+        nursery.cancel_scope.cancel()
+    return None if stop.is_set() else result.unwrap()
+
+
 def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool, Versions]:
     spool = Spool.open(spool_path, config.app, reserve=config.reserve, ttl=config.upload_ttl)
     removed = spool.sweep()
@@ -108,7 +129,8 @@ async def _look_at_model(config: Config, spool: Spool, versions: Versions) -> tu
         )
 
     def loop(version: str) -> Runner:
-        return LoopRunner(config.model, version, versions.data_dir(version))
+        data = versions.data_dir(version)
+        return LoopRunner(config.model, version, data, load_timeout=config.load_timeout, grace=config.cancel_grace)
 
     scout = ProcessRunner(config.model, "", Path(), spool, load_timeout=config.load_timeout, grace=config.cancel_grace)
     description = await scout.look()
@@ -122,7 +144,10 @@ async def _look_at_model(config: Config, spool: Spool, versions: Versions) -> tu
 async def _sweep(spool: Spool) -> None:
     while True:
         await trio.sleep(SWEEP)
-        await trio.to_thread.run_sync(spool.sweep)
+        try:
+            await trio.to_thread.run_sync(spool.sweep)
+        except OSError as exc:
+            log.error("sweeping %s failed; trying again in %g s: %s", spool.path, SWEEP, exc)
 
 
 @contextlib.asynccontextmanager
@@ -180,7 +205,7 @@ def _listen(address: str, *, insecure: bool) -> socket.socket:
     if address.startswith("unix:"):
         return _listen_unix(address.removeprefix("unix:"))
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal():
+    if not colon or not port.isdecimal() or int(port) > 65535:  # getaddrinfo takes 70000 for 4464
         raise ValueError("it is not HOST:PORT, [::1]:PORT or unix:PATH")
     host = host.removeprefix("[").removesuffix("]")
     family, kind, proto, _, where = socket.getaddrinfo(

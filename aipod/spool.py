@@ -29,6 +29,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -42,15 +43,32 @@ import filelock
 from aipod.codec import new_hasher
 from aipod.config import GIB, MIB
 from aipod.errors import Refused
+from aipod.results import INLINE
 
 SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever written again after a power cut
 MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
 READ = 1 * MIB
+CLAIM_PATIENCE = 0.1  # seconds
 
 
 class SpoolError(Exception):
     """The spool directory cannot be used; the text says why and what to do."""
+
+
+_ENTRY = re.compile(r"([0-9a-f]{32})(?:\.lock)?\Z")
+# EFBIG: a limit of the file system or of this process (RLIMIT_FSIZE).
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def _refused_when_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _FULL:
+            raise
+        raise Refused("SPOOL_FULL", "the server's disk is full; try again later") from None
 
 
 def _lock(path: Path) -> filelock.BaseFileLock:
@@ -58,13 +76,22 @@ def _lock(path: Path) -> filelock.BaseFileLock:
     return filelock.FileLock(path, thread_local=False, fallback_to_soft=False, mode=0o600)
 
 
-def _try_lock(path: Path) -> filelock.BaseFileLock | None:
+def _try_lock(path: Path, *, patience: float = 0.0) -> filelock.BaseFileLock | None:
     lock = _lock(path)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience, poll_interval=0.01)
     except filelock.Timeout:
         return None
     return lock
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    lock = _try_lock(path)
+    if lock is not None:
+        lock.release()
+    return lock is None
 
 
 def _boot_id() -> str:
@@ -75,7 +102,7 @@ def _boot_id() -> str:
 
 
 class Journal:
-    """Append-only lines, each checksummed; a torn last line (kill, power cut) is as if never written."""
+    """Append-only lines, each checksummed; a torn line (power cut, full disk) is as if never written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -83,9 +110,14 @@ class Journal:
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
         text = json.dumps(fields, separators=(",", ":"))
         line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
-        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(fd, line)
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                line = b"\n" + line  # the line before was torn; glued to it, this one would be lost too
+            if os.write(fd, line) < len(line):
+                os.ftruncate(fd, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if sync:
                 os.fdatasync(fd)
         finally:
@@ -98,11 +130,10 @@ class Journal:
             raw = self._path.read_bytes()
         except FileNotFoundError:
             return state
-        for line in raw.splitlines(keepends=True):
-            check, _, text = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
-                break
-            state.update(json.loads(text))
+        for line in raw.split(b"\n"):
+            check, _, text = line.partition(b" ")
+            if text and check == b"%08x" % zlib.crc32(text):
+                state.update(json.loads(text))
         return state
 
 
@@ -127,39 +158,42 @@ class Entry:
         self.written = 0  # bytes in the payload file
         self.durable = 0  # bytes of it that a power cut cannot take
         self._synced_at = time.monotonic()
-        self._log_size = 0
+        self.log_size = 0  # bytes of the log
 
-    def create(self, fields: dict[str, Any]) -> None:
-        """Make the directory, the journal's first line and the empty payload file."""
+    def create(self, fields: dict[str, Any], kwargs: bytes) -> None:
+        """Make the directory, the journal's first line, the kwargs and the empty payload file."""
         self.path.mkdir(mode=0o700)
+        if len(kwargs) <= INLINE:
+            fields = {**fields, "kwargs": kwargs.decode()}
+        else:
+            (self.path / "kw").write_bytes(kwargs)
         self.record(fields)
         self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
     def record(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-        """Append a line to the journal."""
-        self._journal.append(fields, sync=sync)
+        """Append a line to the journal. Raises `Refused(SPOOL_FULL)`."""
+        with _refused_when_full():
+            self._journal.append(fields, sync=sync)
 
     def write(self, data: bytes) -> None:
         """Append payload bytes. Raises `Refused(SPOOL_FULL)`."""
         assert self._fd is not None, "the payload is sealed"
         view = memoryview(data)
-        try:
+        with _refused_when_full():
             while view:
                 view = view[os.write(self._fd, view) :]
-        except OSError as exc:
-            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise Refused("SPOOL_FULL", "the server's disk is full; try again later") from None
         self._hasher.update(data)
         self.written += len(data)
 
-    def checkpoint(self) -> None:
-        """Make what has been written durable where a tick has passed or `SYNC_BYTES` are at stake."""
-        if time.monotonic() - self._synced_at < SYNC_AFTER and self.written - self.durable < SYNC_BYTES:
+    def checkpoint(self, *, now: bool = False) -> None:
+        """Make what has been written durable: `now`, or where a tick has passed or `SYNC_BYTES` are at stake."""
+        due = time.monotonic() - self._synced_at >= SYNC_AFTER or self.written - self.durable >= SYNC_BYTES
+        if not due and not now:
             return
         self._spool.check_space(0)
         if self._fd is not None and self.written > self.durable:
-            os.fdatasync(self._fd)
+            with _refused_when_full():
+                os.fdatasync(self._fd)
             self.durable = self.written
             self.record({"offset": self.durable}, sync=True)
         self._synced_at = time.monotonic()
@@ -193,17 +227,18 @@ class Entry:
                 yield piece
 
     def append_log(self, text: str) -> None:
-        """Append to the job's log, up to `MAX_LOG` in all."""
+        """Append to the job's log, up to `MAX_LOG` and a line that says so."""
         data = text.encode("utf-8", "replace")
-        if self._log_size + len(data) > MAX_LOG:
-            if self._log_size >= MAX_LOG:
-                return
-            data = data[: MAX_LOG - self._log_size - 64] + b"\n[the log is full; the rest is dropped]\n"
-            self._log_size = MAX_LOG
-        else:
-            self._log_size += len(data)
-        with (self.path / "log").open("ab") as file:
+        room = MAX_LOG - self.log_size
+        if room < 0:
+            return
+        if len(data) > room:
+            # Cut at a character: `read_log` counts what it can decode.
+            data = data[:room].decode("utf-8", "ignore").encode() + b"\n[the log is full; the rest is dropped]\n"
+        # A full disk costs the log, not the job.
+        with contextlib.suppress(OSError), (self.path / "log").open("ab") as file:
             file.write(data)
+            self.log_size += len(data)
 
     def read_log(self, offset: int, limit: int) -> bytes:
         """At most `limit` bytes of the log from `offset` on, cut at a character; empty where there is no more."""
@@ -217,6 +252,8 @@ class Entry:
 
     def destroy(self) -> None:
         """Remove the entry, then its lock file, then let go of the lock. Idempotent."""
+        if not self._lock.is_locked:
+            return  # whatever has this name now is somebody else's
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -294,33 +331,28 @@ class Spool:
         if stat.f_bavail * stat.f_frsize - wanted < self._reserve:
             raise Refused("SPOOL_FULL", "the server's disk has no room for this payload; try again later")
 
-    def claim(self, job_id: str, fields: dict[str, Any], *, size: int | None) -> Entry:
+    def claim(self, job_id: str, fields: dict[str, Any], kwargs: bytes = b"{}", *, size: int | None) -> Entry:
         """Create the entry `job_id` and hold it. Raises `Refused` (SPOOL_FULL, JOB_EXISTS)."""
         self.check_space(size or 0)
-        lock = _try_lock(self.lock_path(job_id))
-        if lock is None:
-            raise Refused("JOB_EXISTS", "a job with this ticket is already under way; use a new ticket")
-        entry = Entry(self, job_id, lock)
-        try:
-            entry.create(fields)
-        except FileExistsError:
-            lock.release()
-            raise Refused("JOB_EXISTS", "a job with this ticket already exists; use a new ticket") from None
-        except OSError as exc:
-            entry.destroy()
-            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+        with _refused_when_full():
+            # A sweep may hold the lock file of a new job for a moment, until it sees that there is no entry.
+            lock = _try_lock(self.lock_path(job_id), patience=CLAIM_PATIENCE)
+            if lock is None:
+                raise Refused("JOB_EXISTS", "a job with this ticket is already under way; use a new ticket")
+            entry = Entry(self, job_id, lock)
+            try:
+                entry.create(fields, kwargs)
+            except FileExistsError:
+                lock.release()
+                raise Refused("JOB_EXISTS", "a job with this ticket already exists; use a new ticket") from None
+            except BaseException:
+                entry.destroy()
                 raise
-            raise Refused("SPOOL_FULL", "the server's disk is full; try again later") from None
         return entry
 
     def is_held(self, job_id: str) -> bool:
         """True while a living process works on the job."""
-        if not self.lock_path(job_id).exists():
-            return False
-        lock = _try_lock(self.lock_path(job_id))
-        if lock is not None:
-            lock.release()
-        return lock is None
+        return _is_locked(self.lock_path(job_id))
 
     def sweep(self, now: Callable[[], float] = time.monotonic) -> int:
         """Remove what nobody can want: trash, entries that no ticket can claim, and those unchanged for the TTL.
@@ -336,8 +368,8 @@ class Spool:
             if lock is not None:
                 path.unlink(missing_ok=True)
                 lock.release()
-        ids = {path.name.removesuffix(".lock") for path in self.path.glob("*.lock")}
-        ids |= {path.name for path in self.path.iterdir() if len(path.name) == 32 and path.is_dir()}
+        # Only what is named as ours: somebody may have chosen a directory with a poetry.lock beside a poetry/.
+        ids = {match[1] for match in map(_ENTRY.match, os.listdir(self.path)) if match}
         self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in ids}
         return sum(self._sweep_one(job_id, now()) for job_id in ids)
 
@@ -346,7 +378,11 @@ class Spool:
         if lock is None:
             return False
         entry = Entry(self, job_id, lock)
-        if Journal(entry.path / "state").read().get("ticketed"):
+        state = Journal(entry.path / "state").read()
+        if state.get("phase") == "RUNNING" and state.get("worker") and _is_locked(self.worker_lock(state["worker"])):
+            lock.release()  # its server is gone, and the kernel is about to end it: the next sweep finds it dead
+            return False
+        if state.get("ticketed"):
             newest = max(path.stat().st_mtime for path in (entry.path, *entry.path.iterdir()))
             if self._seen.get(job_id, (None, 0))[0] != newest:
                 self._seen[job_id] = (newest, now)

@@ -9,6 +9,8 @@ All functions block: call them from a thread.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +49,19 @@ class Versions:
         if not fresh.is_dir():
             return False
         old = self.path / f".old-{job_id}-{version}"
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        return True
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                target.rename(old)
+            try:
+                fresh.rename(target)
+            except OSError as exc:
+                # Another job of this version has published since the line above: its data is the former now.
+                if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            else:
+                return True
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
 
     def discard(self, job_id: str) -> None:
         """Forget what the job wrote."""

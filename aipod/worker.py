@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import inspect
 import json
 import os
@@ -84,7 +85,8 @@ def _tether(pipe: int) -> None:
     kernel. Not PR_SET_PDEATHSIG: that belongs to the thread that forked, and trio's threads come and go.
     """
     if sys.platform == "linux":
-        fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+        # Negative: the whole process group, so that what the model has forked does not outlive the server either.
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
         poll = select.poll()
@@ -102,9 +104,12 @@ def _tether(pipe: int) -> None:
 
 def _hold(path: str) -> int:
     """flock the worker's own lock file for as long as this process lives; the descriptor is close-on-exec."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # a sweep took it for a dead worker's, between the two calls, and unlinked it
 
 
 class Link:
@@ -114,6 +119,9 @@ class Link:
         self._sock = sock
         self._buffer = bytearray()
         self._lock = threading.Lock()
+        # The server takes the end of this socket for the end of the worker: nothing that the model starts may hold it.
+        sock.set_inheritable(False)
+        os.register_at_fork(after_in_child=sock.close)
 
     def send(self, head: dict[str, Any], blob: bytes = b"") -> None:
         with self._lock:
@@ -138,10 +146,24 @@ class Reporter:
         self._lock = threading.Lock()  # guards the pending report
         self._sending = threading.Lock()  # a report is never sent after the `done` that ends its run
         self._pending: dict[str, Any] = {}
+        self._job = ""
         threading.Thread(target=self._run, daemon=True, name="aipod-reporter").start()
 
-    def report(self, progress: float | None, message: str | None, log: str | None) -> None:
+    def begin(self, job_id: str) -> None:
+        """From now on reports of this job are sent, and no other's."""
         with self._lock:
+            self._job = job_id
+
+    def end(self) -> None:
+        """Send what is pending. What a thread of the job reports later is dropped: the next caller must not see it."""
+        with self._lock:
+            self._job = ""
+        self.flush()
+
+    def report(self, job_id: str, progress: float | None, message: str | None, log: str | None) -> None:
+        with self._lock:
+            if job_id != self._job:
+                return
             if progress is not None:
                 self._pending.update(progress=progress, message=message or "")
             if log is not None:
@@ -186,6 +208,7 @@ class Worker:
             if frame[0]["op"] == "run":
                 # Made here, not in the main thread: a cancel that follows at once must find it.
                 self._context = self._make_context(frame[0])
+                self._reporter.begin(frame[0]["job_id"])
                 self._jobs.put(frame)
             elif self._context is not None:
                 self._context.cancel()
@@ -200,14 +223,14 @@ class Worker:
             work_dir=Path(head["work_dir"]),
             new_version=Path(head["new_version"]),
             timeout=head["timeout"],
-            report=self._reporter.report,
+            report=functools.partial(self._reporter.report, head["job_id"]),
         )
 
     def run(self) -> None:
         """Run jobs until the server says close, then call the `close` hook."""
         while (job := self._jobs.get()) is not None:
             head, blob = self._run_one(*job)
-            self._reporter.flush()
+            self._reporter.end()
             self._link.send(head, blob)
         self._instance.close()
 
@@ -238,6 +261,7 @@ def failure(reason: str, exc: BaseException) -> dict[str, Any]:
 
 def main() -> None:
     link = Link(socket.socket(fileno=int(sys.argv[1])))
+    os.set_inheritable(int(sys.argv[2]), False)
     _tether(int(sys.argv[2]))
     frame = link.receive()
     if frame is None:
@@ -257,7 +281,7 @@ def main() -> None:
         for hook in ("load", "warm_up"):
             getattr(instance, hook, lambda: None)()
     except LoadError as exc:
-        link.send(failure("LOAD_FAILED", exc))
+        link.send({**failure("LOAD_FAILED", exc), "type": ""})  # the text says it all
         return
     except BaseException as exc:
         link.send(failure("MODEL_ERROR", exc))

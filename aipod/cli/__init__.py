@@ -6,9 +6,11 @@ on failure is `aipod: REASON: text`; a traceback comes only with --debug.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import traceback
+from typing import Any
 
 import click
 
@@ -18,17 +20,37 @@ from aipod.errors import AipodError, ConnectionLost, Unreachable, UsageError, le
 OK, FAILED, USAGE, LOST, INTERRUPTED = 0, 1, 2, 3, 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@dataclasses.dataclass
+class Flags:
+    """What holds for every command; the context's `obj`."""
+
+    debug: bool = False
+
+
+def _set_debug(context: click.Context, param: click.Parameter, value: bool) -> None:
+    context.obj.debug = context.obj.debug or value
+
+
+def _debug_option() -> Any:
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        envvar="AIPOD_DEBUG",
+        callback=_set_debug,
+        help="Show tracebacks and debug logs.",
+    )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, params=[_debug_option()])
 @click.version_option(__version__, prog_name="aipod")
-@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+def cli() -> None:
     """Large inputs to Python model code and the answer back, over one gRPC stream.
 
-    Every option of a command is also AIPOD_<NAME> in the environment and a key in table [aipod] of a TOML file
-    (--config): command line, then environment, then file, then default.
+    Every option of a command is also AIPOD_<NAME> in the environment; those of serve and call are also keys in table
+    [aipod] of a TOML file (--config). Command line, then environment, then file, then default.
     """
-    context.obj = debug
 
 
 def _register() -> None:
@@ -39,29 +61,33 @@ def _register() -> None:
     from aipod.cli.serve import serve
 
     for command in (serve, call, health, demo):
+        command.params.append(_debug_option())  # accepted before and after the command's name
         cli.add_command(command)
 
 
 def run(arguments: list[str]) -> int:
     """Run a command; its exit status."""
-    _register()
-    debug = "--debug" in arguments
+    flags = Flags()
     try:
-        status = cli.main(arguments, prog_name="aipod", standalone_mode=False)
+        _register()
+        status = cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
         return status if isinstance(status, int) else OK
     except click.exceptions.Exit as exc:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail("INTERRUPTED", "stopped by Ctrl-C", INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        exc.show()
+        return _fail("USAGE", "a command is missing", USAGE)
     except click.ClickException as exc:
-        exc.show(file=sys.stderr)
-        return _fail("USAGE", f"{exc.format_message()}", USAGE)
+        path = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx is not None else "aipod"
+        return _fail("USAGE", f"{exc.format_message().rstrip('.')} (see {path} --help)", USAGE)
     except BrokenPipeError:
         # Whoever read our stdout is gone; the interpreter must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (Exception, BaseExceptionGroup) as exc:
-        if debug:
+        if flags.debug:
             traceback.print_exc()
         if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(exc)):
             return _fail("INTERRUPTED", "stopped by Ctrl-C", INTERRUPTED)
@@ -72,12 +98,16 @@ def _explain(exc: BaseException) -> int:
     for leaf in leaves(exc):
         if isinstance(leaf, UsageError):
             return _fail(leaf.reason, leaf.message, USAGE)
-        if isinstance(leaf, Unreachable | ConnectionLost):
+        if isinstance(leaf, Unreachable):
+            return _fail(leaf.reason, f"{leaf.message} (--to or AIPOD_TO says which server)", LOST)
+        if isinstance(leaf, ConnectionLost):
             return _fail(leaf.reason, leaf.message, LOST)
         if isinstance(leaf, AipodError):
             kind = leaf.metadata.get("type")
             return _fail(leaf.reason, f"{kind}: {leaf.message}" if kind else leaf.message, FAILED)
     first = next(leaves(exc))
+    if isinstance(first, OSError) and first.strerror:
+        return _fail("ERROR", f"{first.strerror}: {first.filename or type(first).__name__}", FAILED)
     return _fail("ERROR", f"{type(first).__name__}: {first} (--debug shows where)", FAILED)
 
 

@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
 import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from aipod.cli.options import config_options, make_config
+from aipod.cli.options import Seconds, config_options, make_config
 from aipod.cli.progress import Progress
-from aipod.config import Config
+from aipod.client import Event
+from aipod.config import CHUNK, MIB, Config
+from aipod.errors import UsageError
 
 RPCS = ("train", "predict", "log")
 
 
-@click.command()
+@click.command(short_help="Call a method with a file and write its answer.")
 @click.argument("method")
 @click.argument("file", required=False, metavar="[FILE|-]")
 @click.option("--to", default="127.0.0.1:50051", envvar="AIPOD_TO", show_default=True, help="HOST:PORT or unix:PATH.")
 @click.option(
     "-k", "kwargs", multiple=True, metavar="NAME=JSON", help="A keyword argument; what is no JSON is a string."
 )
-@click.option("--version", "version", default="", help="Version of the model.")
-@click.option("--upstream", default="", help="Which servers, for a proxy that asks (header x-upstream).")
-@click.option("--meta", multiple=True, metavar="K=V", help="Call metadata.")
-@click.option("--timeout", type=float, help="Seconds for the whole call.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the answer to this file.")
+@click.option("--version", default="", envvar="AIPOD_VERSION", help="Version of the model.")
+@click.option(
+    "--upstream", default="", envvar="AIPOD_UPSTREAM", help="Which servers, for a proxy that asks (header x-upstream)."
+)
+@click.option("--meta", multiple=True, metavar="K=V", envvar="AIPOD_META", help="Call metadata.")
+@click.option("--timeout", type=Seconds(), envvar="AIPOD_TIMEOUT", help="Time for the whole call.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="AIPOD_OUTPUT",
+    help="Write the answer to this file.",
+)
 @config_options(("silence", "connect_timeout", "attempts", "level"))
 def call(
     method: str,
@@ -42,22 +55,28 @@ def call(
     meta: tuple[str, ...],
     timeout: float | None,
     output: Path | None,
-    config_file: Path | None,
     **options: Any,
 ) -> None:
     """Call a method with a file (- is stdin) and write its answer.
 
     A JSON answer is one line on stdout; bytes go to -o or a pipe.
     """
-    config = make_config(config_file, options)
+    config = make_config(options)
     metadata = [_split(pair, "--meta") for pair in meta]
     if upstream:
         metadata.append(("x-upstream", upstream))
     if method not in RPCS:
         metadata.append(("x-func-name", method))
-    named = {name: _json_or_text(text) for name, text in (_split(pair, "-k") for pair in kwargs)}
-    output_kind = "file" if output is not None else "terminal" if sys.stdout.isatty() else "pipe"
-    asyncio.run(_call(to, config, method, file, named, version, metadata, timeout, output, output_kind))
+    arguments = {
+        "kwargs": {name: _json_or_text(text) for name, text in (_split(pair, "-k") for pair in kwargs)},
+        "version": version,
+        "metadata": metadata,
+        "timeout": timeout,
+    }
+    payload: Any = b"" if file is None else _stdin() if file == "-" else Path(file)
+    without_file = _to_terminal if sys.stdout.isatty() else _to_pipe
+    deliver: Callable[..., Any] = without_file if output is None else _to_file
+    asyncio.run(_call(to, config, method if method in RPCS else "chaos", payload, arguments, deliver, output))
 
 
 def _split(pair: str, option: str) -> tuple[str, str]:
@@ -77,44 +96,75 @@ def _json_or_text(text: str) -> Any:
 async def _call(
     to: str,
     config: Config,
-    method: str,
-    file: str | None,
-    kwargs: dict[str, Any],
-    version: str,
-    metadata: list[tuple[str, str]],
-    timeout: float | None,
+    rpc: str,
+    payload: Any,
+    arguments: dict[str, Any],
+    deliver: Callable[..., Any],
     output: Path | None,
-    output_kind: str,
 ) -> None:
     from aipod.client import Client
 
-    payload: Any = b"" if file is None else sys.stdin.buffer if file == "-" else Path(file)
     with Progress(sys.stderr) as progress:
         async with Client(to, config=config) as client:
-            call = getattr(client, method if method in RPCS else "chaos")
-            common = {"version": version, "metadata": metadata, "timeout": timeout, "kwargs": kwargs}
-            if output_kind == "pipe":
-                # The answer may be of any size and of either kind: it goes through a file.
-                with tempfile.TemporaryDirectory(prefix="aipod-") as directory:
-                    saved = Path(directory) / "answer"
-                    await call(payload, save_to=saved, on_event=progress.show, **common)
-                    progress.close()
-                    _pour(saved, json_line=progress.is_json)
-                return
-            answer = await call(payload, save_to=output, on_event=progress.show, **common)
-    if output_kind == "file":
-        click.echo(f"wrote {answer}", err=True)
-    elif isinstance(answer, bytes):
-        raise click.UsageError(f"the answer is {len(answer)} bytes; write it to a file with -o, or to a pipe")
-    else:
-        click.echo(json.dumps(answer, ensure_ascii=False))
+
+            async def ask(save_to: Path | None, on_event: Callable[[Event], None] = progress.show) -> Any:
+                answer = await getattr(client, rpc)(payload, save_to=save_to, on_event=on_event, **arguments)
+                progress.close()
+                return answer
+
+            await deliver(ask, progress, output)
 
 
-def _pour(saved: Path, *, json_line: bool) -> None:
-    out = sys.stdout.buffer
-    with saved.open("rb") as file:
-        while piece := file.read(1 << 20):
-            out.write(piece)
-    if json_line:
-        out.write(os.linesep.encode())
-    out.flush()
+async def _to_file(ask: Callable[..., Any], progress: Progress, output: Path) -> None:
+    await ask(output)
+    progress.say(f"wrote {output}")
+
+
+async def _to_terminal(ask: Callable[..., Any], progress: Progress, _: None) -> None:
+    def show(event: Event) -> None:
+        progress.show(event)
+        if event.phase == "DONE" and not progress.is_json:
+            # Before the download: what a terminal cannot show need not come.
+            raise UsageError(f"the answer is {event.answer_size} bytes; write it to a file with -o, or to a pipe")
+
+    answer = await ask(None, show)
+    click.echo(json.dumps(answer, ensure_ascii=False))
+
+
+async def _to_pipe(ask: Callable[..., Any], progress: Progress, _: None) -> None:
+    """The answer may be of any size and of either kind: it goes through a file, and out once it is checked."""
+    with tempfile.TemporaryDirectory(prefix="aipod-") as directory:
+        out = sys.stdout.buffer
+        with (await ask(Path(directory) / "answer")).open("rb") as file:
+            while piece := file.read(MIB):
+                out.write(piece)
+        if progress.is_json:
+            out.write(os.linesep.encode())
+        out.flush()
+
+
+async def _stdin() -> AsyncIterator[bytes]:
+    """What comes on stdin. This is an asyncio-flavored generator."""
+    loop = asyncio.get_running_loop()
+    while True:
+        arrived: asyncio.Future[bytes] = loop.create_future()
+        # Nobody waits for this thread, unlike for asyncio.to_thread's: Ctrl-C ends a call whose input never comes.
+        threading.Thread(target=_read_stdin, args=(loop, arrived), daemon=True).start()
+        if not (piece := await arrived):
+            return
+        yield piece
+
+
+def _read_stdin(loop: asyncio.AbstractEventLoop, arrived: asyncio.Future[bytes]) -> None:
+    def settle() -> None:
+        if arrived.cancelled():
+            return
+        arrived.set_result(data) if isinstance(data, bytes) else arrived.set_exception(data)
+
+    data: bytes | OSError
+    try:
+        data = os.read(0, CHUNK)
+    except OSError as exc:
+        data = exc
+    with contextlib.suppress(RuntimeError):  # the loop has gone
+        loop.call_soon_threadsafe(settle)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,10 +26,18 @@ from aipod.errors import AipodError
 LABELS = ("asyncio", "email", "json", "unittest", "xml", "http", "importlib", "multiprocessing", "logging", "sqlite3")
 
 
-@click.command()
-@click.option("--size", default=256, show_default=True, help="Megabytes to send there and back.")
+@click.command(short_help="Serve, train, predict and send a large file, all here.")
+@click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    default=256,
+    envvar="AIPOD_SIZE",
+    show_default=True,
+    help="Megabytes to send there and back.",
+)
 def demo(size: int) -> None:
     """Start a server, train a model, predict with it, send a large file there and back, and clean up."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then too
     with tempfile.TemporaryDirectory(prefix="aipod-demo-") as directory, _server(Path(directory)) as (address, process):
         asyncio.run(_run(Path(directory), address, process.pid, size))
     click.echo("the server has ended; no file is left")

@@ -6,13 +6,16 @@ import asyncio
 
 import click
 
+from aipod.cli.options import Seconds
 from aipod.config import Config
 
 
-@click.command()
+@click.command(short_help="Print whether a server takes jobs.")
 @click.argument("service", default="")
 @click.option("--to", default="127.0.0.1:50051", envvar="AIPOD_TO", show_default=True, help="HOST:PORT or unix:PATH.")
-@click.option("--timeout", default=5.0, show_default=True, help="Seconds to wait for the answer.")
+@click.option(
+    "--timeout", type=Seconds(), default=5.0, envvar="AIPOD_TIMEOUT", show_default=True, help="Time for the answer."
+)
 @click.pass_context
 def health(context: click.Context, service: str, to: str, timeout: float) -> None:
     """Print a server's health: exit status 0 when it is SERVING, 1 when not, 3 when it cannot be reached.
@@ -34,7 +37,7 @@ async def _check(service: str, to: str, timeout: float) -> str:
     from aipod.transport.channel import Channel
 
     try:
-        channel = Channel(to, Config(connect_timeout=timeout))
+        channel = Channel(to, Config(connect_timeout=max(timeout, 0.1)))
     except ValueError as exc:
         raise UsageError(str(exc)) from None
     try:

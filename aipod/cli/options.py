@@ -1,4 +1,7 @@
-"""Command line options made from the fields of `Config`, so that an option exists once."""
+"""Command line options made from the fields of `Config`, so that an option exists once.
+
+click takes each from the command line, else from AIPOD_<NAME>, else from its default map: table [aipod] of --config.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ _TIMES = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": MINUTES, "min": MINUTES, "h": HOUR
 _BYTES = {"max_payload", "max_kwargs", "max_message", "reserve", "stream_window", "connection_window"}
 
 _DEFAULTS = Config()
+# Settings of `call` that are no part of `Config`; one file may serve both commands.
+CALL_SETTINGS = ("to", "version", "upstream", "meta", "timeout", "output")
 
 
 class Size(click.ParamType[int]):
@@ -59,9 +64,11 @@ def config_options(names: Sequence[str]) -> Callable[[Callable[..., Any]], Calla
             function = _option(fields[name], hints[name])(function)
         return click.option(
             "--config",
-            "config_file",
             envvar="AIPOD_CONFIG",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            is_eager=True,
+            expose_value=False,
+            callback=_use_file,
             help="TOML file with a table [aipod].",
         )(function)
 
@@ -102,24 +109,30 @@ def _show(name: str, value: Any, kind: Any) -> str:
     return f"{value:g}s" if kind is float else str(value)
 
 
-def make_config(config_file: Path | None, options: dict[str, Any], **fixed: Any) -> Config:
-    """The configuration: what was given on the command line or in the environment, over the file, over the defaults.
-
-    Raises click.UsageError.
-    """
+def make_config(options: dict[str, Any]) -> Config:
+    """The configuration from what was given, wherever. Raises click.UsageError."""
     try:
-        values = _read_file(config_file) if config_file is not None else {}
-        values |= {name: value for name, value in options.items() if value is not None and value != ()}
-        return Config.from_mapping({**values, **fixed})
-    except (ConfigError, tomllib.TOMLDecodeError) as exc:
+        return Config.from_mapping({name: value for name, value in options.items() if value not in (None, ())})
+    except ConfigError as exc:
         raise click.UsageError(str(exc)) from exc
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """Table [aipod]; values may be written as on the command line ("1MiB", "2h")."""
-    table = tomllib.loads(path.read_text()).get("aipod", {})
-    hints = typing.get_type_hints(Config)
-    for name, value in table.items():
-        if name in hints and isinstance(value, str) and hints[name] in (int, float):
-            table[name] = _type(name, hints[name]).convert(value, None, None)
-    return dict(table)
+def _use_file(context: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Make table [aipod] click's default map; values may be written as on the command line ("1MiB", "2h")."""
+    if path is None:
+        return
+    try:
+        table = tomllib.loads(path.read_text()).get("aipod", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise click.UsageError(f"{path} is no TOML file: {exc}") from exc
+    known = [field.name for field in dataclasses.fields(Config)]
+    if not isinstance(table, dict):
+        raise click.UsageError(f"{path}: aipod is not a table; write [aipod]")
+    for name in table:
+        if name not in known and name not in CALL_SETTINGS:
+            raise click.UsageError(f"{path}: unknown setting {name!r}; known ones: {', '.join(sorted(known))}")
+    # A single value for an option that may be repeated.
+    several = {param.name for param in context.command.params if isinstance(param, click.Option) and param.multiple}
+    context.default_map = {
+        name: [value] if name in several and isinstance(value, str) else value for name, value in table.items()
+    }

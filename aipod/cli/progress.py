@@ -28,8 +28,9 @@ class Progress:
     """Shows events on `stream` where it is a terminal; log lines of the model above the bar."""
 
     def __init__(self, stream: IO[str]) -> None:
-        self._console = Console(file=stream)
-        self._live = self._console.is_terminal
+        # Only what the stream says: FORCE_COLOR and the like make rich write to pipes.
+        self._live = self._terminal = stream.isatty()
+        self._console = Console(file=stream, force_terminal=self._live)
         self._bar = Bar(
             TextColumn("{task.description:<9}"),
             BarColumn(),
@@ -58,6 +59,11 @@ class Progress:
         if self._live:
             self._bar.stop()
             self._live = False
+
+    def say(self, text: str) -> None:
+        """One line for a person."""
+        if self._terminal:
+            self._console.print(Text(text))
 
     def show(self, event: Event) -> None:
         """Called with every event of the call."""

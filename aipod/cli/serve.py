@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from aipod.errors import leaves
 
 log = logging.getLogger("aipod.server")
 
+# Seconds after a second signal in which everything may still end in order.
+AT_ONCE = 1.0
+
 OPTIONS = (
     "bind", "insecure", "spool", "data", "runner", "instances", "max_instances", "drain", "tick", "cancel_grace",
     "load_timeout", "max_payload", "max_kwargs", "max_message", "reserve", "upload_stall", "upload_ttl", "max_streams",
@@ -23,18 +27,18 @@ OPTIONS = (
 )  # fmt: skip
 
 
-@click.command()
-@click.argument("model", metavar="MODULE:CLASS", envvar="AIPOD_MODEL")
+@click.command(short_help="Serve a class.")
+@click.argument("model", metavar="MODULE:CLASS", envvar="AIPOD_MODEL")  # with --config, it may be in the file
 @config_options(OPTIONS)
 @click.pass_context
-def serve(context: click.Context, /, model: str, config_file: Path | None, **options: Any) -> None:
+def serve(context: click.Context, /, **options: Any) -> None:
     """Serve a class: its public methods can be called from anywhere that reaches the address.
 
     Writes one line per address to stdout once health answers; logs go to stderr. HUP, INT and TERM drain it: no new
     jobs, running ones get --drain seconds; a second signal ends it at once.
     """
-    config = make_config(config_file, options, model=model)
-    _set_up_logging(debug=bool(context.obj))
+    config = make_config(options)
+    _set_up_logging(debug=context.obj.debug)
     # The class lies where the user is, as with `python -m`; the installed script would not look there.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -48,13 +52,17 @@ def serve(context: click.Context, /, model: str, config_file: Path | None, **opt
     async def main() -> None:
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
+            ending = trio.CancelScope()
             # Before the start: a TERM while a model loads must end it, not be lost.
-            await nursery.start(_listen_to_signals, stop, nursery.cancel_scope)
-            async with trio.open_nursery() as server:
-                addresses: list[str] = await server.start(functools.partial(run_server, config, stop=stop))
-                for address in addresses:
-                    sys.stdout.write(f"aipod listening on {address}\n")
-                sys.stdout.flush()
+            await nursery.start(_listen_to_signals, stop, ending)
+            # What `serve` itself takes for a drain at most, if every step takes all of its time, and some air.
+            nursery.start_soon(_end_after_drain, stop, config.drain + 5 * config.cancel_grace + 15)
+            with ending:
+                async with trio.open_nursery() as server:
+                    addresses: list[str] = await server.start(functools.partial(run_server, config, stop=stop))
+                    for address in addresses:
+                        sys.stdout.write(f"aipod listening on {address}\n")
+                    sys.stdout.flush()
             nursery.cancel_scope.cancel()
 
     try:
@@ -73,9 +81,21 @@ async def _listen_to_signals(stop: Any, scope: Any, *, task_status: Any) -> None
             if stop.is_set():
                 log.warning("%s again: ending at once", name)
                 scope.cancel()
-                return
+                await trio.sleep(AT_ONCE)
+                # A model does not let go. The kernel ends the workers, the next start sweeps the spool.
+                os._exit(128 + number)
             log.info("%s: draining", name)
             stop.set()
+
+
+async def _end_after_drain(stop: Any, seconds: float) -> None:
+    """End the process where a drain does not: a method that runs in a thread of this process cannot be stopped."""
+    import trio
+
+    await stop.wait()
+    await trio.sleep(seconds)
+    log.error("a method still runs in a thread; ending without it")
+    os._exit(1)
 
 
 def _set_up_logging(*, debug: bool) -> None:

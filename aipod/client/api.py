@@ -6,23 +6,25 @@ import asyncio
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from grpclib.metadata import Deadline
+from grpclib.metadata import Deadline, encode_metadata
 
 from aipod.client.call import Attempt, OnEvent, Request
-from aipod.client.failure import explain
+from aipod.client.failure import NoAnswer, explain
+from aipod.client.sink import check_target
 from aipod.client.source import Payload, Source
 from aipod.codec import Compressor
 from aipod.config import KIB, Config
-from aipod.errors import UsageError, outcome
+from aipod.errors import ConnectionLost, Unreachable, UsageError, outcome
 from aipod.retry import delays
 from aipod.transport.channel import Channel, split_target
 
 # Above it bytes are better in a file, and kwargs better in the payload: both are held in memory whole.
 WARN_ABOVE = 32 * KIB
+T = TypeVar("T")
 
 
 class Client:
@@ -43,6 +45,7 @@ class Client:
         self._target = target
         self._config = config or Config()
         self._channel: Channel | None = None
+        self._closes = 0  # how often `close` was called: a call does not outlive it by trying again
 
     async def __aenter__(self) -> Client:
         return self
@@ -54,6 +57,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls under way end as lost ones. The next call opens a new one."""
+        self._closes += 1
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -153,6 +157,8 @@ class Client:
         on_event: OnEvent | None,
         kwargs: dict[str, Any],
     ) -> Any:
+        if save_to is not None:
+            await asyncio.to_thread(check_target, save_to)
         if rpc == "chaos" and version:
             kwargs = {**kwargs, "version": version}  # Raw has no field for it
         if isinstance(payload, bytes | bytearray | memoryview) and len(payload) > WARN_ABOVE:
@@ -162,7 +168,7 @@ class Client:
             kwargs=self._pack(kwargs),
             version=version,
             source=await asyncio.to_thread(Source, payload),
-            metadata=[(name.lower(), value) for name, value in metadata],
+            metadata=_checked(metadata),
             deadline=None if timeout is None else Deadline.from_timeout(timeout),
             save_to=save_to,
             on_event=on_event,
@@ -186,22 +192,55 @@ class Client:
     async def _try(self, request: Request) -> Any:
         """Attempts, until one has an outcome or another cannot help."""
         pauses = delays(self._config.attempts)
+        closes = self._closes
         while True:
             attempt = Attempt(self._connect(), self._config, request)
             try:
-                return await attempt.run()
+                return await _in_own_task(attempt.run())
             except (Exception, BaseExceptionGroup) as exc:
-                if request.deadline is not None and request.deadline.time_remaining() <= 0:
-                    raise outcome("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc
-                failure = explain(exc, committed=attempt.committed)
+                failure = explain(exc, target=self._target, committed=attempt.committed)
                 if failure is None:
                     raise
-                pause = next(pauses, None)
-                if failure.retry_after is None or pause is None or not request.source.check_replayable():
-                    raise failure.error from exc
-            await asyncio.sleep(max(pause, failure.retry_after))
+            left = None if request.deadline is None else request.deadline.time_remaining()
+            if left == 0 and isinstance(failure.error, Unreachable | ConnectionLost):
+                raise outcome("DEADLINE_EXCEEDED", "not done within the call's timeout") from failure.error
+            pause = next(pauses, None)
+            if failure.retry_after is None or pause is None or not request.source.check_replayable():
+                raise failure.error from failure.cause
+            pause = max(pause, failure.retry_after)
+            await asyncio.sleep(pause if left is None else min(pause, left))
+            if self._closes != closes:
+                raise failure.error from failure.cause
 
     def _connect(self) -> Channel:
         if self._channel is None:
             self._channel = Channel(self._target, self._config)
         return self._channel
+
+
+def _checked(metadata: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    headers = [(name.lower(), value) for name, value in metadata]
+    try:
+        encode_metadata(headers)
+    except (TypeError, ValueError) as exc:
+        raise UsageError(f"metadata cannot be sent: {exc}") from None
+    return headers
+
+
+async def _in_own_task(attempt: Coroutine[Any, Any, T]) -> T:
+    """Await `attempt` in a task of its own. This is an asyncio-flavored function.
+
+    grpclib ends a wait by cancelling the task that waits. The caller's must not be that one: asyncio.timeout and
+    TaskGroup count cancellations, and a cancelled caller must not be taken for a lost connection.
+    """
+    caller = asyncio.current_task()
+    assert caller is not None
+    before = caller.cancelling()
+    try:
+        return await asyncio.create_task(attempt, name="aipod-call")
+    except (Exception, asyncio.CancelledError) as exc:
+        if caller.cancelling() > before:
+            raise asyncio.CancelledError from exc
+        if isinstance(exc, asyncio.CancelledError):
+            raise NoAnswer("the connection was lost") from None
+        raise

@@ -10,24 +10,25 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpclib.client
 from grpclib.const import Cardinality
 from grpclib.metadata import Deadline
 
-from aipod.client.failure import NoAnswer, of_state
+from aipod.client.failure import Local, NoAnswer, of_state
 from aipod.client.sink import Sink
 from aipod.client.source import Source
 from aipod.config import Config
 from aipod.errors import JobFailed, leaves
-from aipod.transport.channel import Channel, read_status, reset
+from aipod.transport.channel import CALL_OVER, Channel, read_status, reset
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
 _AHEAD = 1
 # Seconds to wait for the trailers behind a complete answer.
 TRAILERS = 1.0
+T = TypeVar("T")
 TERMINAL = (Phase.DONE, Phase.FAILED, Phase.CANCELLED, Phase.RELEASED)
 
 
@@ -97,8 +98,7 @@ class Attempt:
                 try:
                     answer, error = await self._watch(uploader)
                 finally:
-                    uploader.cancel()
-                    await asyncio.wait([uploader])
+                    await _end(uploader)
                 # The outcome is whole and checked: what becomes of the call's last bytes changes nothing.
                 with contextlib.suppress(Exception):
                     async with asyncio.timeout(TRAILERS):
@@ -133,8 +133,16 @@ class Attempt:
                     await self._send_chunk(raw)
 
     async def _produce(self, ready: asyncio.Queue[list[Raw]]) -> None:
-        async for batch in self._request.source.batches(self._config.level):
-            await ready.put(batch)
+        batches = self._request.source.batches(self._config.level)
+        async with contextlib.aclosing(batches):
+            while True:
+                try:
+                    batch = await anext(batches)
+                except StopAsyncIteration:
+                    return
+                except Exception as exc:
+                    raise Local(exc) from exc
+                await ready.put(batch)
 
     async def _send_chunk(self, raw: Raw) -> None:
         self.committed = self.committed or raw.last
@@ -182,31 +190,25 @@ class Attempt:
                 self._raise_local(uploader)
             return receiver.result()
         finally:
-            if not receiver.done():
-                receiver.cancel()
-                await asyncio.wait([receiver])
+            await _end(receiver)
 
     def _raise_local(self, uploader: asyncio.Task[None] | None) -> None:
-        """Raise what the caller's own source raised; what the network did to the upload the receiver tells better."""
-        if uploader is None or not uploader.done() or uploader.cancelled() or uploader.exception() is None:
+        """Raise what ended the upload; but what the server did to it the receiver tells better."""
+        if uploader is None or not uploader.done() or uploader.cancelled():
             return
         exc = uploader.exception()
-        assert exc is not None
-        for leaf in leaves(exc):
-            if not isinstance(
-                leaf, grpclib.exceptions.StreamTerminatedError | grpclib.GRPCError | asyncio.TimeoutError
-            ):
-                raise leaf
+        if exc is not None and not all(isinstance(leaf, CALL_OVER) for leaf in leaves(exc)):
+            raise exc
 
     async def _download(self, state: State, message: Raw | None) -> Any:
-        sink = await asyncio.to_thread(Sink, state, self._request.save_to)
+        sink = await _local(Sink, state, self._request.save_to)
         try:
             while message is not None:
                 last = message.last
-                await asyncio.to_thread(sink.add, message)
+                await _local(sink.add, message)
                 self._tell(phase="DONE", received=sink.received, answer_size=state.size, log="")
                 if last:
-                    return await asyncio.to_thread(sink.finish)
+                    return await _local(sink.finish)
                 message = await self._receive()
             await read_status(self._stream)
             raise NoAnswer("the answer ended before its last byte")
@@ -228,4 +230,23 @@ class Attempt:
     def _tell(self, **changes: Any) -> None:
         self._event = dataclasses.replace(self._event, **{"log": "", **changes})
         if self._request.on_event is not None:
-            self._request.on_event(self._event)
+            try:
+                self._request.on_event(self._event)
+            except Exception as exc:
+                raise Local(exc) from exc
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel `task` and wait for its end, whatever that is. This is an asyncio-flavored function."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # asyncio logs an exception that nobody has asked for
+
+
+async def _local(fn: Callable[..., T], *args: Any) -> T:
+    """Run `fn` in a thread; what it raises is no failure of the network's. This is an asyncio-flavored function."""
+    try:
+        return await asyncio.to_thread(fn, *args)
+    except Exception as exc:
+        raise Local(exc) from exc

@@ -9,11 +9,20 @@ from typing import Any
 
 from aipod.codec import decode_chunk, new_hasher
 from aipod.config import MIB
-from aipod.errors import AipodError
+from aipod.errors import AipodError, Refused, UsageError
 from aipod.wire.ai import Raw, State
 
 # A binary answer above it is for a file, not for memory.
 MAX_IN_MEMORY = 64 * MIB
+
+
+def check_target(save_to: str | os.PathLike[str]) -> None:
+    """Raises `UsageError` where no file can be written at `save_to`: better now than after the upload."""
+    path = Path(save_to)
+    if path.is_dir():
+        raise UsageError(f"{str(path)!r} is a directory; name a file in it to write the answer to")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{str(path.parent)!r} is no directory that can be written to; the answer was to go there")
 
 
 class Sink:
@@ -45,7 +54,10 @@ class Sink:
             raise AipodError("BAD_ANSWER", f"the answer goes on at byte {message.offset}, not at {self.received}")
         if not message.data:
             return
-        data = decode_chunk(message.data)
+        try:
+            data = decode_chunk(message.data)
+        except Refused as exc:
+            raise AipodError("BAD_ANSWER", f"the answer cannot be read: {exc}; call again") from None
         self._hasher.update(data)
         self.received += len(data)
         if self._part is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,7 +46,7 @@ class Source:
         """Whether it can be sent (again)."""
         return self.replayable or not self.started
 
-    async def batches(self, level: int) -> AsyncIterator[list[Raw]]:
+    async def batches(self, level: int) -> AsyncGenerator[list[Raw], None]:
         """The payload as messages; the last one has `last` and the digest. This is an asyncio-flavored generator.
 
         Raises `UsageError` where the source yields something else than bytes, or changes its size while it is read.
@@ -57,12 +58,16 @@ class Source:
                 yield await asyncio.to_thread(packer.pack, pieces)
         else:
             pieces_of = self._pieces()
-            while pieces := await asyncio.to_thread(_take, pieces_of):
-                yield await asyncio.to_thread(packer.pack, pieces)
-                del pieces
+            try:
+                while pieces := await asyncio.to_thread(_take, pieces_of):
+                    yield await asyncio.to_thread(packer.pack, pieces)
+                    del pieces
+            finally:
+                with contextlib.suppress(ValueError):  # a thread is reading: the file is closed when it has
+                    pieces_of.close()
         yield packer.finish()
 
-    def _pieces(self) -> Iterator[bytes | memoryview]:
+    def _pieces(self) -> Generator[bytes | memoryview, None, None]:
         payload: Any = self._payload
         if isinstance(payload, memoryview):
             for start in range(0, len(payload), CHUNK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from aipod.wire.ai import Error, Phase, State
 log = logging.getLogger("aipod.job")
 
 LOG_PIECE = 64 * 1024  # of the job's log per heartbeat
+# Workers that die between load and run, one after the other, before a job is given up: chance does not do that.
+MAX_BROKEN = 3
 # Log text between two writes to the entry; a worker's own bound is lower, this one is for methods on the loop.
 MAX_PENDING_LOG = 1024 * 1024
 
@@ -76,7 +79,9 @@ class Job:
         self.scope = trio.CancelScope()  # of the run: cancelled, the method is stopped
         self._spool_id = spool_id
         self._pending_log: list[str] = []
+        self._pending_size = 0
         self._attempt = 0
+        self._stopped_because = "the job was cancelled"
         self.began = time.monotonic()
 
     def enter(self, phase: Phase) -> None:
@@ -87,18 +92,27 @@ class Job:
         self.changed.set()
         self.changed = trio.Event()
 
+    def unstart(self) -> None:
+        """Back in line: the method was not started after all."""
+        self._attempt -= 1
+        self.enter(Phase.QUEUED)
+
     def report(self, progress: float | None, message: str | None, text: str | None) -> None:
         """What the method says; kept until the next tick."""
         if progress is not None:
             self.progress, self.message = progress, message or ""
-        if text is not None and sum(map(len, self._pending_log)) < MAX_PENDING_LOG:
+        if text is not None and self._pending_size < MAX_PENDING_LOG:
+            self._pending_size += len(text)
             self._pending_log.append(text if text.endswith("\n") else text + "\n")
+            if self._pending_size >= MAX_PENDING_LOG:
+                self._pending_log.append("[lines were dropped]\n")
 
     async def save_log(self) -> None:
         """Write what was logged since the last time. This is a trio-flavored async function."""
         if self._pending_log:
-            text, self._pending_log = "".join(self._pending_log), []
-            await trio.to_thread.run_sync(self.entry.append_log, text)
+            text, self._pending_log, self._pending_size = "".join(self._pending_log), [], 0
+            with trio.CancelScope(shield=True):  # cancelled on the way to the thread, the text would be lost
+                await trio.to_thread.run_sync(self.entry.append_log, text)
 
     def state(self) -> State:
         """The job as its own client sees it."""
@@ -120,14 +134,33 @@ class Job:
             state.error = Error(type=kind, message=self.error.message, reason=self.error.reason)
         return state
 
+    @property
+    def started(self) -> bool:
+        """True once the method may have run."""
+        return self._attempt > 0
+
+    def stop(self, why: str) -> None:
+        """Stop the run; who watches is told `why`. A job that has ended keeps its outcome."""
+        if not self.scope.cancel_called:
+            self._stopped_because = why
+            self.scope.cancel()
+
+    def stopped(self) -> JobFailed:
+        """The outcome of a job that was stopped."""
+        return outcome("CANCELLED", self._stopped_because)
+
     def cancel(self) -> None:
         """Nobody wants the answer: stop the run, and let the entry go."""
         self.scope.cancel()
         self.released.set()
 
 
-async def run_job(job: Job, queue: Queue, versions: Versions, tick: float, timeout: float | None) -> None:
+async def run_job(
+    job: Job, queue: Queue, versions: Versions, tick: float, timeout: float | None, deadline: float
+) -> None:
     """Queue the job, run it, store the outcome, and keep the entry until nobody wants it.
+
+    `timeout`: seconds that the method declared for one run. `deadline`: the caller's, by trio's clock.
 
     This is a trio-flavored async function; it owns the job's entry and lives in the server's nursery, so that it can
     outlive the call that brought the job. Cancelled: the method has ended and the entry is gone when it returns.
@@ -136,10 +169,11 @@ async def run_job(job: Job, queue: Queue, versions: Versions, tick: float, timeo
         with job.scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_keep_log, job, tick)
-                await _queue_and_run(job, queue, versions, timeout)
+                await _queue_and_run(job, queue, versions, timeout, deadline)
                 nursery.cancel_scope.cancel()
-        if job.scope.cancelled_caught:
-            _fail(job, outcome("CANCELLED", "the job was cancelled"))
+        # A cancel that comes while the answer is stored is caught too: too late, what the run did stands.
+        if job.scope.cancelled_caught and job.answer is None:
+            _fail(job, job.stopped())
     except BaseException as exc:
         known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed)]
         if known:
@@ -163,7 +197,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, tick: float, timeo
                 await trio.to_thread.run_sync(job.entry.destroy)
 
 
-async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: float | None) -> None:
+async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: float | None, deadline: float) -> None:
     request, entry = job.request, job.entry
     task = Task(
         job_id=request.job_id,
@@ -175,20 +209,30 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: fl
         work_dir=entry.work,
         res=entry.result,
         new_version=versions.fresh(request.job_id),
-        timeout=timeout,
+        timeout=None,
     )
     job.queue = queue
     await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED"})
     job.enter(Phase.QUEUED)
     result = None
+    broken = 0
     while result is None:
         async with queue.lease() as lease:
             await trio.to_thread.run_sync(entry.record, {"phase": "RUNNING", "worker": lease.lock_name})
             job.enter(Phase.RUNNING)
+            left = min(deadline - trio.current_time(), timeout or math.inf)
+            timed = dataclasses.replace(task, timeout=None if left == math.inf else left)
             try:
-                result = await lease.run(task, job.report)
+                with trio.move_on_after(timeout or math.inf) as patience:
+                    result = await lease.run(timed, job.report)
             except RunnerBroken:
-                job.enter(Phase.QUEUED)  # its worker had died while idle; the method was not started
+                # Its worker had died while idle; the method was not started.
+                broken += 1
+                if broken == MAX_BROKEN:
+                    raise outcome("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
+                job.unstart()
+            if patience.cancelled_caught:
+                raise outcome("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
     # The run is over: from here on a cancel must not undo what it did.
     with trio.CancelScope(shield=True):
         if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
@@ -125,7 +126,7 @@ class ChunkSink:
         if not self.complete:
             raise Refused("TRUNCATED", "the request ended before a message with last")
         if self._total != self._entry.written or self._size not in (None, self._entry.written):
-            wanted = self._total if self._size is None else self._size
+            wanted = self._total if self._size in (None, self._entry.written) else self._size
             raise Refused("SIZE_MISMATCH", f"the payload has {self._entry.written} bytes, but {wanted} were declared")
         digest = self._entry.seal()
         if self._digest and self._digest != digest:
@@ -138,8 +139,10 @@ def check_limit(size: int, limit: int) -> None:
         raise Refused("PAYLOAD_TOO_LARGE", f"the payload is over this server's limit of {limit} bytes (--max-payload)")
 
 
-async def receive_payload(request: Request, entry: Entry, receive: Receive, *, limit: int, stall: float) -> None:
-    """Take the whole payload in. Returns when it is complete and checked.
+async def receive_payload(
+    request: Request, entry: Entry, receive: Receive, synced: Callable[[], None], *, limit: int, stall: float
+) -> None:
+    """Take the whole payload in. Returns when it is complete and checked. `synced`: a checkpoint that was asked for.
 
     This is a trio-flavored async function. Cancelled or raising `Refused`, the entry holds a part of the payload, and
     no thread writes to it any more.
@@ -163,5 +166,8 @@ async def receive_payload(request: Request, entry: Entry, receive: Receive, *, l
         nursery.start_soon(read)
         while messages := await inbox.take():
             await trio.to_thread.run_sync(sink.feed, messages)
+            if any(message.sync for message in messages):
+                await trio.to_thread.run_sync(functools.partial(entry.checkpoint, now=True))
+                synced()
             del messages
         await trio.to_thread.run_sync(sink.finish)

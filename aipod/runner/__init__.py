@@ -6,14 +6,31 @@ This package is the only one that starts processes and model threads.
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import trio
+
+from aipod.errors import JobFailed, outcome
 from aipod.results import Result
 
 # (progress 0..1 or None, its message or None, log text or None)
 Report = Callable[[float | None, str | None, str | None], None]
+
+
+async def model_failed(exc: BaseException) -> JobFailed:
+    """What to say of whatever the model raised in this process, SystemExit and groups included.
+
+    This is a trio-flavored async function. Raises Cancelled where the run is cancelled: it does not matter how a
+    method puts that, as Cancelled, alone or in groups, or as something else.
+    """
+    if isinstance(exc, KeyboardInterrupt | GeneratorExit):
+        raise exc
+    await trio.lowlevel.checkpoint_if_cancelled()
+    trace = "".join(traceback.format_exception(exc))[-16384:]
+    return outcome("MODEL_ERROR", str(exc)[:4096], {"type": type(exc).__name__, "trace": trace})
 
 
 class RunnerBroken(Exception):
@@ -56,6 +73,10 @@ class Runner(Protocol):
     lock_name: str  # of the worker lock that is held while this runner may compute; empty where the server's own is
     shared: bool  # may run several jobs at once
 
+    @property
+    def broken(self) -> bool:
+        """True once it cannot run jobs any more, however it came to that."""
+
     async def start(self) -> Description:
         """Load the instance. Raises `JobFailed` (LOAD_FAILED, MODEL_ERROR, WORKER_CRASHED).
 
@@ -65,7 +86,8 @@ class Runner(Protocol):
     async def run(self, task: Task, report: Report) -> Result:
         """Run one method. Raises `JobFailed`, or `RunnerBroken` where nothing was started.
 
-        Cancelled: the method is asked to stop, then made to; this returns when it has really ended.
+        Cancelled: the method is asked to stop, then made to; this returns when it has really ended. Cancelled before
+        it is called: the method is not started.
         """
 
     async def shutdown(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import traceback
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import outcome
 import trio
 
 from aipod import worker
-from aipod.errors import JobFailed
 from aipod.errors import outcome as failure
-from aipod.models import Context, LoadError, exported, load_class
+from aipod.models import Context, LoadError, Options, load_class
 from aipod.results import BadResult, Result, settle
-from aipod.runner import Description, Report, Task
+from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
 from aipod.transport import bridge
+
+log = logging.getLogger("aipod.runner")
 
 # Plain methods that run at once; trio's own default for threads.
 THREADS = 40
@@ -31,32 +32,43 @@ class LoopRunner:
     lock_name = ""
     shared = True
 
-    def __init__(self, model: str, version: str, data_dir: Path) -> None:
+    def __init__(self, model: str, version: str, data_dir: Path, *, load_timeout: float, grace: float) -> None:
         self._model = model
         self._version = version
         self._data_dir = data_dir
+        self._load_timeout = load_timeout
+        self._grace = grace
         self._instance: Any = None
-        self._flavors: dict[str, str] = {}
         # Of their own: models' threads must not use up those that write payloads.
         self._threads = trio.CapacityLimiter(THREADS)
         self._ended = trio.Event()
 
+    @property
+    def broken(self) -> bool:
+        return self._ended.is_set()
+
     async def start(self) -> Description:
         try:
-            cls = await trio.to_thread.run_sync(load_class, self._model)
-            self._instance = await trio.to_thread.run_sync(cls)
-            self._instance.version = self._version
-            self._instance.data_dir = self._data_dir
-            self._flavors = {name: options.flavor for name, options in exported(cls).items()}
-            for hook in ("load", "warm_up"):
-                await self._call(hook)
+            with trio.move_on_after(self._load_timeout) as patience:
+                cls = await trio.to_thread.run_sync(load_class, self._model)
+                self._instance = await trio.to_thread.run_sync(cls)
+                self._instance.version = self._version
+                self._instance.data_dir = self._data_dir
+                for hook in ("load", "warm_up"):
+                    await self._call(hook)
         except LoadError as exc:
             raise failure("LOAD_FAILED", str(exc)) from exc
-        except Exception as exc:
-            raise _failed(exc) from exc
+        except BaseException as exc:
+            raise await model_failed(exc) from exc
+        if patience.cancelled_caught:
+            raise failure("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
         return Description.of(worker.describe(cls))
 
     async def run(self, task: Task, report: Report) -> Result:
+        if self.broken:
+            raise RunnerBroken
+        # Else a method that is cancelled already would run until its first await.
+        await trio.lowlevel.checkpoint_if_cancelled()
         token = trio.lowlevel.current_trio_token()
 
         def tell(*args: Any) -> None:
@@ -78,47 +90,56 @@ class LoopRunner:
         )
         kwargs = json.loads(task.kwargs)
         try:
-            value = await self._call(task.method, context, task.payload, **kwargs)
+            value = await self._call_for(context, task.method, task.payload, kwargs)
             keep = functools.partial(settle, payload=task.payload, work_dir=task.work_dir, res=task.res)
             return await trio.to_thread.run_sync(keep, value)
-        except trio.Cancelled:
-            context.cancel()
-            raise
         except BadResult as exc:
             raise failure(exc.reason, str(exc)) from None
-        except Exception as exc:
-            raise _failed(exc) from exc
+        except BaseException as exc:
+            raise await model_failed(exc) from exc
 
-    async def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        function: Callable[..., Any] | None = getattr(self._instance, name, None)
-        if function is None:
-            return None
-        call = functools.partial(function, *args, **kwargs)
-        if not inspect.iscoroutinefunction(function):
-            return await self._in_thread(call, args[0] if args else None)
-        if self._flavors.get(name) == "asyncio":
-            return await bridge.to_trio(call)()
-        return await call()
+    async def _call_for(self, context: Context, name: str, payload: Path, kwargs: dict[str, Any]) -> Any:
+        """Run a method. Cancelled: `context.cancelled` is true before the method is, so that its cleanup sees it.
 
-    async def _in_thread(self, call: Callable[[], Any], context: Context | None = None) -> Any:
-        """Run a plain method in a thread. A thread cannot be stopped: cancelled, this asks and waits for its end."""
+        A plain method's thread, or one that an async method waits for, cannot be stopped: this asks and waits.
+        """
+        inner = trio.CancelScope(shield=True)
 
         async def ask_when_cancelled() -> None:
             try:
                 await trio.sleep_forever()
             finally:
-                if context is not None:
-                    context.cancel()
+                context.cancel()
+                inner.cancel()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_when_cancelled)
-            result = await outcome.acapture(functools.partial(trio.to_thread.run_sync, call, limiter=self._threads))
+            with inner:
+                result = await outcome.acapture(functools.partial(self._call, name, context, payload, **kwargs))
             nursery.cancel_scope.cancel()
         return result.unwrap()
 
+    async def _call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+        function: Callable[..., Any] | None = getattr(self._instance, name, None)
+        if function is None:
+            return None
+        call = functools.partial(function, *args, **kwargs)
+        if not inspect.iscoroutinefunction(function):
+            # A close hook that hangs must not keep the server from ending: its thread ends with the process.
+            return await trio.to_thread.run_sync(call, limiter=self._threads, abandon_on_cancel=name == "close")
+        if getattr(function, "__aipod__", Options()).flavor == "asyncio":
+            # As an outcome: a SystemExit that leaves an asyncio task would end the loop, and with it the server.
+            result = await bridge.to_trio(functools.partial(outcome.acapture, call))()
+            await trio.lowlevel.checkpoint_if_cancelled()  # not asyncio's CancelledError
+            return result.unwrap()
+        return await call()
+
     async def shutdown(self) -> None:
         try:
-            await self._call("close")
+            with trio.move_on_after(self._grace) as patience:
+                await self._call("close")
+            if patience.cancelled_caught:
+                log.error("%s.close() took longer than %g s; going on without it", self._model, self._grace)
         finally:
             self._instance = None
             self._ended.set()
@@ -126,8 +147,3 @@ class LoopRunner:
     async def wait(self) -> int | None:
         await self._ended.wait()
         return None
-
-
-def _failed(exc: BaseException) -> JobFailed:
-    trace = "".join(traceback.format_exception(exc))[-16384:]
-    return failure("MODEL_ERROR", str(exc)[:4096], {"type": type(exc).__name__, "trace": trace})

@@ -77,13 +77,13 @@ class ProcessRunner:
         read_end, self._tether = os.pipe()
         try:
             self._process = await trio.lowlevel.open_process(
-                # -P: not the current directory first; the worker gets this process's sys.path.
-                [sys.executable, "-P", "-X", "faulthandler", "-m", "aipod.worker", str(theirs.fileno()), str(read_end)],
+                # -P: not the current directory first; the worker gets this process's sys.path. -u: prints at once.
+                [sys.executable, "-uP", "-Xfaulthandler", "-m", "aipod.worker", str(theirs.fileno()), str(read_end)],
                 stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),  # stdout carries the listening lines and nothing else ever
+                stdout=2,  # stderr: stdout carries the listening lines and nothing else ever
                 pass_fds=(theirs.fileno(), read_end),
                 start_new_session=True,  # Ctrl-C on the terminal is the server's business
-                env={**os.environ, "PYTHONPATH": str(Path(worker.__file__).parent.parent)},
+                env={**os.environ, "PYTHONPATH": _python_path()},
             )
         except BaseException:
             ours.close()
@@ -93,9 +93,15 @@ class ProcessRunner:
             os.close(read_end)
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
 
+    @property
+    def broken(self) -> bool:
+        return self._broken or self._process is None or self._process.poll() is not None
+
     async def run(self, task: Task, report: Report) -> Result:
-        if self._broken or self._process is None or self._process.poll() is not None:
+        if self.broken:
             raise RunnerBroken
+        # Else a send that is cancelled before its first byte would cost the worker.
+        await trio.lowlevel.checkpoint_if_cancelled()
         head = {
             "op": "run",
             "job_id": task.job_id,
@@ -117,10 +123,12 @@ class ProcessRunner:
             with trio.CancelScope(shield=True):
                 await self._stop(report, ask=running)
             raise
-        except JobFailed:
+        except JobFailed as exc:
             if self._broken:
                 with trio.CancelScope(shield=True):
                     await self._end(0)
+            if not running:
+                raise RunnerBroken from exc  # it has not got the whole task
             raise
 
     async def _result(self, report: Report) -> Result:
@@ -146,13 +154,15 @@ class ProcessRunner:
         await self._end(self._grace)
 
     async def shutdown(self) -> None:
-        with trio.move_on_after(self._grace):
-            if not self._broken:
-                with contextlib.suppress(JobFailed):
-                    await self._send({"op": "close"})
-                await self.wait()
-        with trio.CancelScope(shield=True):
-            await self._end(0)
+        try:
+            with trio.move_on_after(self._grace):
+                if not self._broken:
+                    with contextlib.suppress(JobFailed):
+                        await self._send({"op": "close"})
+                    await self.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(0)
 
     async def wait(self) -> int | None:
         return None if self._process is None else await self._process.wait()
@@ -160,11 +170,14 @@ class ProcessRunner:
     async def _end(self, grace: float) -> None:
         """Make sure that the process is gone, and take its things away. Idempotent."""
         self._broken = True
-        if self._process is not None:
+        if self._process is not None and self._tether >= 0:
             with trio.move_on_after(grace):
                 await self._process.wait()
             self._signal(signal.SIGKILL)
             await self._process.wait()
+            # What the model started and left behind is still in the group.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         if self._stream is not None:
             await trio.aclose_forcefully(self._stream)
             self._stream = None
@@ -208,6 +221,11 @@ class ProcessRunner:
         status = await self.wait()
         text, metadata = explain_exit(status)
         return outcome("WORKER_CRASHED", f"the worker process {text}", metadata)
+
+
+def _python_path() -> str:
+    """The environment's PYTHONPATH with aipod's own home before it, wherever this process has it from."""
+    return os.pathsep.join(filter(None, (str(Path(worker.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
 
 
 def explain_exit(status: int | None) -> tuple[str, dict[str, str]]:

@@ -35,7 +35,7 @@ RPCS = {"chaos": Raw, "train": StreamInput, "predict": StreamInput, "log": Strea
 class AI:
     """The service object that grpclib serves.
 
-    The mutable state is the number of calls under way (a drain waits for it) and whether a drain has begun.
+    The mutable state is the calls under way with their jobs (a drain waits for them) and whether a drain has begun.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class AI:
         self._versions = versions
         # The server's: a job must be able to outlive the call that brought it.
         self._jobs = jobs
-        self._active: set[trio.CancelScope] = set()
+        self._active: dict[trio.CancelScope, Job | None] = {}
         self._idle = trio.Event()
         self.draining = False
 
@@ -63,14 +63,19 @@ class AI:
     async def drain(self, seconds: float) -> None:
         """Refuse new jobs and wait for those under way; cancel what is left after `seconds`.
 
+        A job whose method was not started is refused, with the advice to try again; any other ends as cancelled, for
+        the method must not run twice.
         This is a trio-flavored async function.
         """
         self.draining = True
         with trio.move_on_after(seconds):
             while self._active:
                 await self._wait_idle()
-        for scope in self._active:
-            scope.cancel()
+        for scope, job in self._active.items():
+            if job is not None:
+                job.stop("the server is shutting down")
+            if job is None or not job.started:
+                scope.cancel()
         with trio.move_on_after(2 * self._config.cancel_grace + 5):  # the three steps, then trailers
             while self._active:
                 await self._wait_idle()
@@ -86,7 +91,7 @@ class AI:
         """
         call = Call(stream)
         scope = trio.CancelScope()
-        self._active.add(scope)
+        self._active[scope] = None
         try:
             await self._converse(rpc, call, scope)
         except (Exception, BaseExceptionGroup) as exc:
@@ -94,7 +99,7 @@ class AI:
                 raise
             log.info("a call of %s was left by its peer: %s", rpc, exc)
         finally:
-            self._active.discard(scope)
+            del self._active[scope]
             if not self._active:
                 self._idle.set()
 
@@ -124,7 +129,8 @@ class AI:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(viewer.beat)
                 request = await self._open(rpc, call)
-                async with self._job(request, call, viewer) as job:
+                async with self._job(request, call, viewer, scope.deadline) as job:
+                    self._active[scope] = job
                     await job.ended.wait()
                     viewer.stop()
                     await self._answer(job, writer, viewer, trailers)
@@ -152,28 +158,33 @@ class AI:
         raise Refused("UPLOAD_STALLED", f"no first message for {self._config.upload_stall:g} s (--upload-stall)")
 
     @contextlib.asynccontextmanager
-    async def _job(self, request: Request, call: Call, viewer: Viewer) -> AsyncIterator[Job]:
+    async def _job(self, request: Request, call: Call, viewer: Viewer, deadline: float) -> AsyncIterator[Job]:
         """Receive the payload and start the job. When the viewer leaves, the job is cancelled if it has not ended.
 
         That is the one place which decides what a viewer's end means to its job: its end, until jobs can be resumed.
         """
         fields = {"ticketed": not request.plain, "method": request.method, "version": request.version}
         entry = await trio.to_thread.run_sync(
-            functools.partial(self._spool.claim, request.job_id, fields, size=request.size)
+            functools.partial(self._spool.claim, request.job_id, fields, request.kwargs, size=request.size)
         )
         job = Job(request, entry, self._spool.id)
         try:
             viewer.watch(job)
             await receive_payload(
-                request, entry, call.receive, limit=self._config.max_payload, stall=self._config.upload_stall
+                request,
+                entry,
+                call.receive,
+                functools.partial(job.enter, job.phase),
+                limit=self._config.max_payload,
+                stall=self._config.upload_stall,
             )
+            queue = Place(self._pool, request.version)
+            limit = self._description.methods[request.method]["timeout"]
+            self._jobs.start_soon(run_job, job, queue, self._versions, self._config.tick, limit, deadline)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(entry.destroy)
             raise
-        queue = Place(self._pool, request.version)
-        limit = self._description.methods[request.method].get("timeout")
-        self._jobs.start_soon(run_job, job, queue, self._versions, self._config.tick, limit)
         try:
             yield job
         finally:
@@ -203,12 +214,15 @@ class Place:
         self._pool = pool
         self._version = version
         self._waiter = Waiter(version)
+        self._leased = False
 
     def place(self) -> int:
         return self._pool.place(self._waiter)
 
     def lease(self) -> AbstractAsyncContextManager[Lease]:
-        self._waiter = Waiter(self._version)
+        if self._leased:
+            self._waiter = Waiter(self._version, again=True)
+        self._leased = True
         return self._pool.lease(self._version, self._waiter)
 
     def retire(self) -> None:
@@ -259,7 +273,8 @@ class Viewer:
             return None
         state = self._job.state()
         state.log_offset = self._log_seen
-        state.log = await trio.to_thread.run_sync(self._job.entry.read_log, self._log_seen, LOG_PIECE)
+        if self._job.entry.log_size > self._log_seen:
+            state.log = await trio.to_thread.run_sync(self._job.entry.read_log, self._log_seen, LOG_PIECE)
         return state
 
     async def say_outcome(self) -> None:

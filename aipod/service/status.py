@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from typing import Any
+from urllib.parse import unquote
 
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
+from grpclib.metadata import encode_grpc_message
 
 from aipod.errors import DOMAIN, AipodError, leaves
 
 log = logging.getLogger("aipod.service")
 
-# nginx passes on only as much of a response's headers as grpc_buffer_size (64 KiB in deploy/nginx.conf).
-MAX_TEXT = 4096
+# Bytes of the text as it is sent. It goes out twice, in grpc-message and (base64) in grpc-status-details-bin, and
+# gRPC's C core begins to refuse trailers at 8 KiB (GRPC_ARG_MAX_METADATA_SIZE), with the status that they carry.
+MAX_TEXT = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +44,16 @@ def ending_of(exc: BaseException) -> Ending:
             )
         kind = known.metadata.get("type")
         text = f"{kind}: {known.message}" if kind else known.message
-        return Ending(Status(int(known.code)), text[:MAX_TEXT], details)
+        return Ending(Status(int(known.code)), _cut(text), details)
     wire = next((leaf for leaf in leaves(exc) if isinstance(leaf, GRPCError)), None)
     if wire is not None:
         details = [ErrorInfo(reason="BAD_MESSAGE", domain=DOMAIN)]
-        return Ending(wire.status, wire.message, details)
+        return Ending(wire.status, _cut(wire.message or ""), details)
     log.error("a bug of aipod", exc_info=exc)
     return Ending(Status.INTERNAL, "internal error", [ErrorInfo(reason="INTERNAL", domain=DOMAIN)])
+
+
+def _cut(text: str) -> str:
+    """The beginning of `text` that takes at most `MAX_TEXT` bytes as a header."""
+    whole = re.sub("%.?\\Z", "", encode_grpc_message(text)[:MAX_TEXT])
+    return unquote(whole, errors="ignore")

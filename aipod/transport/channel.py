@@ -7,11 +7,16 @@ from typing import Any, cast
 
 import grpclib.client
 from grpclib.encoding.proto import ProtoStatusDetailsCodec
+from grpclib.exceptions import ProtocolError, StreamTerminatedError
 from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError as H2ProtocolError
 
 from aipod.config import Config
 from aipod.transport.codec import Codec
 from aipod.transport.http2 import H2Protocol, configuration
+
+# What sending raises once the call is over; what is received tells why.
+CALL_OVER = (StreamTerminatedError, ProtocolError, H2ProtocolError, asyncio.TimeoutError)
 
 
 class Channel(grpclib.client.Channel):
@@ -28,6 +33,7 @@ class Channel(grpclib.client.Channel):
             config=configuration(config),
         )
         self._settings = config
+        self._closed = False
 
     def _protocol_factory(self) -> H2Protocol:
         return H2Protocol(grpclib.client.Handler(), self._settings, client=True)
@@ -39,7 +45,16 @@ class Channel(grpclib.client.Channel):
         return super()._connected and protocol is not None and not protocol.processor.draining
 
     async def _create_connection(self) -> Any:
-        return await asyncio.wait_for(super()._create_connection(), self._settings.connect_timeout)
+        protocol = await asyncio.wait_for(super()._create_connection(), self._settings.connect_timeout)
+        if self._closed:
+            protocol.processor.close("closed while it was connecting")
+            raise StreamTerminatedError("the client was closed")
+        return protocol
+
+    def close(self) -> None:
+        """Close the connection; calls under way raise StreamTerminatedError. For good, unlike grpclib's."""
+        self._closed = True
+        super().close()
 
 
 def reset(stream: grpclib.client.Stream[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import betterproto2
@@ -12,43 +13,74 @@ from grpclib.exceptions import GRPCError
 from aipod.wire.ai import Error, Open, Raw, State, StreamInput
 
 # The widest of our messages has 15 fields, nested ones included twice that; `Open.released` repeats, so a few hundred
-# are honest. betterproto2 keeps unknown fields by appending to a bytes object, which is quadratic: 1 MB of two-byte
-# ones block the loop for 45 s.
+# are honest.
 MAX_FIELDS = 512
+# Fields may be added to the schema, so unknown ones are honest too, but betterproto2 keeps them by appending to a bytes
+# object, which is quadratic: 1 MB of two-byte ones block the loop for 45 s, 64 MB in 500 of them for 15 s.
+MAX_UNKNOWN = 64 * 1024
 
 _NESTED: dict[type, dict[int, type]] = {StreamInput: {3: Raw}, Raw: {4: Open, 5: State}, State: {6: Error}}
+
+
+def _wire_types(kind: type) -> dict[int, int]:
+    """Field number to wire type. betterproto2 takes any, and then `data` may be an int."""
+    metas = [field.metadata["betterproto"] for field in dataclasses.fields(kind) if "betterproto" in field.metadata]
+    return {meta.number: {"bytes": 2, "string": 2, "message": 2, "float": 5}.get(meta.proto_type, 0) for meta in metas}
+
+
+_WIRE_TYPES: dict[type, dict[int, int]] = {kind: _wire_types(kind) for kind in (StreamInput, Raw, Open, State, Error)}
 
 
 def check_fields(data: bytes, kind: type, limit: int = MAX_FIELDS) -> int:
     """How many fields `data` has, those of nested messages included; raises ValueError for more than `limit`.
 
-    Walks tags and lengths only; also raises where `data` is no protobuf.
+    Walks tags and lengths only; also raises where `data` is no protobuf, a known field has not its wire type, or the
+    unknown ones have more than `MAX_UNKNOWN` bytes.
     """
-    return limit - _walk(data, 0, len(data), kind, limit)
+    walk = _Walk(data, limit)
+    walk.message(0, len(data), kind)
+    return limit - walk.fields
 
 
-def _walk(data: bytes, pos: int, end: int, kind: type, budget: int) -> int:
-    nested = _NESTED.get(kind, {})
-    while pos < end:
-        budget -= 1
-        if budget < 0:
-            raise ValueError("too many fields in one message")
-        tag, pos = _varint(data, pos, end)
-        wire_type = tag & 7
+class _Walk:
+    """One pass over a message; counts down what it may still have."""
+
+    def __init__(self, data: bytes, fields: int) -> None:
+        self._data = data
+        self.fields = fields
+        self._unknown = MAX_UNKNOWN
+
+    def message(self, pos: int, end: int, kind: type) -> None:
+        known, nested = _WIRE_TYPES[kind], _NESTED.get(kind, {})
+        while pos < end:
+            self.fields -= 1
+            if self.fields < 0:
+                raise ValueError("too many fields in one message")
+            start = pos
+            tag, pos = _varint(self._data, pos, end)
+            number, wire_type = tag >> 3, tag & 7
+            if known.get(number, wire_type) != wire_type:
+                raise ValueError(f"field {number} of {kind.__name__} has wire type {wire_type}")
+            begin, pos = self._skip(wire_type, pos, end)
+            if pos > end:
+                raise ValueError("a field is longer than its message")
+            if number in nested:
+                self.message(begin, pos, nested[number])
+            elif number not in known:
+                self._unknown -= pos - start
+                if self._unknown < 0:
+                    raise ValueError("too many bytes in unknown fields")
+
+    def _skip(self, wire_type: int, pos: int, end: int) -> tuple[int, int]:
+        """Where a value's content begins, and where it ends."""
         if wire_type == 0:
-            _, pos = _varint(data, pos, end)
-        elif wire_type == 2:
-            length, pos = _varint(data, pos, end)
-            if tag >> 3 in nested and pos + length <= end:
-                budget = _walk(data, pos, pos + length, nested[tag >> 3], budget)
-            pos += length
-        elif wire_type in (1, 5):
-            pos += 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire_type} is not in use")
-    if pos != end:
-        raise ValueError("a field is longer than its message")
-    return budget
+            return pos, _varint(self._data, pos, end)[1]
+        if wire_type == 2:
+            length, pos = _varint(self._data, pos, end)
+            return pos, pos + length
+        if wire_type in (1, 5):
+            return pos, pos + (8 if wire_type == 1 else 4)
+        raise ValueError(f"wire type {wire_type} is not in use")
 
 
 def _varint(data: bytes, pos: int, end: int) -> tuple[int, int]:
@@ -61,6 +93,10 @@ def _varint(data: bytes, pos: int, end: int) -> tuple[int, int]:
             return value, pos
         shift += 7
     raise ValueError("bad varint")
+
+
+class BadMessage(GRPCError):
+    """What arrived is no message that can be read. A server answers with it; to a client it is a broken connection."""
 
 
 class Codec(CodecBase):
@@ -81,4 +117,4 @@ class Codec(CodecBase):
                 return message_type.parse(data)
             return message_type.FromString(data)
         except Exception as exc:
-            raise GRPCError(Status.INVALID_ARGUMENT, f"the message cannot be parsed: {exc}") from None
+            raise BadMessage(Status.INVALID_ARGUMENT, f"the message cannot be parsed: {exc}") from None

@@ -36,6 +36,7 @@ from h2.settings import SettingCodes, Settings
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame
 
 from aipod.config import KIB, Config
+from aipod.transport.codec import BadMessage
 
 log = logging.getLogger("aipod.transport")
 
@@ -78,6 +79,10 @@ class PeerStalled(GRPCError):
     """The peer took no data for `send_stall` seconds."""
 
 
+class StreamRefused(StreamTerminatedError):
+    """The server has done nothing for this call and says so (RFC 9113 section 8.7): it may be made again."""
+
+
 class _QuietDataFrame(DataFrame):
     """A DATA frame whose repr() is cheap: h2 builds one per frame for a trace log, and hexlifies the whole body."""
 
@@ -112,8 +117,19 @@ class H2Stream(base.Stream):
     encoding = "identity"  # the peer's grpc-encoding
     timeout: float | None = None  # server: seconds of the call's grpc-timeout
     finished_by_peer = False  # client: the server has completed its response and wants no more of the request
+    refused = False  # client: the server has said that it has not processed the call
     _body: bytes | None = None  # a decompressed body that recv_data(length) will be asked for
     _in_body = False  # grpclib reads a 5-byte prefix, then the body, which may be 5 bytes long as well
+
+    async def send_request(self, headers: Any, end_stream: bool = False, *, _processor: Any) -> Any:
+        try:
+            release = await super().send_request(headers, end_stream, _processor=_processor)
+        except ProtocolError as exc:
+            raise StreamTerminatedError(f"the connection takes no more calls: {exc}") from None
+        if not self.connection.alive:  # it ended while this stream waited to be opened
+            release()
+            raise StreamTerminatedError("the connection ended before the call began")
+        return release
 
     async def recv_data(self, size: int) -> bytes:
         if self._in_body:
@@ -127,11 +143,11 @@ class H2Stream(base.Stream):
         flag, length = prefix[0], int.from_bytes(prefix[1:5], "big")
         limit = self.connection.settings.max_message
         if length > limit:
-            raise GRPCError(Status.RESOURCE_EXHAUSTED, f"a message of {length} bytes; the limit is {limit}")
+            raise BadMessage(Status.RESOURCE_EXHAUSTED, f"a message of {length} bytes; the limit is {limit}")
         if flag == 0:
             return prefix
         if flag != 1 or self.encoding == "identity":
-            raise GRPCError(Status.INTERNAL, "a compressed message without grpc-encoding, or a bad message flag")
+            raise BadMessage(Status.INTERNAL, "a compressed message without grpc-encoding, or a bad message flag")
         self._body = _inflate(await self._read(length), self.encoding, limit)
         return struct.pack(">BI", 0, len(self._body))
 
@@ -139,7 +155,7 @@ class H2Stream(base.Stream):
         try:
             return await self.buffer.read(size)
         except AssertionError:
-            raise GRPCError(Status.INTERNAL, "the stream ended inside a message") from None
+            raise BadMessage(Status.INTERNAL, "the stream ended inside a message") from None
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
         view, end, pos = memoryview(data), len(data), 0
@@ -147,6 +163,8 @@ class H2Stream(base.Stream):
         while True:
             if self.finished_by_peer:
                 raise StreamTerminatedError("the server has finished the call")
+            if not self.connection.alive:
+                raise StreamTerminatedError("the connection has ended")
             if not self.connection.write_ready.is_set():
                 await self._wait(self.connection.write_ready, abort=True)
                 continue
@@ -168,6 +186,23 @@ class H2Stream(base.Stream):
     async def end(self) -> None:
         if not self.finished_by_peer:
             await super().end()
+
+    def __terminated__(self, reason: str) -> None:
+        if self.connection._connection.config.client_side and self.buffer._eof:
+            self.finish()  # a proxy that drains closes the connection right behind its last response
+        elif not self.refused:
+            super().__terminated__(reason)
+
+    def finish(self) -> None:
+        """Client: nothing more is sent; the response has arrived whole and can still be read."""
+        self.finished_by_peer = True
+        self.window_updated.set()  # wakes a blocked sender
+
+    def refuse(self, why: str) -> None:
+        """Client: end the call as one that was not processed, whatever becomes of the connection."""
+        self.refused = True
+        if self.wrapper is not None:
+            self.wrapper.cancel(StreamRefused(why))
 
     async def _wait(self, event: asyncio.Event, *, abort: bool) -> None:
         """Wait for `event` for at most `send_stall` seconds, then end the call, and the connection with `abort`.
@@ -197,11 +232,11 @@ def _inflate(data: bytes, encoding: str, limit: int) -> bytes:
     try:
         out = decoder.decompress(data, limit + 1)
     except zlib.error as exc:
-        raise GRPCError(Status.INTERNAL, f"a message that is not {encoding}: {exc}") from None
+        raise BadMessage(Status.INTERNAL, f"a message that is not {encoding}: {exc}") from None
     if len(out) > limit:
-        raise GRPCError(Status.RESOURCE_EXHAUSTED, f"a message over the limit of {limit} bytes after decompression")
+        raise BadMessage(Status.RESOURCE_EXHAUSTED, f"a message over the limit of {limit} bytes after decompression")
     if not decoder.eof:
-        raise GRPCError(Status.INTERNAL, f"a truncated {encoding} message")
+        raise BadMessage(Status.INTERNAL, f"a truncated {encoding} message")
     return out
 
 
@@ -228,6 +263,12 @@ class H2Connection(base.Connection):
             frame.last_stream_id = last_stream
             frame.error_code = int(code)
             self._transport.write(frame.serialize())
+
+    def close(self) -> None:
+        super().close()
+        # Nobody else wakes those who wait to open a stream on it.
+        self.write_ready.set()
+        self.stream_close_waiter.set()
 
     def abort(self, why: str) -> None:
         if self.alive:
@@ -267,8 +308,10 @@ class Processor(base.EventsProcessor):
         stream = cast(H2Stream | None, self.streams.get(event.stream_id))
         client = self.connection._connection.config.client_side
         if client and stream is not None and stream.buffer._eof and event.error_code == ErrorCodes.NO_ERROR:
-            stream.finished_by_peer = True
-            stream.window_updated.set()  # wakes a blocked sender; what has arrived can still be read
+            stream.finish()
+            return
+        if client and stream is not None and event.error_code == ErrorCodes.REFUSED_STREAM:
+            stream.refuse("refused by the server: not processed")
             return
         super().process_stream_reset(event)
 
@@ -279,7 +322,7 @@ class Processor(base.EventsProcessor):
         self.draining = True
         for stream_id, stream in list(self.streams.items()):
             if stream_id > (event.last_stream_id or 0):
-                stream.__terminated__("refused by GOAWAY: not processed")
+                cast(H2Stream, stream).refuse("refused by GOAWAY: not processed")
         self._close_if_drained()
 
     def register(self, stream: base.Stream) -> Any:

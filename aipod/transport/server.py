@@ -55,6 +55,10 @@ class Handler(grpclib.server.Handler):
             release_stream()
             return
         problem = check_headers(headers)
+        path = dict(headers).get(":path")
+        if problem is None and path not in self.mapping:
+            # grpclib's own answer has no content-type, which a strict client takes for no gRPC at all.
+            problem = Status.UNIMPLEMENTED, f"there is no method {path}", []
         if problem is not None:
             work = _reply(stream, *problem)
         else:

@@ -1,0 +1,311 @@
+"""What every runner promises (`aipod.runner.Runner`), and what only some can."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from aipod.errors import JobFailed, ModelError
+from aipod.results import Result
+from aipod.runner import Runner, RunnerBroken, Task
+from aipod.runner.fake import FakeRunner
+from aipod.runner.loop import LoopRunner
+from aipod.runner.process import ProcessRunner
+from aipod.spool import Spool
+from aipod.transport import bridge
+from tests import models_runner
+from tests.conftest import alive, children
+
+# Kind of runner and the class in models_runner that it runs.
+KINDS = {"process": "Plain", "threads": "Plain", "trio": "Trio", "asyncio": "Asyncio", "fake": "Trio"}
+Make = Callable[..., Runner]
+
+
+class Fixture:
+    """Makes runners of one kind, and tasks for them."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        self.kind = kind
+        self.data = path / "data"
+        self.spool = Spool.open(path / "spool", "app")
+        self.job = path / "job"
+        self.data.mkdir()
+        self.job.mkdir()
+        (self.job / "in").write_bytes(b"payload")
+
+    def make(self, suffix: str = "", *, load_timeout: float = 60, grace: float = 5) -> Runner:
+        name = KINDS[self.kind] + suffix
+        if self.kind == "process":
+            spec = f"tests.models_runner:{name}"
+            return ProcessRunner(spec, "v1", self.data, self.spool, load_timeout=load_timeout, grace=grace)
+        if self.kind != "fake":
+            return LoopRunner(f"tests.models_runner:{name}", "v1", self.data, load_timeout=load_timeout, grace=grace)
+        model = getattr(models_runner, name)()
+        model.version, model.data_dir = "v1", self.data
+        names = [name for name in vars(type(model)) if not name.startswith("_") and name not in ("load", "close")]
+        return FakeRunner({name: getattr(model, name) for name in names}, load=model.load, close=model.close)
+
+    def task(self, method: str, **kwargs: Any) -> Task:
+        return Task(
+            job_id="0" * 32,
+            method=method,
+            version="v1",
+            kwargs=json.dumps(kwargs).encode(),
+            metadata={"x-custom": "yes"},
+            payload=self.job / "in",
+            work_dir=self.job / "work",
+            res=self.job / "res",
+            new_version=self.data / ".new",
+            timeout=None,
+        )
+
+    async def appears(self, name: str) -> None:
+        with trio.fail_after(10):
+            while not (self.data / name).exists():
+                await trio.sleep(0.01)
+
+
+@pytest.fixture(params=KINDS)
+async def its(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Fixture]:
+    before = set(children(os.getpid()))
+    async with bridge.open_loop():
+        its = Fixture(request.param, tmp_path)
+        yield its
+    assert set(children(os.getpid())) <= before
+    assert list(its.spool.workers.iterdir()) == []
+
+
+def ignore(*report: object) -> None: ...
+
+
+async def test_start_describes_and_loads_and_shutdown_closes(its: Fixture) -> None:
+    runner = its.make()
+    description = await runner.start()
+    assert {"give", "talk", "boom", "forever"} <= set(description.methods)
+    assert not {"load", "close"} & set(description.methods)
+    assert (its.data / "loaded").read_text() == "v1"
+    assert not runner.broken
+    await runner.shutdown()
+    assert (its.data / "closed").exists()
+    assert runner.broken
+    assert await runner.wait() in (0, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "content"),
+    [
+        ("json", Result("json", b'{"payload": "payload", "top": 5}'), None),
+        ("long json", Result("json"), b'"' + b"x" * models_runner.LONG + b'"'),
+        ("bytes", Result("bytes", b"\xff\x00"), None),
+        ("long bytes", Result("bytes"), b"x" * models_runner.LONG),
+        ("file", Result("file"), b"in a file"),
+        ("payload", Result("file"), b"payload"),
+    ],
+)
+async def test_results_of_every_kind(its: Fixture, kind: str, result: Result, content: bytes | None) -> None:
+    runner = its.make()
+    await runner.start()
+    task = its.task("give", kind=kind)
+    assert await runner.run(task, ignore) == result
+    assert (task.res.read_bytes() if task.res.exists() else None) == content
+    await runner.shutdown()
+
+
+async def test_what_a_method_raises_and_what_cannot_be_sent(its: Fixture) -> None:
+    runner = its.make()
+    await runner.start()
+    with pytest.raises(ModelError, match="no such word") as model_error:
+        await runner.run(its.task("boom"), ignore)
+    assert model_error.value.metadata["type"] == "KeyError"
+    assert "models_runner.py" in model_error.value.metadata["trace"]
+    with pytest.raises(ModelError) as exited:
+        await runner.run(its.task("exit"), ignore)
+    assert exited.value.metadata["type"] == "SystemExit"
+    for kind, reason in (("object", "RESULT_NOT_JSON"), ("missing", "RESULT_NO_FILE")):
+        with pytest.raises(JobFailed) as bad:
+            await runner.run(its.task("give", kind=kind), ignore)
+        assert bad.value.reason == reason
+    # None of that is the runner's end.
+    assert await runner.run(its.task("give", kind="bytes"), ignore) == Result("bytes", b"\xff\x00")
+    await runner.shutdown()
+
+
+async def test_reports_come_in_order_and_before_the_result(its: Fixture) -> None:
+    runner = its.make()
+    await runner.start()
+    steps: list[tuple[float, str | None]] = []
+    text = ""
+
+    def report(progress: float | None, message: str | None, log: str | None) -> None:
+        nonlocal text
+        if progress is not None:
+            steps.append((progress, message))
+        if log is not None:
+            text += log if log.endswith("\n") else log + "\n"
+
+    await runner.run(its.task("talk"), report)
+    assert text == "".join(f"line {n}\n" for n in range(100))
+    assert steps == sorted(steps)
+    assert steps[-1] == (0.99, "step 99")
+    await runner.shutdown()
+
+
+async def test_cancel_stops_the_method_and_returns_when_it_has_ended(its: Fixture) -> None:
+    runner = its.make()
+    await runner.start()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runner.run, its.task("forever"), ignore)
+        await its.appears("running")
+        nursery.cancel_scope.cancel()
+    assert (its.data / "stopped").exists()
+    assert not runner.broken
+    assert await runner.run(its.task("give", kind="bytes"), ignore) == Result("bytes", b"\xff\x00")
+    await runner.shutdown()
+
+
+async def test_a_run_that_is_cancelled_before_it_starts_does_not_start(its: Fixture) -> None:
+    runner = its.make()
+    await runner.start()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await runner.run(its.task("forever"), ignore)
+    assert scope.cancelled_caught
+    assert not runner.broken
+    assert not (its.data / "running").exists()
+    await runner.shutdown()
+
+
+async def test_a_runner_that_was_shut_down_is_broken(its: Fixture) -> None:
+    runner = its.make()
+    await runner.start()
+    await runner.shutdown()
+    with pytest.raises(RunnerBroken):
+        await runner.run(its.task("talk"), ignore)
+
+
+async def test_a_load_that_fails(its: Fixture) -> None:
+    runner = its.make("Fails")
+    with pytest.raises(ModelError, match="no weights here") as caught:
+        await runner.start()
+    assert caught.value.metadata["type"] == "OSError"
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing(its: Fixture) -> None:
+    if its.kind == "threads":
+        pytest.skip("a thread cannot be stopped")
+    runner = its.make("Slow")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runner.start)
+        await its.appears("loading")
+        nursery.cancel_scope.cancel()
+    if its.kind == "process":
+        assert not alive(int((its.data / "loading").read_text()))
+
+
+async def test_a_load_that_takes_too_long(its: Fixture) -> None:
+    if its.kind in ("threads", "fake"):
+        pytest.skip("has no such limit")
+    with pytest.raises(JobFailed, match="did not load within 1 s"):
+        await its.make("Slow", load_timeout=1).start()
+
+
+@pytest.fixture
+async def process(tmp_path: Path) -> AsyncIterator[Fixture]:
+    its = Fixture("process", tmp_path)
+    yield its
+    assert list(its.spool.workers.iterdir()) == []
+
+
+async def test_a_crash_is_told_and_the_runner_is_broken(process: Fixture) -> None:
+    runner = process.make()
+    await runner.start()
+    with pytest.raises(JobFailed, match="SIGKILL") as caught:
+        await runner.run(process.task("crash"), ignore)
+    assert caught.value.reason == "WORKER_CRASHED"
+    assert caught.value.metadata == {"signal": "SIGKILL"}
+    assert runner.broken
+    assert await runner.wait() == -9
+    with pytest.raises(RunnerBroken):
+        await runner.run(process.task("talk"), ignore)
+
+
+async def test_a_crash_is_seen_and_cleaned_up_though_the_model_has_forked(process: Fixture) -> None:
+    runner = process.make()
+    await runner.start()
+    with trio.fail_after(10), pytest.raises(JobFailed, match="SIGKILL"):
+        await runner.run(process.task("fork"), ignore)
+    left = int((process.data / "running").read_text())
+    with trio.fail_after(10):
+        while alive(left):
+            await trio.sleep(0.01)
+
+
+async def test_a_worker_that_does_not_obey_is_ended(process: Fixture) -> None:
+    runner = process.make(grace=0.2)
+    await runner.start()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runner.run, process.task("stubborn"), ignore)
+        await process.appears("running")
+        nursery.cancel_scope.cancel()
+    assert not alive(int((process.data / "running").read_text()))
+    assert runner.broken
+
+
+async def test_a_shutdown_that_is_cancelled_leaves_no_process(process: Fixture) -> None:
+    runner = process.make()
+    await runner.start()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await runner.shutdown()
+    assert await runner.wait() is not None
+
+
+async def test_runners_leak_no_descriptor(process: Fixture) -> None:
+    before = os.listdir("/proc/self/fd")
+    for method in ("talk", "crash"):
+        runner = process.make()
+        await runner.start()
+        try:
+            await runner.run(process.task(method), ignore)
+        except JobFailed:
+            assert method == "crash"
+        await runner.shutdown()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.mark.parametrize("method", ["grouped", "unheeding"])
+async def test_a_cancelled_method_may_raise_what_it_likes(tmp_path: Path, method: str) -> None:
+    its = Fixture("trio", tmp_path)
+    runner = its.make()
+    await runner.start()
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run, its.task(method), ignore)
+            await its.appears("running")
+            scope.cancel()
+    assert scope.cancelled_caught
+    await runner.shutdown()
+
+
+async def test_a_fake_can_crash(tmp_path: Path) -> None:
+    its = Fixture("fake", tmp_path)
+    runner = its.make()
+    assert isinstance(runner, FakeRunner)
+    await runner.start()
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            with pytest.raises(JobFailed, match="SIGKILL"):
+                await runner.run(its.task("forever"), ignore)
+
+        nursery.start_soon(run)
+        await its.appears("running")
+        runner.crash()
+    assert await runner.wait() == -9
+    assert runner.verbs == ["start", "run forever"]

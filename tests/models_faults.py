@@ -1,0 +1,49 @@
+"""Models for tests that cut connections: they count their runs in the file that `mark` names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import aipod
+from aipod import Context
+
+
+class Counted(aipod.Model):
+    def chaos(self, context: Context, path: Path, *, mark: str = "") -> dict[str, object]:
+        if mark:
+            with open(mark, "a") as file:
+                file.write("run\n")
+        with path.open("rb") as file:
+            return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+    def patient(self, context: Context, path: Path, *, mark: str) -> str:
+        """Runs until it is cancelled, and says so in `mark`."""
+        Path(mark).write_text("running")
+        while not context.cancelled:
+            time.sleep(0.01)
+        Path(mark).write_text("cancelled")
+        return "cancelled"
+
+    def random(self, context: Context, path: Path, *, length: int) -> Path:
+        target = context.work_dir / "random"
+        target.write_bytes(os.urandom(length))
+        return target
+
+    def kwargs(self, context: Context, path: Path, **kwargs: object) -> dict[str, object]:
+        return {"kwargs": kwargs, "version": self.version}
+
+    def echo(self, context: Context, path: Path) -> Path:
+        return path
+
+    def text(self, context: Context, path: Path) -> str:
+        return "grüße"
+
+    def slow_echo(self, context: Context, path: Path, *, seconds: float) -> Path:
+        time.sleep(seconds)
+        return path
+
+    def metadata(self, context: Context, path: Path) -> dict[str, str]:
+        return dict(context.metadata)

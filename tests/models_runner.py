@@ -1,0 +1,220 @@
+"""One model three times, for the contract of runners: plain, trio- and asyncio-flavored; and some that do not load.
+
+Each marks in its data directory what has happened to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import trio
+
+import aipod
+from aipod import Context
+
+LONG = 100_000  # characters: over what travels inline
+
+
+def talk(context: Context) -> str:
+    for n in range(100):
+        context.progress(n / 100, f"step {n}")
+        context.log(f"line {n}")
+    return context.job_id
+
+
+def give(context: Context, path: Path, kind: str) -> Any:
+    (context.work_dir / "file").write_bytes(b"in a file")
+    return {
+        "json": {"payload": path.read_text(), "top": 5},
+        "long json": "x" * LONG,
+        "bytes": b"\xff\x00",
+        "long bytes": b"x" * LONG,
+        "file": context.work_dir / "file",
+        "payload": path,
+        "object": object(),
+        "missing": Path("/no/such/file"),
+    }[kind]
+
+
+class Plain(aipod.Model):
+    def load(self) -> None:
+        (self.data_dir / "loaded").write_text(self.version)
+
+    def close(self) -> None:
+        (self.data_dir / "closed").touch()
+
+    def give(self, context: Context, path: Path, *, kind: str) -> Any:
+        return give(context, path, kind)
+
+    def talk(self, context: Context, path: Path) -> str:
+        return talk(context)
+
+    def boom(self, context: Context, path: Path) -> None:
+        raise KeyError("no such word")
+
+    def exit(self, context: Context, path: Path) -> None:
+        sys.exit(3)
+
+    def forever(self, context: Context, path: Path) -> None:
+        """Ends when it is asked to, a moment later."""
+        (self.data_dir / "running").write_text(str(os.getpid()))
+        while not context.cancelled:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        (self.data_dir / "stopped").touch()
+
+    def stubborn(self, context: Context, path: Path) -> None:
+        (self.data_dir / "running").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def crash(self, context: Context, path: Path) -> None:
+        os.kill(os.getpid(), 9)
+
+    def fork(self, context: Context, path: Path) -> None:
+        """Crash, and leave behind a process that has everything this one had."""
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+        (self.data_dir / "running").write_text(str(pid))
+        os.kill(os.getpid(), 9)
+
+
+class Trio(aipod.Model):
+    async def load(self) -> None:
+        await trio.sleep(0)
+        (self.data_dir / "loaded").write_text(self.version)
+
+    async def close(self) -> None:
+        await trio.sleep(0)
+        (self.data_dir / "closed").touch()
+
+    async def give(self, context: Context, path: Path, *, kind: str) -> Any:
+        return give(context, path, kind)
+
+    async def talk(self, context: Context, path: Path) -> str:
+        return talk(context)
+
+    async def boom(self, context: Context, path: Path) -> None:
+        raise KeyError("no such word")
+
+    async def exit(self, context: Context, path: Path) -> None:
+        sys.exit(3)
+
+    async def forever(self, context: Context, path: Path) -> None:
+        (self.data_dir / "running").touch()
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.1)
+            (self.data_dir / "stopped").touch()
+
+    async def grouped(self, context: Context, path: Path) -> None:
+        """Cancelled, it raises a group of Cancelled and something else."""
+
+        async def fails_at_the_end() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise ValueError("in a cleanup")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails_at_the_end)
+            nursery.start_soon(trio.sleep_forever)
+            (self.data_dir / "running").touch()
+
+    async def unheeding(self, context: Context, path: Path) -> None:
+        """Cancelled, it raises something else."""
+        (self.data_dir / "running").touch()
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            raise RuntimeError("told to stop") from None
+
+
+class Asyncio(aipod.Model):
+    @aipod.method(flavor="asyncio")
+    async def load(self) -> None:
+        await asyncio.sleep(0)
+        (self.data_dir / "loaded").write_text(self.version)
+
+    @aipod.method(flavor="asyncio")
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        (self.data_dir / "closed").touch()
+
+    @aipod.method(flavor="asyncio")
+    async def give(self, context: Context, path: Path, *, kind: str) -> Any:
+        return give(context, path, kind)
+
+    @aipod.method(flavor="asyncio")
+    async def talk(self, context: Context, path: Path) -> str:
+        return talk(context)
+
+    @aipod.method(flavor="asyncio")
+    async def boom(self, context: Context, path: Path) -> None:
+        raise KeyError("no such word")
+
+    @aipod.method(flavor="asyncio")
+    async def exit(self, context: Context, path: Path) -> None:
+        sys.exit(3)
+
+    @aipod.method(flavor="asyncio")
+    async def forever(self, context: Context, path: Path) -> None:
+        (self.data_dir / "running").touch()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            (self.data_dir / "stopped").touch()
+
+
+class PlainFails(aipod.Model):
+    def load(self) -> None:
+        raise OSError("no weights here")
+
+    def chaos(self, context: Context, path: Path) -> None: ...
+
+
+class TrioFails(aipod.Model):
+    async def load(self) -> None:
+        raise OSError("no weights here")
+
+    async def chaos(self, context: Context, path: Path) -> None: ...
+
+
+class AsyncioFails(aipod.Model):
+    @aipod.method(flavor="asyncio")
+    async def load(self) -> None:
+        raise OSError("no weights here")
+
+    async def chaos(self, context: Context, path: Path) -> None: ...
+
+
+class PlainSlow(aipod.Model):
+    def load(self) -> None:
+        (self.data_dir / "loading").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def chaos(self, context: Context, path: Path) -> None: ...
+
+
+class TrioSlow(aipod.Model):
+    async def load(self) -> None:
+        (self.data_dir / "loading").touch()
+        await trio.sleep_forever()
+
+    async def chaos(self, context: Context, path: Path) -> None: ...
+
+
+class AsyncioSlow(aipod.Model):
+    @aipod.method(flavor="asyncio")
+    async def load(self) -> None:
+        (self.data_dir / "loading").touch()
+        await asyncio.sleep(60)
+
+    async def chaos(self, context: Context, path: Path) -> None: ...

@@ -1,0 +1,112 @@
+"""A TCP proxy on loopback that cuts, holds or corrupts what it carries, after an exact number of bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator
+
+
+@dataclasses.dataclass
+class Fault:
+    """What happens to one connection; counts are of bytes in one direction, None is never."""
+
+    cut_up: int | None = None  # reset both sides once so many bytes have gone up
+    cut_down: int | None = None
+    flip_down: int | None = None  # invert the byte at this offset
+
+
+class Proxy:
+    """Faults are taken from `faults` by each new connection in turn; one beyond the last has none."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self.port = 0
+        self.faults: list[Fault] = []
+        self.connections = 0
+        self.up = 0  # bytes of the newest connection
+        self.down = 0
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._open: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def hold(self) -> None:
+        """Carry nothing in either direction, and say nothing."""
+        self._flowing.clear()
+
+    def cut(self) -> None:
+        """Reset every connection."""
+        for writer in self._open:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        fault = self.faults[self.connections] if self.connections < len(self.faults) else Fault()
+        self.connections += 1
+        self.up = self.down = 0
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            self._open |= {writer, back_writer}
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._carry(reader, back_writer, fault, up=True))
+                    group.create_task(self._carry(back_reader, writer, fault, up=False))
+            except* (OSError, _Cut):
+                pass
+            finally:
+                for end in (writer, back_writer):
+                    end.transport.abort()
+                    self._open.discard(end)
+
+    async def _carry(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault, *, up: bool
+    ) -> None:
+        limit = fault.cut_up if up else fault.cut_down
+        carried = 0
+        while True:
+            data = await reader.read(64 * 1024)
+            await self._flowing.wait()
+            if not data:
+                raise _Cut
+            if limit is not None:
+                data = data[: limit - carried]
+            flip = fault.flip_down
+            if not up and flip is not None and carried <= flip < carried + len(data):
+                data = data[: flip - carried] + bytes([data[flip - carried] ^ 0xFF]) + data[flip - carried + 1 :]
+            writer.write(data)
+            await writer.drain()
+            carried += len(data)
+            if up:
+                self.up = carried
+            else:
+                self.down = carried
+            if limit is not None and carried >= limit:
+                raise _Cut
+
+
+class _Cut(Exception):
+    pass
+
+
+@contextlib.asynccontextmanager
+async def open_proxy(port: int, *faults: Fault) -> AsyncIterator[Proxy]:
+    """A proxy in front of 127.0.0.1:`port`. This is an asyncio-flavored async function."""
+    proxy = Proxy(port)
+    proxy.faults = list(faults)
+    server = await asyncio.start_server(proxy._serve, "127.0.0.1", 0)
+    proxy.port = server.sockets[0].getsockname()[1]
+    try:
+        yield proxy
+    finally:
+        server.close()
+        for task in proxy._tasks:
+            task.cancel()
+        await asyncio.gather(*proxy._tasks, return_exceptions=True)

@@ -1,0 +1,96 @@
+"""The client's end of a connection, against a real h2 peer that does what proxies do when they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from grpclib.const import Cardinality
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import StreamEnded
+from hyperframe.frame import GoAwayFrame
+
+from aipod.config import Config
+from aipod.transport.channel import Channel, read_status
+from aipod.transport.http2 import StreamRefused
+from aipod.wire.ai import Raw
+from tests.conftest import run
+
+Behave = Callable[[H2Connection, int], None]
+HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
+
+
+@contextlib.asynccontextmanager
+async def peer(behave: Behave) -> AsyncIterator[Channel]:
+    """A channel to a server that answers the first complete request as `behave` says, and closes the connection."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        h2 = H2Connection(H2Configuration(client_side=False))
+        h2.initiate_connection()
+        ended = None
+        while ended is None:
+            writer.write(h2.data_to_send())
+            for event in h2.receive_data(await reader.read(65536)):
+                ended = event.stream_id if isinstance(event, StreamEnded) else ended
+        behave(h2, ended)
+        writer.write(h2.data_to_send())
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        channel = Channel(f"{host}:{port}", Config())
+        try:
+            yield channel
+        finally:
+            channel.close()
+
+
+async def connection_ends(channel: Channel) -> None:
+    while not channel._protocol.handler.connection_lost:
+        await asyncio.sleep(0)
+
+
+def test_a_response_that_has_arrived_whole_is_read_though_the_connection_has_ended() -> None:
+    message = bytes(Raw(data=b"answer", last=True))
+
+    def answer(h2: H2Connection, stream: int) -> None:
+        h2.send_headers(stream, HEADERS)
+        h2.send_data(stream, b"\0" + len(message).to_bytes(4, "big") + message)
+        h2.send_headers(stream, [("grpc-status", "0"), ("grpc-message", "fine")], end_stream=True)
+
+    async def main() -> None:
+        async with peer(answer) as channel:
+            async with channel.request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw) as stream:
+                await stream.send_message(Raw(), end=True)
+                await stream.recv_initial_metadata()
+                await connection_ends(channel)
+                assert await stream.recv_message() == Raw(data=b"answer", last=True)
+                assert await stream.recv_message() is None
+                await read_status(stream)
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", ["GOAWAY", "REFUSED_STREAM"])
+def test_a_call_that_was_not_processed_says_so_though_the_connection_ends_behind_it(how: str) -> None:
+    def refuse(h2: H2Connection, stream: int) -> None:
+        if how == "REFUSED_STREAM":
+            h2.reset_stream(stream, ErrorCodes.REFUSED_STREAM)
+        else:
+            frame = GoAwayFrame(0)
+            frame.last_stream_id = stream - 1
+            h2._data_to_send += frame.serialize()
+
+    async def main() -> None:
+        async with peer(refuse) as channel:
+            async with channel.request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw) as stream:
+                await stream.send_message(Raw(), end=True)
+                await connection_ends(channel)
+                with pytest.raises(StreamRefused):
+                    await stream.recv_message()
+
+    run(main)

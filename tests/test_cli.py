@@ -1,0 +1,459 @@
+"""The command line as real processes: what goes to stdout, what to stderr, and with which status a command ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from tests.conftest import ROOT, Serve, Served, alive, children, free_port, left_in, wait_until
+
+MODEL = "tests.models_faults:Counted"
+# Nothing of the machine's own settings may leak in.
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("AIPOD_")}
+
+
+def start(*arguments: str, environ: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    command = [sys.executable, "-m", "aipod", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env={**CLEAN, **(environ or {})}, **options)
+
+
+class Done:
+    """How a command ended."""
+
+    def __init__(self, status: int, out: bytes, err: bytes) -> None:
+        self.status, self.out, self.err = status, out, err.decode()
+
+    @property
+    def last(self) -> str:
+        return self.err.splitlines()[-1]
+
+    @property
+    def answer(self) -> Any:
+        """stdout, which must be one line of JSON; nothing may be on stderr."""
+        assert (self.status, self.err) == (0, "")
+        assert self.out.count(b"\n") == 1
+        assert self.out.endswith(b"\n")
+        return json.loads(self.out)
+
+
+def aipod(*arguments: str, stdin: bytes | None = None, environ: dict[str, str] | None = None) -> Done:
+    with start(*arguments, environ=environ, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE) as process:
+        out, err = process.communicate(stdin, timeout=60)
+    return Done(process.returncode, out, err)
+
+
+class Terminal:
+    """A pseudo-terminal; `text` is everything that was written to it."""
+
+    def __init__(self) -> None:
+        self._master, slave = pty.openpty()
+        self.end: IO[bytes] = os.fdopen(slave, "r+b", buffering=0)
+        self.text = ""
+
+    def read(self, seconds: float) -> bool:
+        """Take what is there or comes within `seconds`; whether there was anything."""
+        if not select.select([self._master], [], [], seconds)[0]:
+            return False
+        self.text += os.read(self._master, 65536).decode(errors="replace")
+        return True
+
+    def read_until_closed(self, process: subprocess.Popen[bytes]) -> str:
+        """Read until the process has ended."""
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            ended = process.poll() is not None
+            if not self.read(0 if ended else 0.1) and ended:
+                break
+        return self.text
+
+    def close(self) -> None:
+        self.end.close()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(MODEL, tmp_path_factory.mktemp("server"), (), "127.0.0.1:0")
+    yield served
+    assert served.stop() == 0, served.log_text()
+    assert left_in(served.spool) == []
+
+
+@pytest.fixture
+def to(served: Served) -> tuple[str, str]:
+    return "--to", served.address
+
+
+# --- serve
+
+
+def serve_once(*arguments: str, environ: dict[str, str] | None = None, wait: int = 1) -> Done:
+    """Start a server, read `wait` lines of its stdout, stop it; all of both streams."""
+    with start("serve", *arguments, environ=environ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(wait)]
+        process.terminate()
+        out, err = process.communicate(timeout=30)
+    return Done(process.returncode, b"".join(lines) + out, err)
+
+
+def test_serve_writes_a_line_per_address_and_nothing_else(tmp_path: Path) -> None:
+    bind = ("--bind", "127.0.0.1:0", "--bind", f"unix:{tmp_path}/s")
+    done = serve_once(MODEL, "--spool", "tmp", "--data", str(tmp_path), *bind, wait=2)
+    assert done.status == 0, done.err
+    first, second = done.out.decode().splitlines()
+    assert first.startswith("aipod listening on 127.0.0.1:")
+    assert second == f"aipod listening on unix:{tmp_path}/s"
+    assert "draining" in done.err
+
+
+@pytest.mark.parametrize("given", ["command line", "environment", "file", "default"])
+def test_command_line_then_environment_then_file_then_default(tmp_path: Path, given: str) -> None:
+    """The drain's length is in the log; each source has its own value, and the ones before it are left out."""
+    file = tmp_path / "aipod.toml"
+    lines = [f'model = "{MODEL}"', f'spool = "{tmp_path}/spool"', f'data = "{tmp_path}/data"', 'bind = "127.0.0.1:0"']
+    file.write_text("\n".join(["[aipod]", *lines, 'drain = "1.5min"' if given != "default" else "", 'to = "x:1"']))
+    arguments = ["--config", str(file)]
+    environ = {}
+    if given == "command line":
+        arguments += ["--drain", "70"]
+    if given in ("command line", "environment"):
+        environ["AIPOD_DRAIN"] = "80s"
+    done = serve_once(*arguments, environ=environ)
+    assert done.status == 0, done.err
+    wanted = {"command line": "70", "environment": "80", "file": "90", "default": "30"}[given]
+    assert f"at most {wanted} s" in done.err
+    assert (tmp_path / "spool" / "app").exists()
+
+
+def test_flags_and_lists_come_from_the_environment_and_the_file(tmp_path: Path) -> None:
+    common = ("--spool", "tmp", "--data", str(tmp_path))
+    unix = f"unix:{tmp_path}/a unix:{tmp_path}/b"
+    done = serve_once(*common, environ={"AIPOD_MODEL": MODEL, "AIPOD_BIND": unix}, wait=2)
+    assert done.out.decode().splitlines() == [f"aipod listening on {address}" for address in unix.split()]
+    file = tmp_path / "aipod.toml"
+    file.write_text(f'[aipod]\ninsecure = true\nbind = ["0.0.0.0:0"]\nmodel = "{MODEL}"')
+    done = serve_once(*common, environ={"AIPOD_CONFIG": str(file)})
+    assert done.out.startswith(b"aipod listening on 0.0.0.0:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ((), 2, "USAGE: Missing argument 'MODULE:CLASS'"),
+        ((MODEL, "--drain", "soon"), 2, "USAGE: Invalid value for '--drain': 'soon' is not a time; write 90"),
+        ((MODEL, "--max-message", "big"), 2, "USAGE: Invalid value for '--max-message': 'big' is not a size"),
+        ((MODEL, "--instances", "0"), 2, "USAGE: instances = 0 is too small; it must be at least 1"),
+        ((MODEL, "--no-such-option"), 2, "USAGE: No such option '--no-such-option'"),
+        ((MODEL, "--config", "/no/such/file"), 2, "USAGE: Invalid value for '--config'"),
+        ((MODEL, "--bind", "0.0.0.0:0"), 1, "BIND_FAILED: cannot listen on 0.0.0.0:0: .* add --insecure"),
+        ((MODEL, "--bind", "nowhere"), 1, "BIND_FAILED: cannot listen on nowhere: .*--bind"),
+        (("tests.no_such_module:Model",), 1, "LOAD_FAILED: .*no_such_module"),
+        (("tests.models_faults:NoSuchClass",), 1, "LOAD_FAILED: .*NoSuchClass"),
+    ],
+)
+def test_serve_that_cannot_start_says_why_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], status: int, said: str
+) -> None:
+    done = aipod("serve", *arguments, environ={"AIPOD_SPOOL": "tmp", "AIPOD_DATA": str(tmp_path)})
+    assert (done.status, done.out) == (status, b"")
+    assert re.match(f"aipod: {said}", done.last), done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[aipod\n", "is no TOML file"),
+        ("[aipod]\ndrian = 3", "unknown setting 'drian'"),
+        ("aipod = 3", r"write \[aipod\]"),
+        ("[aipod]\ndrain = true", "is not a time"),
+        ("[aipod]\ninstances = 'x'", "is not a valid integer"),
+    ],
+)
+def test_a_wrong_file_is_a_usage_error(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "aipod.toml"
+    file.write_text(text)
+    done = aipod("serve", MODEL, "--config", str(file))
+    assert done.status == 2
+    assert re.search(said, done.last), done.err
+
+
+def test_a_second_server_on_the_same_port_says_so(served: Served, tmp_path: Path) -> None:
+    done = aipod("serve", MODEL, "--bind", served.address, "--spool", "tmp", "--data", str(tmp_path))
+    assert done.status == 1
+    assert done.last.startswith(f"aipod: BIND_FAILED: cannot listen on {served.address}: ")
+
+
+# --- call
+
+
+def test_call_prints_a_json_answer_as_one_line(served: Served, to: tuple[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    assert aipod("call", *to, "chaos", str(file)).answer["size"] == 5
+    assert aipod("call", *to, "chaos", "-", stdin=b"123").answer["size"] == 3
+    assert aipod("call", "chaos", environ={"AIPOD_TO": served.address}).answer["size"] == 0
+    assert json.loads(aipod("call", *to, "text").out) == "grüße"
+
+
+def test_call_hands_on_keyword_arguments_version_and_metadata(to: tuple[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "aipod.toml"
+    pairs = ["a=1", "b=text", 'c={"d": [1, 2]}', "e=null", 'f="3"', "g=", "h=x=y", "timeout=5"]
+    arguments = [part for pair in pairs for part in ("-k", pair)]
+    answer = aipod("call", *to, "kwargs", "--version", "v7", *arguments).answer
+    assert answer["version"] == "v7"
+    wanted = {"a": 1, "b": "text", "c": {"d": [1, 2]}, "e": None, "f": "3", "g": "", "h": "x=y", "timeout": 5}
+    assert answer["kwargs"] == wanted
+    metadata = aipod("call", *to, "metadata", "--upstream", "blue", "--meta", "x-one=1", "--meta", "x-two=a=b").answer
+    assert (metadata["x-upstream"], metadata["x-one"], metadata["x-two"]) == ("blue", "1", "a=b")
+    assert metadata["x-func-name"] == "metadata"
+    file.write_text(f'[aipod]\nto = "{to[1]}"\nversion = "v8"\nmeta = "x-three=3"\ndrain = 5')
+    assert aipod("call", "--config", str(file), "kwargs").answer["version"] == "v8"
+    assert aipod("call", "--config", str(file), "metadata").answer["x-three"] == "3"
+
+
+@pytest.mark.parametrize("method", ["train", "predict", "log"])
+def test_train_predict_and_log_use_their_own_rpc(to: tuple[str, str], method: str) -> None:
+    done = aipod("call", *to, method)
+    assert done.status == 1
+    assert done.last.startswith("aipod: UNKNOWN_METHOD: Counted has no method '" + method)
+
+
+def test_bytes_go_to_a_file_or_a_pipe(to: tuple[str, str], tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    done = aipod("call", *to, "echo", "-", stdin=data)
+    assert (done.status, done.out, done.err) == (0, data, "")
+    done = aipod("call", *to, "echo", "-", "-o", str(tmp_path / "out"), stdin=data)
+    assert (done.status, done.out, done.err) == (0, b"", "")
+    assert (tmp_path / "out").read_bytes() == data
+    done = aipod("call", *to, "text", "-o", str(tmp_path / "json"))
+    assert json.loads((tmp_path / "json").read_text()) == "grüße"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["json", "out"]
+
+
+def test_a_reader_that_goes_away_is_no_noise(to: tuple[str, str]) -> None:
+    with start("call", *to, "random", "-k", "length=5000000") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert len(process.stdout.read(10)) == 10
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("call",), 2, "USAGE: Missing argument 'METHOD'"),
+        (("call", "chaos", "/no/such/file"), 2, "USAGE: there is no file '/no/such/file'"),
+        (("call", "chaos", "-k", "novalue"), 2, "USAGE: -k 'novalue' is not NAME=VALUE"),
+        (("call", "chaos", "-k", "_aipod_x=1"), 2, "USAGE: keyword argument '_aipod_x'"),
+        (("call", "chaos", "--meta", "bad name=1"), 2, "USAGE: .*bad name"),
+        (("call", "chaos", "--timeout", "soon"), 2, "USAGE: Invalid value for '--timeout'"),
+        (("call", "chaos", "-o", "/no/such/directory/file"), 2, "USAGE: '/no/such/directory' is no directory"),
+        (("call", "chaos", "--to", "nowhere"), 2, "USAGE: 'nowhere' is not HOST:PORT"),
+        (("call", "nope"), 1, "UNKNOWN_METHOD: Counted has no method 'nope' to call; it has: .*chaos"),
+        (("call", "chaos", "--version", "../x"), 1, "BAD_VERSION: "),
+        (("call", "random", "-k", "length=x"), 1, "MODEL_ERROR: TypeError: "),
+        (("call", "slow_echo", "-k", "seconds=9", "--timeout", "0.3"), 1, "DEADLINE_EXCEEDED: "),
+        (("nothing",), 2, "USAGE: No such command 'nothing'"),
+        ((), 2, "USAGE: a command is missing"),
+    ],
+)
+def test_failures_have_a_status_and_a_last_line(
+    served: Served, arguments: tuple[str, ...], status: int, said: str
+) -> None:
+    done = aipod(*arguments, environ={"AIPOD_TO": served.address})
+    assert (done.status, done.out) == (status, b"")
+    assert re.match(f"aipod: {said}", done.last), done.err
+    assert "Traceback" not in done.err
+    assert len(done.err.splitlines()) == 1 or not arguments
+
+
+def test_nobody_there_is_status_3(tmp_path: Path) -> None:
+    for arguments in (("call", "chaos", "--attempts", "1"), ("health",)):
+        done = aipod(*arguments, "--to", f"127.0.0.1:{free_port()}")
+        assert done.status == 3
+        assert done.last.startswith("aipod: UNREACHABLE: ")
+    done = aipod("call", "chaos", "--attempts", "1", "--to", f"unix:{tmp_path}/nothing")
+    assert done.status == 3
+
+
+def test_a_server_that_is_killed_is_status_3(serve: Serve, tmp_path: Path) -> None:
+    served = serve(MODEL)
+    with start("call", "--to", served.address, "patient", "-k", f"mark={tmp_path}/mark") as process:
+        wait_until((tmp_path / "mark").exists)
+        served.process.kill()
+        served.process.communicate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert err.decode().splitlines()[-1].startswith("aipod: CONNECTION_LOST: ")
+
+
+@pytest.mark.parametrize("where", ["running", "stdin"])
+def test_ctrl_c_is_status_130_and_cancels_the_job(
+    served: Served, to: tuple[str, str], tmp_path: Path, where: str
+) -> None:
+    mark = tmp_path / "mark"
+    file = ("-",) if where == "stdin" else ()
+    with start("call", *to, "patient", *file, "-k", f"mark={mark}", stdin=subprocess.PIPE) as process:
+        if where == "running":
+            wait_until(mark.exists)
+        else:
+            wait_until(lambda: any("workers" not in name for name in left_in(served.spool)))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr is not None
+        assert process.stderr.read().strip() == b"aipod: INTERRUPTED: stopped by Ctrl-C"
+    if where == "running":
+        wait_until(lambda: mark.read_text() == "cancelled")
+    wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
+
+
+def quietly(served: Served) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):  # an entry is being removed this moment
+        return left_in(served.spool)
+    return ["something"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_traceback_only_with_debug(before: bool) -> None:
+    command = ["call", "chaos", "--attempts", "1", "--to", f"127.0.0.1:{free_port()}"]
+    done = aipod(*(["--debug", *command] if before else [*command, "--debug"]))
+    assert done.status == 3
+    assert "Traceback" in done.err
+    assert done.last.startswith("aipod: UNREACHABLE: ")
+    # A value that looks like the option is none.
+    done = aipod("call", "chaos", "-k", "a=--debug", "--attempts", "1", "--to", f"127.0.0.1:{free_port()}")
+    assert "Traceback" not in done.err
+
+
+# --- on a terminal
+
+
+def test_a_terminal_shows_phase_and_rate_and_stdout_only_the_answer(
+    to: tuple[str, str], tmp_path: Path, terminal: Terminal
+) -> None:
+    command = ("call", *to, "slow_echo", "-", "-k", "seconds=0.5", "-o", str(tmp_path / "out"))
+    with start(*command, stdin=subprocess.PIPE, stderr=terminal.end) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(200):
+            process.stdin.write(bytes(1_000_000))
+            terminal.read(0.05)
+            if "MB/s" in terminal.text:
+                break
+        process.stdin.close()
+        terminal.read_until_closed(process)
+        assert process.stdout.read() == b""
+    assert process.returncode == 0
+    text = "".join(terminal.text.split())  # the line that names the file may be broken
+    assert [word for word in ("upload", "MB/s", "run", f"wrote{tmp_path}/out") if word not in text] == []
+
+
+def test_a_terminal_gets_json_but_no_bytes(served: Served, to: tuple[str, str], terminal: Terminal) -> None:
+    with start("call", *to, "text", stdout=terminal.end) as process:
+        assert terminal.read_until_closed(process).strip() == '"grüße"'
+    assert process.returncode == 0
+    terminal.text = ""
+    with start("call", *to, "random", "-k", "length=90000000", stdout=terminal.end) as process:
+        assert process.stderr is not None
+        err = process.stderr.read().decode()
+        assert terminal.read_until_closed(process) == ""
+    assert process.returncode == 2
+    assert err == "aipod: USAGE: the answer is 90000000 bytes; write it to a file with -o, or to a pipe\n"
+    wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
+
+
+def test_colors_in_the_environment_do_not_reach_a_pipe(to: tuple[str, str]) -> None:
+    assert aipod("call", *to, "chaos", environ={"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}).answer["size"] == 0
+
+
+# --- health, help, demo
+
+
+def test_health_prints_the_status(served: Served, to: tuple[str, str]) -> None:
+    for service in ((), ("ai.AI",), ("liveness",), ("readiness",)):
+        done = aipod("health", *to, *service)
+        assert (done.status, done.out, done.err) == (0, b"SERVING\n", "")
+    assert aipod("health", environ={"AIPOD_TO": served.address}).status == 0
+    done = aipod("health", *to, "nothing")
+    assert (done.status, done.out) == (1, b"")
+    assert done.last.startswith("aipod: NOT_FOUND: the server knows no service 'nothing'")
+
+
+def test_health_of_a_draining_server_is_status_1(serve: Serve, tmp_path: Path) -> None:
+    served = serve(MODEL)
+    with start("call", "--to", served.address, "patient", "-k", f"mark={tmp_path}/mark") as process:
+        wait_until((tmp_path / "mark").exists)
+        served.process.terminate()
+        wait_until(lambda: "draining" in served.log_text())
+        done = aipod("health", "--to", served.address)
+        assert (done.status, done.out) == (1, b"NOT_SERVING\n")
+        assert aipod("health", "--to", served.address, "liveness").status == 0
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    assert served.stop() == 0
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("call",), ("health",), ("demo",)])
+def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
+    done = aipod(*command, "--help")
+    assert (done.status, done.err) == (0, "")
+    text = done.out.decode()
+    assert text.startswith("Usage: aipod")
+    wanted = {
+        (): ["serve", "call", "health", "demo", "AIPOD_<NAME>"],
+        ("serve",): ["--bind", "--spool", "--data", "--drain", "[30s]", "--runner", "--instances", "--config"],
+        ("call",): ["METHOD [FILE|-]", "--to", "-k NAME=JSON", "--version", "--upstream", "--meta", "-o"],
+        ("health",): ["SERVICE", "--to"],
+        ("demo",): ["--size"],
+    }[command]
+    assert [word for word in [*wanted, "--debug"] if word not in text] == []
+
+
+def test_demo_works_and_leaves_nothing(tmp_path: Path) -> None:
+    with start("demo", "--size", "8", environ={"TMPDIR": str(tmp_path)}) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, b"")
+    text = out.decode()
+    wanted = ["aipod listening on", "train ", "predict ", "log ", "8 MB up in", "identical, bit for bit", "heartbeats"]
+    assert [part for part in [*wanted, "peak memory: server"] if part not in text] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    with start("demo", "--size", "3000", environ={"TMPDIR": str(tmp_path)}) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith(b"aipod listening"):
+            pass
+        below = children(process.pid)
+        assert below
+        process.send_signal(number)
+        process.stdout.read()
+        assert process.wait(30) == 130
+    wait_until(lambda: not any(alive(pid) for pid in below))
+    assert list(tmp_path.iterdir()) == []

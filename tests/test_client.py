@@ -1,0 +1,659 @@
+"""The client when things go wrong: what is tried again, what is not, and that every job is cancelled or right."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aipod
+from aipod.client import Event
+from aipod.client.failure import Failure, explain
+from aipod.client.sink import Sink
+from aipod.client.source import BATCH
+from aipod.codec import Compressor, digest
+from aipod.config import CHUNK
+from aipod.errors import leaves
+from aipod.wire.ai import Raw, State
+from tests.conftest import Serve, Served, free_port, left_in, run, wait_until
+from tests.proxy import Fault, open_proxy
+
+# Random bytes: what goes over the wire is as long as the payload. The server's window is 4 MiB, so that `last` cannot
+# have been sent while a proxy has carried 6 MB at most.
+PAYLOAD = os.urandom(13_000_000)
+ANSWER = {"size": len(PAYLOAD), "sha256": hashlib.sha256(PAYLOAD).hexdigest()}
+LOST = (aipod.ConnectionLost, aipod.Unreachable)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served("tests.models_faults:Counted", tmp_path_factory.mktemp("server"), (), "127.0.0.1:0")
+    yield served
+    assert served.stop() == 0, served.log_text()
+    assert left_in(served.spool) == []
+
+
+@pytest.fixture
+def payload(tmp_path: Path) -> Path:
+    path = tmp_path / "payload"
+    path.write_bytes(PAYLOAD)
+    return path
+
+
+def named(method: str) -> list[tuple[str, str]]:
+    return [("x-func-name", method)]
+
+
+def runs(mark: Path) -> int:
+    return mark.read_text().count("run") if mark.exists() else 0
+
+
+def entries(served: Served) -> list[str]:
+    """What jobs have left in the spool; workers' files stay until the server ends."""
+    try:
+        return [name for name in left_in(served.spool) if not name.startswith("workers/")]
+    except FileNotFoundError:  # it is being removed this moment
+        return ["something"]
+
+
+def nothing_is_left(served: Served) -> None:
+    wait_until(lambda: not entries(served))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+# --- what is tried again
+
+
+def test_nothing_listening_is_unreachable_after_all_attempts() -> None:
+    attempts: list[Event] = []
+
+    async def main() -> None:
+        async with aipod.Client(f"127.0.0.1:{free_port()}", config=aipod.Config(attempts=2)) as client:
+            await client.predict(b"x", on_event=attempts.append)
+
+    with pytest.raises(aipod.Unreachable, match=r"127\.0\.0\.1:\d+.*[Cc]onnect") as caught:
+        run(main)
+    assert caught.value.reason == "UNREACHABLE"
+    assert [event.phase for event in attempts] == ["CONNECTING", "CONNECTING"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 24, 300, 100_000, 3_000_000, 6_000_000])
+def test_cut_before_last_is_tried_again_and_the_method_runs_once(
+    served: Served, payload: Path, tmp_path: Path, cut: int
+) -> None:
+    mark = tmp_path / "mark"
+
+    async def main() -> tuple[Any, int]:
+        async with open_proxy(served.port, Fault(cut_up=cut)) as proxy, aipod.Client(proxy.address) as client:
+            return await client.chaos(payload, mark=str(mark)), proxy.connections
+
+    assert run(main) == (ANSWER, 2)
+    assert runs(mark) == 1
+    nothing_is_left(served)
+
+
+def test_a_connection_that_is_cut_every_time_is_unreachable(served: Served, payload: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    async def main() -> int:
+        async with open_proxy(served.port, *[Fault(cut_up=500_000)] * 9) as proxy:
+            async with aipod.Client(proxy.address, config=aipod.Config(attempts=3)) as client:
+                with pytest.raises(aipod.Unreachable, match="no lasting connection"):
+                    await client.chaos(payload, mark=str(mark))
+                return proxy.connections
+
+    assert run(main) == 3
+    assert runs(mark) == 0
+    nothing_is_left(served)
+
+
+def test_the_answer_to_the_first_headers_is_cut_before_last(served: Served, payload: Path, tmp_path: Path) -> None:
+    """The server's own words do not arrive either: still only the incomplete request counts."""
+    mark = tmp_path / "mark"
+
+    async def main() -> Any:
+        async with open_proxy(served.port, Fault(cut_down=60)) as proxy, aipod.Client(proxy.address) as client:
+            return await client.chaos(payload, mark=str(mark))
+
+    assert run(main) == ANSWER
+    assert runs(mark) == 1
+
+
+# --- what is not
+
+
+def test_cut_after_last_is_lost_at_once_and_the_job_is_cancelled(served: Served, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    async def main() -> int:
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
+            call = asyncio.create_task(client.chaos(b"x", mark=str(mark), metadata=named("patient")))
+            await until(mark.exists)
+            proxy.cut()
+            with pytest.raises(aipod.ConnectionLost, match="may have run") as caught:
+                await call
+            assert caught.value.reason == "CONNECTION_LOST"
+            return proxy.connections
+
+    assert run(main) == 1
+    wait_until(lambda: mark.read_text() == "cancelled")
+    nothing_is_left(served)
+
+
+def test_cut_while_the_answer_arrives_is_lost_and_leaves_no_file(served: Served, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_proxy(served.port, Fault(cut_down=1_500_000)) as proxy, aipod.Client(proxy.address) as client:
+            await client.chaos(metadata=named("random"), length=4_000_000, save_to=tmp_path / "answer")
+
+    with pytest.raises(aipod.ConnectionLost):
+        run(main)
+    assert list(tmp_path.iterdir()) == []
+    nothing_is_left(served)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_silence_ends_a_call(served: Served, tmp_path: Path, committed: bool) -> None:
+    """Nothing comes through either way, and no connection is cut."""
+    mark = tmp_path / "mark"
+
+    async def main() -> None:
+        async with open_proxy(served.port) as proxy:
+            async with aipod.Client(proxy.address, config=aipod.Config(silence=0.5, attempts=1)) as client:
+                if not committed:
+                    proxy.hold()
+                payload: Any = b"" if committed else never()
+                call = asyncio.create_task(client.chaos(payload, metadata=named("patient"), mark=str(mark)))
+                if committed:
+                    await until(mark.exists)
+                    proxy.hold()
+                await call
+
+    with pytest.raises(aipod.ConnectionLost if committed else aipod.Unreachable, match=r"no heartbeat for 0\.5 s"):
+        run(main)
+    if committed:
+        wait_until(lambda: mark.read_text() == "cancelled")
+    nothing_is_left(served)
+
+
+async def never() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+@pytest.mark.parametrize("kind", ["iterator", "async iterator", "file"])
+def test_a_payload_that_can_be_read_once_is_not_sent_twice(served: Served, tmp_path: Path, kind: str) -> None:
+    mark = tmp_path / "mark"
+    pieces = [PAYLOAD[start : start + 100_000] for start in range(0, len(PAYLOAD), 100_000)]
+
+    async def asynchronous() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    async def main() -> int:
+        with (tmp_path / "file").open("w+b") as file:
+            file.write(PAYLOAD)
+            file.seek(0)
+            source: Any = {"iterator": iter(pieces), "async iterator": asynchronous(), "file": file}[kind]
+            async with open_proxy(served.port, Fault(cut_up=500_000)) as proxy, aipod.Client(proxy.address) as client:
+                with pytest.raises(aipod.Unreachable):
+                    await client.chaos(source, mark=str(mark))
+                return proxy.connections
+
+    assert run(main) == 1
+    assert runs(mark) == 0
+
+
+def test_a_server_that_starts_late_is_found_and_an_untouched_iterator_is_sent(serve: Serve) -> None:
+    port = free_port()
+
+    async def main() -> Any:
+        refused = asyncio.Event()
+        async with aipod.Client(f"127.0.0.1:{port}", config=aipod.Config(attempts=20)) as client:
+            call = asyncio.create_task(client.chaos(iter([PAYLOAD]), on_event=lambda event: refused.set()))
+            await refused.wait()
+            await asyncio.to_thread(serve, "tests.models_faults:Counted", bind=f"127.0.0.1:{port}")
+            return await call
+
+    assert run(main) == ANSWER
+
+
+# --- the caller's own mistakes and exceptions
+
+
+@pytest.mark.parametrize("after", [0, 1, BATCH * 3])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_a_source_raises_reaches_the_caller(served: Served, after: int, asynchronous: bool) -> None:
+    class Mine(OSError):  # an OSError: it must not be taken for the network's
+        pass
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(after):
+            yield PAYLOAD[:CHUNK]
+        raise Mine("mine")
+
+    async def apieces() -> AsyncIterator[bytes]:
+        for piece in pieces():
+            yield piece
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            with pytest.raises(Mine, match="mine"):
+                await client.chaos(apieces() if asynchronous else pieces())
+            assert (await client.chaos(b"x"))["size"] == 1
+
+    run(main)
+    nothing_is_left(served)
+
+
+@pytest.mark.parametrize("source", [["text"], [b"bytes", 5], "file"])
+def test_a_source_of_something_else_than_bytes_is_refused(served: Served, tmp_path: Path, source: Any) -> None:
+    async def main() -> None:
+        (tmp_path / "text").write_text("text")
+        with (tmp_path / "text").open() as file:
+            async with aipod.Client(served.address) as client:
+                await client.chaos(file if source == "file" else iter(source))
+
+    with pytest.raises(aipod.AipodError, match="not bytes") as caught:
+        run(main)
+    assert caught.value.reason == "USAGE"
+    nothing_is_left(served)
+
+
+@pytest.mark.parametrize("change", [b"more", None])
+def test_a_file_that_changes_while_it_is_read_is_noticed(
+    served: Served, payload: Path, tmp_path: Path, change: bytes | None
+) -> None:
+    mark = tmp_path / "mark"
+
+    def resize(event: Event) -> None:
+        if event.phase == "CONNECTING":
+            with payload.open("ab") as file:
+                file.write(change) if change else file.truncate(1_000_000)
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            await client.chaos(payload, mark=str(mark), on_event=resize)
+
+    with pytest.raises(aipod.AipodError, match="13000000 bytes") as caught:
+        run(main)
+    assert caught.value.reason in ("USAGE", "SIZE_MISMATCH")
+    assert runs(mark) == 0
+    nothing_is_left(served)
+
+
+@pytest.mark.parametrize("payload", ["/no/such/file", "/", Path("/no/such/file"), 5, None])
+def test_no_payload_at_all(served: Served, payload: Any) -> None:
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            await client.chaos(payload)
+
+    with pytest.raises(aipod.AipodError) as caught:
+        run(main)
+    assert caught.value.reason == "USAGE"
+
+
+def test_a_file_that_may_not_be_read_is_no_network_failure(served: Served, payload: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root reads everything")
+    payload.chmod(0)
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            await client.chaos(payload)
+
+    with pytest.raises(PermissionError):
+        run(main)
+
+
+@pytest.mark.parametrize("phase", ["CONNECTING", "RECEIVING", "RUNNING", "DONE"])
+def test_what_on_event_raises_reaches_the_caller(served: Served, payload: Path, phase: str) -> None:
+    class Mine(OSError):
+        pass
+
+    def show(event: Event) -> None:
+        if event.phase == phase:
+            raise Mine(phase)
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            await client.chaos(payload, on_event=show, metadata=named("slow_echo"), seconds=0.05)
+
+    with pytest.raises(Mine, match=phase):
+        run(main)
+    nothing_is_left(served)
+
+
+@pytest.mark.parametrize("target", ["", "localhost", "localhost:", ":50051", "host:port", "host:70000", "unix:"])
+def test_wrong_targets(target: str) -> None:
+    with pytest.raises(aipod.AipodError) as caught:
+        aipod.Client(target)
+    assert caught.value.reason == "USAGE"
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"kwargs": {"_aipod_bin_size": 5}},
+        {"_aipod": 1},
+        {"a": object()},
+        {"a": float("nan")},
+        {"metadata": [("bad name", "x")]},
+        {"metadata": [("x-text", "grüße\n")]},
+        {"metadata": [("grpc-timeout", "1S")]},
+        {"metadata": [("x-text", 5)]},
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_sent(kwargs: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with aipod.Client(f"127.0.0.1:{free_port()}") as client:
+            await client.chaos(b"", **kwargs)
+
+    with pytest.raises(aipod.AipodError) as caught:
+        run(main)
+    assert caught.value.reason == "USAGE"
+
+
+def test_kwargs_with_reserved_names_reach_the_method(served: Served) -> None:
+    names = {"payload": 1, "metadata": 2, "timeout": 3, "save_to": 4, "on_event": 5, "kwargs": 6}
+
+    async def main() -> Any:
+        async with aipod.Client(served.address) as client:
+            return await client.chaos(metadata=named("kwargs"), kwargs={**names, "version": "7"}, payload=1)
+
+    assert run(main) == {"kwargs": names, "version": "7"}
+
+
+def test_where_the_answer_cannot_be_saved_nothing_is_sent(served: Served, payload: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    async def main(save_to: Path) -> None:
+        async with aipod.Client(served.address) as client:
+            await client.chaos(payload, save_to=save_to, mark=str(mark))
+
+    for save_to in (tmp_path / "missing" / "answer", tmp_path, payload / "answer"):
+        with pytest.raises(aipod.AipodError) as caught:
+            run(lambda save_to=save_to: main(save_to))
+        assert caught.value.reason == "USAGE"
+        assert str(save_to.parent if save_to != tmp_path else tmp_path) in str(caught.value)
+    assert runs(mark) == 0
+
+
+def test_a_directory_that_goes_away_meanwhile_is_no_network_failure(served: Served, tmp_path: Path) -> None:
+    directory = tmp_path / "directory"
+    directory.mkdir()
+
+    def show(event: Event) -> None:
+        if event.phase == "RUNNING" and directory.exists():
+            directory.rmdir()
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            await client.chaos(
+                b"x", metadata=named("slow_echo"), seconds=0.05, save_to=directory / "answer", on_event=show
+            )
+
+    with pytest.raises(FileNotFoundError):
+        run(main)
+    nothing_is_left(served)
+
+
+# --- the end that the caller sets
+
+
+def test_a_timeout_cancels_the_job(served: Served, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            await client.chaos(b"x", metadata=named("patient"), mark=str(mark), timeout=1.0)
+
+    began = time.monotonic()
+    with pytest.raises(aipod.JobCancelled) as caught:
+        run(main)
+    assert caught.value.reason == "DEADLINE_EXCEEDED"
+    assert 1 <= time.monotonic() - began < 5
+    wait_until(lambda: mark.read_text() == "cancelled")
+    nothing_is_left(served)
+
+
+@pytest.mark.parametrize("where", ["nobody listens", "no answer", "zero"])
+def test_a_timeout_covers_everything_else_too(where: str) -> None:
+    """The pauses between attempts, and a server that accepts but never says anything."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = free_port() if where == "nobody listens" else silent.getsockname()[1]
+            async with aipod.Client(f"127.0.0.1:{port}", config=aipod.Config(attempts=100)) as client:
+                await client.predict(b"", timeout=0 if where == "zero" else 0.3)
+
+    began = time.monotonic()
+    with pytest.raises(aipod.JobCancelled) as caught:
+        run(main)
+    assert caught.value.reason == "DEADLINE_EXCEEDED"
+    assert time.monotonic() - began < 3
+
+
+def test_the_callers_own_timeout_and_groups_work_around_a_failed_call() -> None:
+    """grpclib ends waits by cancelling the task; asyncio counts cancellations."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            async with aipod.Client(address, config=aipod.Config(attempts=1)) as client:
+                async with asyncio.timeout(0.5):
+                    with pytest.raises(aipod.JobCancelled):
+                        await client.predict(b"", timeout=0.1)
+                    task = asyncio.current_task()
+                    assert task is not None
+                    assert task.cancelling() == 0
+                    await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        run(main)
+
+
+def test_cancelling_the_task_cancels_the_job(served: Served, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            call = asyncio.create_task(client.chaos(b"x", metadata=named("patient"), mark=str(mark)))
+            await until(mark.exists)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            await until(lambda: mark.read_text() == "cancelled")
+            assert (await client.chaos(b"x"))["size"] == 1  # the same connection goes on
+
+    run(main)
+    nothing_is_left(served)
+
+
+def test_cancelling_during_the_upload_leaves_nothing(served: Served) -> None:
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            started = asyncio.Event()
+
+            async def pieces() -> AsyncIterator[bytes]:
+                yield PAYLOAD
+                yield PAYLOAD
+                started.set()
+                await asyncio.Event().wait()
+
+            call = asyncio.create_task(client.chaos(pieces()))
+            await started.wait()
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+    run(main)
+    nothing_is_left(served)
+
+
+# --- one client, many calls, several connections
+
+
+def test_many_calls_at_once_over_one_connection(served: Served) -> None:
+    async def main() -> int:
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
+            sizes = range(50)
+            async with asyncio.TaskGroup() as group:
+                calls = [group.create_task(client.chaos(PAYLOAD[:size])) for size in sizes]
+            assert [call.result()["size"] for call in calls] == list(sizes)
+            return proxy.connections
+
+    assert run(main) == 1
+
+
+def test_a_client_finds_a_server_that_was_started_again(serve: Serve) -> None:
+    port = free_port()
+
+    async def main() -> None:
+        first = await asyncio.to_thread(serve, "tests.models_faults:Counted", bind=f"127.0.0.1:{port}")
+        async with aipod.Client(first.address) as client:
+            assert (await client.chaos(b"x"))["size"] == 1
+            assert await asyncio.to_thread(first.stop) == 0
+            await asyncio.to_thread(serve, "tests.models_faults:Counted", bind=f"127.0.0.1:{port}")
+            assert (await client.chaos(b"xy"))["size"] == 2
+
+    run(main)
+
+
+def test_a_draining_server_finishes_what_it_has(serve: Serve, tmp_path: Path) -> None:
+    """Its GOAWAY comes at the end of the drain; the call under way gets its answer, later ones are refused."""
+    first = serve("tests.models_faults:Counted")
+
+    async def main() -> None:
+        async with aipod.Client(first.address, config=aipod.Config(attempts=1)) as client:
+            running = asyncio.Event()
+            call = asyncio.create_task(
+                client.chaos(
+                    b"x",
+                    metadata=named("slow_echo"),
+                    seconds=1,
+                    on_event=lambda event: running.set() if event.phase == "RUNNING" else None,
+                )
+            )
+            await running.wait()
+            first.process.terminate()
+            await until(lambda: "draining" in first.log_text())
+            with pytest.raises(aipod.Refused) as caught:
+                await client.chaos(b"x")
+            assert caught.value.reason == "DRAINING"
+            assert await call == b"x"
+
+    run(main)
+    assert first.stop() == 0
+
+
+def test_close_ends_calls_and_the_next_call_connects_again(served: Served, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    async def main() -> int:
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
+            committed = asyncio.create_task(client.chaos(b"x", metadata=named("patient"), mark=str(mark)))
+            await until(mark.exists)
+            uploading = asyncio.create_task(client.chaos(never()))
+            sent = proxy.up
+            await until(lambda: proxy.up > sent)
+            client.close()
+            with pytest.raises(aipod.ConnectionLost):
+                await committed
+            with pytest.raises(aipod.Unreachable):
+                await uploading
+            assert (await client.chaos(b"x"))["size"] == 1
+            return proxy.connections
+
+    assert run(main) == 2
+    nothing_is_left(served)
+
+
+def test_a_call_does_not_outlive_its_client() -> None:
+    """Between two attempts there is no connection to close: the pause must end the call."""
+
+    async def main() -> None:
+        tried = asyncio.Event()
+        client = aipod.Client(f"127.0.0.1:{free_port()}", config=aipod.Config(attempts=100))
+        async with client:
+            call = asyncio.create_task(client.predict(b"x", on_event=lambda event: tried.set()))
+            await tried.wait()
+        with pytest.raises(aipod.Unreachable):
+            await call
+        assert client._channel is None
+
+    run(main)
+
+
+# --- a wrong answer is never returned
+
+
+@pytest.mark.parametrize("flip", [1_000, 100_000, 700_000, 1_048_700, 2_000_000])
+def test_a_corrupt_answer_is_never_returned(served: Served, payload: Path, tmp_path: Path, flip: int) -> None:
+    saved = tmp_path / "answer"
+
+    async def main() -> None:
+        async with open_proxy(served.port, Fault(flip_down=flip)) as proxy, aipod.Client(proxy.address) as client:
+            await client.chaos(payload, metadata=named("echo"), save_to=saved, timeout=20)
+
+    with pytest.raises(aipod.AipodError) as caught:
+        run(main)
+    assert not isinstance(caught.value, aipod.Refused), "nobody has refused anything"
+    assert list(tmp_path.iterdir()) == [payload]
+    nothing_is_left(served)
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("wrong", ["digest", "size", "offset", "chunk", "nothing"])
+def test_an_answer_is_checked_against_what_was_stored(tmp_path: Path, save: bool, wrong: str) -> None:
+    frame = Compressor(1).frame(b"answer")
+    state = State(size=6, digest=digest(b"answer"), content_type="application/octet-stream")
+    message = Raw(data=frame, offset=0, last=True)
+    if wrong == "digest":
+        state.digest = digest(b"Answer")
+    elif wrong == "size":
+        state.size = 7
+    elif wrong == "offset":
+        message.offset = 3
+    elif wrong == "chunk":
+        message.data = frame[:-1]
+    sink = Sink(state, tmp_path / "answer" if save else None)
+
+    def take() -> Any:
+        sink.add(message)
+        return sink.finish()
+
+    if wrong == "nothing":
+        assert take() == (tmp_path / "answer" if save else b"answer")
+    else:
+        with pytest.raises(aipod.AipodError) as caught:
+            take()
+        assert caught.value.reason == "BAD_ANSWER"
+        sink.discard()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_every_lost_connection_is_typed() -> None:
+    """Whatever the network raises, alone or in groups, becomes one of the two errors; anything else is left alone."""
+    from grpclib.exceptions import StreamTerminatedError
+
+    for exc in (OSError("x"), TimeoutError(), StreamTerminatedError("x"), ConnectionResetError()):
+        for wrapped in (exc, ExceptionGroup("", [ExceptionGroup("", [exc])])):
+            before = explain(wrapped, target="t", committed=False)
+            after = explain(wrapped, target="t", committed=True)
+            assert isinstance(before, Failure)
+            assert isinstance(after, Failure)
+            assert (type(before.error), before.retry_after) == (aipod.Unreachable, 0.0)
+            assert (type(after.error), after.retry_after) == (aipod.ConnectionLost, None)
+            assert next(leaves(wrapped)) is after.cause
+    assert explain(ValueError(), target="t", committed=False) is None

@@ -1,0 +1,368 @@
+"""A job and its viewer: heartbeats on virtual time, and the story of a job over real files and a fake runner."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from aipod.codec import PONG, digest
+from aipod.job.request import Request
+from aipod.job.run import MAX_BROKEN, Answer, Job, run_job
+from aipod.pool import Pool, open_pool
+from aipod.runner.fake import FakeRunner
+from aipod.service.ai import Place, Viewer
+from aipod.service.viewer import Call, Writer
+from aipod.spool import Entry, Journal, Spool
+from aipod.versions import Versions
+from aipod.wire.ai import Open, Phase, Raw
+from tests.conftest import left_in
+
+
+class FakeCall:
+    """Takes a call's messages and notes when they came; `seconds` each."""
+
+    def __init__(self, seconds: float = 0) -> None:
+        self.sent: list[tuple[float, Raw]] = []
+        self._seconds = seconds
+        self._began = trio.current_time()
+
+    async def send(self, message: Raw) -> None:
+        await trio.sleep(self._seconds)
+        self.sent.append((trio.current_time() - self._began, message))
+
+    @property
+    def phases(self) -> list[tuple[float, Phase | None]]:
+        return [(when, message.state.phase if message.state else None) for when, message in self.sent]
+
+
+class NoEntry:
+    """Of an entry what heartbeats look at."""
+
+    durable = 0
+    log_size = 0
+
+
+def request(open_: Open | None = None) -> Request:
+    return Request("0" * 32, "train", "v", b"{}", None, open_, Raw(), {})
+
+
+def fake_job(open_: Open | None = None) -> Job:
+    return Job(request(open_), cast(Entry, NoEntry()), "spool")
+
+
+async def test_a_plain_client_hears_a_pong_at_once_and_every_second(autojump_clock: MockClock) -> None:
+    call = FakeCall()
+    writer = Writer(cast(Call, call))
+    viewer = Viewer(writer, 1.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        nursery.start_soon(viewer.beat)
+        await trio.sleep(1.5)
+        viewer.watch(job := fake_job())
+        for phase in (Phase.QUEUED, Phase.RUNNING):  # no concern of a plain client's
+            await trio.sleep(0.7)
+            job.enter(phase)
+        await trio.sleep(2.4)
+        nursery.cancel_scope.cancel()
+    assert call.sent == [(float(second), Raw(data=PONG)) for second in range(6)]
+
+
+async def test_an_own_client_hears_the_phases_at_once_and_a_state_every_second(autojump_clock: MockClock) -> None:
+    call = FakeCall()
+    writer = Writer(cast(Call, call))
+    viewer = Viewer(writer, 1.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        nursery.start_soon(viewer.beat)
+        await trio.sleep(1.5)
+        viewer.watch(job := fake_job(Open(ticket=b"t" * 16)))
+        await trio.sleep(0.25)
+        job.enter(Phase.QUEUED)
+        await trio.sleep(2.25)
+        job.enter(Phase.RUNNING)
+        await trio.sleep(1.25)
+        nursery.cancel_scope.cancel()
+    assert call.phases == [
+        (0, None),
+        (1, None),
+        (1.5, Phase.RECEIVING),
+        (1.75, Phase.QUEUED),
+        (2.75, Phase.QUEUED),
+        (3.75, Phase.QUEUED),
+        (4, Phase.RUNNING),
+        (5, Phase.RUNNING),
+    ]
+
+
+async def test_heartbeats_do_not_pile_up_before_a_peer_that_does_not_read(autojump_clock: MockClock) -> None:
+    call = FakeCall(seconds=10.5)
+    writer = Writer(cast(Call, call))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        nursery.start_soon(Viewer(writer, 1.0).beat)
+        await trio.sleep(32)
+        nursery.cancel_scope.cancel()
+    assert [when for when, _ in call.sent] == [10.5, 21, 31.5]
+
+
+async def test_no_heartbeat_follows_the_first_message_of_an_answer(autojump_clock: MockClock) -> None:
+    call = FakeCall()
+    writer = Writer(cast(Call, call))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        nursery.start_soon(Viewer(writer, 1.0).beat)
+        await trio.sleep(1.5)
+        await writer.send(Raw(data=b"answer"))
+        await trio.sleep(5)
+        writer.close()
+        await writer.done.wait()
+        nursery.cancel_scope.cancel()
+    assert [message.data for _, message in call.sent] == [PONG, PONG, b"answer"]
+
+
+class Story:
+    """Jobs of fake models in a real spool."""
+
+    def __init__(self, path: Path, pool: Pool, nursery: trio.Nursery) -> None:
+        self.spool = Spool.open(path / "spool", "app", reserve=0)
+        self.versions = Versions(path / "data")
+        self.versions.sweep(self.spool.is_held)
+        self.pool = pool
+        self.nursery = nursery
+        self.jobs = 0
+
+    async def begin(self, *, timeout: float | None = None, deadline: float = math.inf) -> Job:
+        """A job whose payload is complete, queued."""
+        self.jobs += 1
+        what = Request(f"{self.jobs:032}", "train", "v", b"{}", None, None, Raw(), {})
+        entry = self.spool.claim(what.job_id, {}, size=None)
+        entry.write(b"payload")
+        entry.seal()
+        job = Job(what, entry, self.spool.id)
+        place = Place(self.pool, "v")
+        self.nursery.start_soon(run_job, job, place, self.versions, 0.01, timeout, deadline)
+        return job
+
+    async def end(self, job: Job) -> Phase:
+        """Wait for the job's end, and let it go."""
+        with trio.fail_after(10):
+            await job.ended.wait()
+        job.cancel()
+        with trio.fail_after(10):
+            while left_in(self.spool.path):
+                await trio.sleep(0.001)
+        assert [path.name for path in self.versions.path.glob(".*")] == []
+        return job.phase
+
+
+class Model:
+    """What the fake runners run: tests replace `train` and `load`."""
+
+    def __init__(self) -> None:
+        self.runners: list[FakeRunner] = []
+        self.train: Callable[..., Any] = lambda context, path: path.read_text()
+
+    async def load(self) -> None: ...
+
+    def __call__(self, version: str) -> FakeRunner:
+        runner = FakeRunner(
+            {"train": lambda *args: self.train(*args)}, load=lambda: self.load(), lock_name=f"worker-{version}"
+        )
+        self.runners.append(runner)
+        return runner
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+async def story(tmp_path: Path, model: Model) -> AsyncIterator[Story]:
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool, trio.open_nursery() as nursery:
+        yield Story(tmp_path, pool, nursery)
+        assert nursery.child_tasks == frozenset()  # each job has ended, and taken its entry with it
+
+
+async def test_a_job_from_the_queue_to_its_answer(story: Story, model: Model) -> None:
+    go = trio.Event()
+
+    async def train(context: Any, path: Path) -> str:
+        context.progress(0.5, "half")
+        context.log("a line")
+        await go.wait()
+        return path.read_text()
+
+    model.train = train
+    job = await story.begin()
+    phases = []
+    while not job.ended.is_set():
+        changed = job.changed
+        phases.append(job.phase)
+        if job.phase == Phase.RUNNING:
+            state = Journal(job.entry.path / "state").read()
+            assert (state["phase"], state["worker"]) == ("RUNNING", "worker-v")
+            go.set()
+        with trio.move_on_after(0.05):
+            await changed.wait()
+    assert list(dict.fromkeys(phases)) == [Phase.RECEIVING, Phase.QUEUED, Phase.RUNNING, Phase.DONE]
+    assert job.answer == Answer("json", b'"payload"', 9, digest(b'"payload"'))
+    assert (job.progress, job.message) == (0.5, "half")
+    assert job.entry.read_log(0, 99) == b"a line\n"
+    assert Journal(job.entry.path / "state").read()["phase"] == "DONE"
+    assert await story.end(job) == Phase.DONE
+
+
+async def test_what_the_method_raises_is_the_outcome(story: Story, model: Model) -> None:
+    def train(context: Any, path: Path) -> None:
+        (context.new_version / "data").touch()
+        raise KeyError("no such word")
+
+    model.train = train
+    job = await story.begin()
+    assert await story.end(job) == Phase.FAILED
+    assert job.error is not None
+    assert (job.error.reason, job.error.metadata["type"]) == ("MODEL_ERROR", "KeyError")
+    assert list(story.versions.path.iterdir()) == []
+
+
+async def test_a_new_version_is_published_and_the_instance_replaced(story: Story, model: Model) -> None:
+    model.train = lambda context, path: (context.new_version / "data").write_text("new")
+    assert await story.end(await story.begin()) == Phase.DONE
+    assert (story.versions.data_dir("v") / "data").read_text() == "new"
+    assert await story.end(await story.begin()) == Phase.DONE
+    assert [runner.verbs for runner in model.runners] == [["start", "run train", "shutdown"]] * 2
+
+
+async def test_when_the_viewer_leaves_the_method_is_cancelled(story: Story, model: Model) -> None:
+    running, stopped = trio.Event(), trio.Event()
+
+    async def train(context: Any, path: Path) -> None:
+        (context.new_version / "data").touch()
+        running.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            stopped.set()
+
+    model.train = train
+    job = await story.begin()
+    await running.wait()
+    job.cancel()
+    assert await story.end(job) == Phase.CANCELLED
+    assert stopped.is_set()
+    assert list(story.versions.path.iterdir()) == []
+
+
+async def test_a_job_that_is_cancelled_in_line_never_runs(story: Story, model: Model) -> None:
+    go, runs = trio.Event(), 0
+
+    async def train(context: Any, path: Path) -> None:
+        nonlocal runs
+        runs += 1
+        await go.wait()
+
+    model.train = train
+    first = await story.begin()
+    while runs == 0:
+        await trio.sleep(0.001)
+    second = await story.begin()
+    while second.phase != Phase.QUEUED:
+        await trio.sleep(0.001)
+    assert second.state().place == 0
+    second.stop("because")
+    await second.ended.wait()
+    assert not second.started
+    assert second.error is not None
+    assert second.error.message == "because"
+    go.set()
+    await first.ended.wait()
+    second.cancel()
+    assert await story.end(first) == Phase.DONE
+    assert runs == 1
+
+
+async def test_a_method_that_takes_longer_than_it_declared(story: Story, model: Model) -> None:
+    left: list[float] = []
+
+    async def train(context: Any, path: Path) -> None:
+        left.append(context.deadline)
+        await trio.sleep_forever()
+
+    model.train = train
+    job = await story.begin(timeout=0.05, deadline=trio.current_time() + 100)
+    assert await story.end(job) == Phase.CANCELLED
+    assert job.error is not None
+    assert job.error.reason == "DEADLINE_EXCEEDED"
+    assert 0 < left[0] <= 0.05
+
+
+async def test_a_stop_that_comes_while_the_answer_is_stored_is_too_late(story: Story, model: Model) -> None:
+    model.train = lambda context, path: (context.new_version / "data").write_text("new")
+
+    class Slow(Versions):
+        def publish(self, job_id: str, version: str) -> bool:
+            trio.from_thread.run_sync(job.stop, "too late")
+            return super().publish(job_id, version)
+
+    story.versions = Slow(story.versions.path)
+    job = await story.begin()
+    assert await story.end(job) == Phase.DONE
+    assert job.error is None
+    assert (story.versions.data_dir("v") / "data").read_text() == "new"
+
+
+async def test_a_worker_that_died_before_the_run_is_replaced_but_not_for_ever(story: Story, model: Model) -> None:
+    deaths = 1
+
+    async def load() -> None:
+        if len(model.runners) <= deaths:
+            model.runners[-1].crash()
+
+    model.load = load  # type: ignore[method-assign]
+    job = await story.begin()
+    assert await story.end(job) == Phase.DONE
+    assert job.state().attempt == 1
+    model.runners[-1].crash()
+    deaths = 99
+    job = await story.begin()
+    assert await story.end(job) == Phase.FAILED
+    assert job.error is not None
+    assert job.error.reason == "WORKER_CRASHED"
+    assert len(model.runners) == 2 + MAX_BROKEN
+    assert not job.started
+
+
+async def test_a_server_that_is_cancelled_ends_its_jobs_and_their_entries(tmp_path: Path, model: Model) -> None:
+    model.train = lambda context, path: trio.sleep_forever()
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool, trio.open_nursery() as nursery:
+        story = Story(tmp_path, pool, nursery)
+        jobs = [await story.begin() for _ in range(3)]
+        while jobs[0].phase != Phase.RUNNING:
+            await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    assert [job.phase for job in jobs] == [Phase.CANCELLED] * 3
+    assert left_in(story.spool.path) == []
+
+
+async def test_no_log_line_is_lost_when_the_job_ends_while_the_log_is_written(story: Story, model: Model) -> None:
+    lines = [f"line {n}" for n in range(200)]
+
+    async def train(context: Any, path: Path) -> None:
+        for line in lines:
+            context.log(line)
+            await trio.sleep(0.0005)
+
+    model.train = train
+    job = await story.begin()
+    await job.ended.wait()
+    read = functools.partial(job.entry.read_log, 0, 1 << 20)
+    assert (await trio.to_thread.run_sync(read)).decode().splitlines() == lines
+    await story.end(job)

@@ -1,0 +1,356 @@
+"""The pool on virtual time: who gets an instance, when, and what becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from aipod.errors import JobFailed, ModelError
+from aipod.pool import Pool, Waiter, open_pool
+from aipod.runner import Runner, RunnerBroken, Task
+from aipod.runner.fake import FakeRunner
+
+LOAD, CLOSE = 5.0, 3.0  # seconds
+
+
+class Models:
+    """Makes fake runners and remembers them by version, in the order in which they were made."""
+
+    def __init__(self, *, shared: bool = False, load: Callable[[], Awaitable[object]] | None = None) -> None:
+        self.shared = shared
+        self.load = load or (lambda: trio.sleep(LOAD))
+        self.made: list[tuple[str, FakeRunner]] = []
+
+    def __call__(self, version: str) -> Runner:
+        async def sleep(context: object, path: Path, *, seconds: float) -> None:
+            await trio.sleep(seconds)
+
+        runner = FakeRunner(
+            {"sleep": sleep}, load=lambda: self.load(), close=lambda: trio.sleep(CLOSE), shared=self.shared
+        )
+        self.made.append((version, runner))
+        return runner
+
+    @property
+    def versions(self) -> list[str]:
+        return [version for version, _ in self.made]
+
+
+def task(version: str, seconds: float) -> Task:
+    here = Path()
+    return Task("0" * 32, "sleep", version, b'{"seconds": %f}' % seconds, {}, here, here, here, here, None)
+
+
+async def use(pool: Pool, version: str, seconds: float = 1, waiter: Waiter | None = None) -> float:
+    """Run one job; when it ended."""
+    async with pool.lease(version, waiter or Waiter(version)) as lease:
+        await lease.run(task(version, seconds), lambda *report: None)
+    return trio.current_time()
+
+
+async def line_up(nursery: trio.Nursery, *jobs: Callable[[], Awaitable[object]]) -> None:
+    """Start jobs one after the other, so that the line has their order."""
+    for job in jobs:
+        nursery.start_soon(job)
+        await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_first_come_first_served_on_one_instance_and_everybody_knows_the_place(autojump_clock: MockClock) -> None:
+    models, ended, waiters = Models(), list[tuple[int, float]](), [Waiter("v") for _ in range(5)]
+    began = trio.current_time()
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+
+        async def job(number: int) -> None:
+            ended.append((number, await use(pool, "v", 1, waiters[number]) - began))
+
+        await line_up(nursery, *(lambda n=n: job(n) for n in range(5)))
+        assert [pool.place(waiter) for waiter in waiters[1:]] == [0, 1, 2, 3]
+        await trio.sleep(LOAD + 2.5)
+        assert [pool.place(waiter) for waiter in waiters[3:]] == [0, 1]
+    assert ended == [(n, LOAD + 1 + n) for n in range(5)]
+    assert [runner.verbs for _, runner in models.made] == [["start", *["run sleep"] * 5, "shutdown"]]
+
+
+async def test_the_place_counts_only_jobs_of_the_same_version(autojump_clock: MockClock) -> None:
+    async with open_pool(Models(), shared=False, per_version=1, total=2) as pool, trio.open_nursery() as nursery:
+        last = Waiter("b")
+        jobs = [Waiter("a"), Waiter("a"), Waiter("b"), Waiter("a"), last]
+        await line_up(nursery, *(lambda w=w: use(pool, w.version, 1, w) for w in jobs))
+        assert pool.place(last) == 0
+        assert pool.place(jobs[3]) == 1
+
+
+@pytest.mark.parametrize(("per_version", "total", "seconds"), [(1, 9, 4), (2, 9, 2), (4, 9, 1), (4, 2, 2)])
+async def test_as_many_instances_as_the_limits_allow(
+    autojump_clock: MockClock, per_version: int, total: int, seconds: float
+) -> None:
+    models, began = Models(), trio.current_time()
+    async with open_pool(models, shared=False, per_version=per_version, total=total) as pool:
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(use, pool, "v")
+        assert trio.current_time() == began + LOAD + seconds
+    assert len(models.made) == min(per_version, total)
+
+
+async def test_a_shared_instance_runs_all_jobs_at_once_and_loads_once(autojump_clock: MockClock) -> None:
+    models, began = Models(shared=True), trio.current_time()
+    async with open_pool(models, shared=True, per_version=1, total=16) as pool:
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(use, pool, "v")
+        assert trio.current_time() == began + LOAD + 1
+    assert models.versions == ["v"]
+
+
+async def test_the_instance_that_was_idle_for_longest_makes_room_and_is_gone_first(autojump_clock: MockClock) -> None:
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=2) as pool:
+        for version in ("a", "b", "a"):
+            await use(pool, version)
+        began = trio.current_time()
+        assert await use(pool, "c") == began + CLOSE + LOAD + 1
+        assert [runner.broken for _, runner in models.made] == [False, True, False]
+        assert await use(pool, "a") == began + CLOSE + LOAD + 2
+        assert models.versions == ["a", "b", "c"]
+
+
+async def test_a_line_for_another_version_gets_the_instance_of_one_that_is_never_idle(
+    autojump_clock: MockClock,
+) -> None:
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+        versions = ["a", "a", "b", "a"]
+        order: list[str] = []
+
+        async def job(version: str) -> None:
+            await use(pool, version)
+            order.append(version)
+
+        await line_up(nursery, *(lambda v=v: job(v) for v in versions))
+    assert order == versions
+    assert models.versions == ["a", "b", "a"]
+
+
+async def test_a_busy_instance_is_never_evicted(autojump_clock: MockClock) -> None:
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+        began = trio.current_time()
+        await line_up(nursery, lambda: use(pool, "a", 100))
+        assert await use(pool, "b") == began + LOAD + 100 + CLOSE + LOAD + 1
+
+
+async def test_a_retired_instance_ends_when_it_is_free_and_the_next_job_gets_a_new_one(
+    autojump_clock: MockClock,
+) -> None:
+    models = Models()
+    async with open_pool(models, shared=False, per_version=2, total=16) as pool, trio.open_nursery() as nursery:
+        await line_up(nursery, lambda: use(pool, "v", 10), lambda: use(pool, "v", 20))
+        await trio.sleep(LOAD + 12)  # one is idle, one busy
+        pool.retire("v")
+        assert pool.retire("never loaded") is None
+        began = trio.current_time()
+        assert await use(pool, "v") == began + LOAD + 1
+        assert [runner.broken for _, runner in models.made] == [True, False, False]
+        await trio.sleep(20)
+        assert [runner.broken for _, runner in models.made] == [True, True, False]
+
+
+async def test_a_version_that_is_retired_while_it_loads_serves_that_one_job(autojump_clock: MockClock) -> None:
+    models = Models()
+    async with open_pool(models, shared=True, per_version=1, total=16) as pool, trio.open_nursery() as nursery:
+        await line_up(nursery, lambda: use(pool, "v"))
+        pool.retire("v")
+        await trio.sleep(LOAD + 2)
+        await use(pool, "v")
+    assert [runner.verbs for _, runner in models.made] == [["start", "run sleep", "shutdown"]] * 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_load_that_fails_is_told_to_its_job_and_the_next_one_tries_again(
+    autojump_clock: MockClock, shared: bool
+) -> None:
+    loads = 0
+
+    async def load() -> None:
+        nonlocal loads
+        loads += 1
+        await trio.sleep(LOAD)
+        if loads < 3:
+            raise OSError("no weights here")
+
+    outcomes: list[str] = []
+    models = Models(shared=shared, load=load)
+    async with open_pool(models, shared=shared, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+
+        async def job() -> None:
+            try:
+                await use(pool, "v")
+                outcomes.append("ran")
+            except ModelError as exc:
+                outcomes.append(exc.metadata["type"])
+
+        for _ in range(4):
+            nursery.start_soon(job)
+    assert outcomes == ["OSError", "OSError", "ran", "ran"]
+    assert [runner.verbs[-1] for _, runner in models.made] == ["start", "start", "shutdown"]
+
+
+async def test_a_job_that_is_cancelled_in_line_gives_its_place_up(autojump_clock: MockClock) -> None:
+    async with open_pool(Models(), shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+        scope, last, began = trio.CancelScope(), Waiter("v"), trio.current_time()
+
+        async def leaves() -> None:
+            with scope:
+                await use(pool, "v", 1000)
+
+        await line_up(nursery, lambda: use(pool, "v"), leaves, lambda: use(pool, "v", 1, last))
+        assert pool.place(last) == 1
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert pool.place(last) == 0
+        assert await use(pool, "v") == began + LOAD + 3
+
+
+async def test_a_job_that_is_cancelled_before_it_stands_in_line_wedges_nobody(autojump_clock: MockClock) -> None:
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await use(pool, "v")
+        with trio.fail_after(LOAD + 2):
+            await use(pool, "v")
+    assert [runner.verbs for _, runner in models.made] == [[], ["start", "run sleep", "shutdown"]]
+
+
+@pytest.mark.parametrize("ready", [False, True])
+async def test_a_job_that_is_cancelled_in_the_moment_in_which_it_is_given_an_instance(
+    autojump_clock: MockClock, ready: bool
+) -> None:
+    """Given, but not yet awake: the instance goes to the next in line, loaded or not."""
+    load = trio.Event()
+    models = Models(load=load.wait)
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+        if ready:
+            load.set()
+        waiter, scope = Waiter("v"), trio.CancelScope()
+
+        async def holds() -> None:
+            with contextlib.suppress(RuntimeError):
+                async with pool.lease("v", Waiter("v")):
+                    await let_go.wait()
+                    if not ready:
+                        raise RuntimeError
+
+        async def leaves() -> None:
+            with scope:
+                await use(pool, "v", 1000, waiter)
+
+        let_go = trio.Event()
+        if ready:
+            await line_up(nursery, holds, leaves)
+            let_go.set()
+        else:
+            nursery.start_soon(leaves)
+        while not waiter.given.is_set():
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        scope.cancel()
+        load.set()
+        with trio.fail_after(10):
+            await use(pool, "v")
+
+
+async def test_a_start_that_is_cancelled_makes_room_for_the_next(autojump_clock: MockClock) -> None:
+    models = Models()
+    async with open_pool(models, shared=True, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+        began = trio.current_time()
+        with trio.move_on_after(LOAD / 2):
+            await use(pool, "v")
+        await line_up(nursery, lambda: use(pool, "v"))
+    assert trio.current_time() == began + LOAD / 2 + LOAD + 1 + CLOSE
+
+
+async def test_a_crash_ends_its_own_job_and_the_instance_is_replaced(autojump_clock: MockClock) -> None:
+    models = Models()
+    outcomes: list[str] = []
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+
+        async def job() -> None:
+            try:
+                await use(pool, "v")
+                outcomes.append("ran")
+            except JobFailed as exc:
+                outcomes.append(exc.reason)
+
+        await line_up(nursery, job, job)
+        await trio.sleep(LOAD + 0.5)
+        models.made[0][1].crash()
+    assert outcomes == ["WORKER_CRASHED", "ran"]
+    assert models.versions == ["v", "v"]
+
+
+async def test_an_instance_that_died_while_it_was_idle_is_not_given_to_anybody(autojump_clock: MockClock) -> None:
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool:
+        await use(pool, "v")
+        models.made[0][1].crash()
+        await use(pool, "v")
+    assert [runner.verbs for _, runner in models.made] == [["start", "run sleep", "shutdown"]] * 2
+
+
+async def test_a_job_whose_runner_was_broken_goes_to_the_head_of_the_line(autojump_clock: MockClock) -> None:
+    models = Models()
+    order: list[str] = []
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+
+        async def unlucky() -> None:
+            async with pool.lease("v", Waiter("v")) as lease:
+                models.made[0][1].crash()
+                with pytest.raises(RunnerBroken):
+                    await lease.run(task("v", 1), lambda *report: None)
+            await use(pool, "v", 1, Waiter("v", again=True))
+            order.append("unlucky")
+
+        async def other(name: str) -> None:
+            await use(pool, "v")
+            order.append(name)
+
+        await line_up(nursery, unlucky, lambda: other("second"), lambda: other("third"))
+    assert order == ["unlucky", "second", "third"]
+
+
+async def test_leaving_the_pool_closes_all_instances_at_once_even_when_cancelled(autojump_clock: MockClock) -> None:
+    models = Models()
+    with trio.CancelScope() as scope:
+        async with open_pool(models, shared=False, per_version=1, total=16) as pool:
+            async with trio.open_nursery() as nursery:
+                for version in "abc":
+                    nursery.start_soon(use, pool, version)
+            began = trio.current_time()
+            scope.cancel()
+    assert trio.current_time() == began + CLOSE
+    assert [runner.verbs[-1] for _, runner in models.made] == ["shutdown"] * 3
+
+
+async def test_a_close_hook_that_raises_does_not_keep_others_from_closing(autojump_clock: MockClock) -> None:
+    class Raises(Models):
+        def __call__(self, version: str) -> Runner:
+            async def close() -> None:
+                raise OSError("disk full")
+
+            runner = FakeRunner({}, close=close)
+            self.made.append((version, runner))
+            return runner
+
+    models = Raises()
+    async with open_pool(models, shared=False, per_version=1, total=16) as pool:
+        for version in "ab":
+            async with pool.lease(version, Waiter(version)):
+                pass
+    assert [runner.verbs for _, runner in models.made] == [["start", "shutdown"]] * 2

@@ -1,0 +1,144 @@
+"""What a first message asks for: methods, versions, sizes, tickets, and what is taken out of the kwargs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import zstandard
+
+from aipod.errors import Refused
+from aipod.job.request import Request, check_method, job_id, parse_request
+from aipod.wire.ai import Op, Open, Raw, StreamInput
+
+METHODS: dict[str, Any] = {"chaos": {}, "predict": {}, "hello": {}}
+TICKET = b"0123456789abcdef"
+
+
+def packed(kwargs: Any) -> bytes:
+    return zstandard.compress(json.dumps(kwargs).encode())
+
+
+def chaos(kwargs: Any = None, *, open_: Open | None = None, headers: dict[str, str] | None = None) -> Request:
+    return parse_request("chaos", Raw(data=packed(kwargs or {}), open=open_), headers or {}, METHODS, "Scan", 1 << 20)
+
+
+def predict(kwargs: Any = None, *, version: str = "", raw: Raw | None = None) -> Request:
+    message = StreamInput(kwargs_json=packed(kwargs or {}), version=version, raw=raw)
+    return parse_request("predict", message, {}, METHODS, "Scan", 1 << 20)
+
+
+def own(open_: Open, *, name: str | None = None) -> Request:
+    return chaos(open_=open_, headers={"x-job-id": job_id(open_.ticket) if name is None else name})
+
+
+def refusal(function: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(Refused) as caught:
+        function(*args, **kwargs)
+    return f"{caught.value.reason}: {caught.value.message}"
+
+
+def test_a_plain_request() -> None:
+    request = predict({"top": 5, "_aipod_bin_size": 12, "_aipod_else": 1}, version="7", raw=Raw(data=b"chunk"))
+    assert (request.method, request.version, request.size, request.plain) == ("predict", "7", 12, True)
+    assert json.loads(request.kwargs) == {"top": 5}
+    assert request.first == Raw(data=b"chunk")
+
+
+def test_the_first_data_of_chaos_is_no_payload() -> None:
+    request = chaos({"a": 1}, open_=Open(ticket=TICKET, size=3), headers={"x-job-id": job_id(TICKET)})
+    assert request.first.data == b""
+    assert (request.size, request.plain, request.job_id) == (3, False, job_id(TICKET))
+
+
+def test_no_kwargs_at_all() -> None:
+    request = parse_request("chaos", Raw(), {}, METHODS, "Scan", 1024)
+    assert (request.kwargs, request.size, request.version, request.method) == (b"{}", None, "default", "chaos")
+
+
+def test_plain_requests_have_ids_that_nobody_can_guess() -> None:
+    assert len({chaos().job_id for _ in range(100)}) == 100
+
+
+def test_credentials_do_not_reach_the_model() -> None:
+    assert chaos(headers={"authorization": "secret", ":path": "/", "x-custom": "yes"}).metadata == {"x-custom": "yes"}
+
+
+def test_a_header_names_the_method_on_chaos_only() -> None:
+    assert chaos(headers={"x-func-name": "hello"}).method == "hello"
+    message = StreamInput()
+    assert parse_request("predict", message, {"x-func-name": "hello"}, METHODS, "Scan", 1024).method == "predict"
+
+
+@pytest.mark.parametrize("name", ["nope", "", "_private", "__init__", "load", "x" * 1000, "aipod.methods", "é"])
+def test_an_unknown_method_is_refused_with_the_class_and_what_there_is(name: str) -> None:
+    text = refusal(check_method, name, METHODS, "Scan")
+    assert text.startswith(f"UNKNOWN_METHOD: Scan has no method {name[:80]!r} to call")
+    assert text.endswith("chaos, hello, predict")
+
+
+@pytest.mark.parametrize("size", ["12", 1.5, True, -1, 1 << 63, [], {}])
+def test_a_size_that_is_none(size: Any) -> None:
+    assert refusal(chaos, {"_aipod_bin_size": size}).startswith("BAD_KWARGS: _aipod_bin_size")
+
+
+@pytest.mark.parametrize("size", [None, 0, (1 << 63) - 1])
+def test_a_size_that_is_one(size: int | None) -> None:
+    assert chaos({"_aipod_bin_size": size}).size == size
+
+
+@pytest.mark.parametrize(
+    ("named", "told", "version"),
+    [("", None, "default"), ("7", None, "7"), ("", "7", "7"), ("", 7, "7"), ("7", "7", "7"), ("7", "", "7")],
+)
+def test_a_version_comes_from_either_place_and_is_taken_out(named: str, told: Any, version: str) -> None:
+    request = predict({"version": told, "top": 1}, version=named)
+    assert request.version == version
+    assert json.loads(request.kwargs) == {"top": 1}
+
+
+@pytest.mark.parametrize(
+    "told", ["../x", "a/b", ".hidden", "-x", "x" * 65, "é", "a b", "a\n", "a\0", 1.5, True, [], {}]
+)
+def test_a_version_that_is_none(told: Any) -> None:
+    assert refusal(chaos, {"version": told}).startswith("BAD_VERSION: ")
+    if isinstance(told, str):
+        assert refusal(predict, version=told).startswith("BAD_VERSION: ")
+
+
+def test_two_versions_must_agree() -> None:
+    assert refusal(predict, {"version": "8"}, version="7").startswith("BAD_VERSION: version is '7'")
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_a_ticket(length: int) -> None:
+    assert own(Open(ticket=bytes(length))).job_id == job_id(bytes(length))
+
+
+@pytest.mark.parametrize("length", [0, 15, 65])
+def test_a_ticket_of_the_wrong_length(length: int) -> None:
+    assert refusal(own, Open(ticket=bytes(length))).startswith("BAD_TICKET: ")
+
+
+@pytest.mark.parametrize("name", ["", "x", "0" * 32, job_id(TICKET).upper(), job_id(TICKET) + "0", "../../etc/passwd"])
+def test_the_header_must_be_the_hash_of_the_ticket(name: str) -> None:
+    assert refusal(own, Open(ticket=TICKET), name=name).startswith("BAD_TICKET: header x-job-id")
+
+
+@pytest.mark.parametrize("op", [Op.RESUME, Op.ATTACH, Op.CANCEL, Op.RELEASE, Op(99)])
+def test_ops_other_than_run(op: Op) -> None:
+    assert refusal(own, Open(ticket=TICKET, op=op)).startswith("UNSUPPORTED_OP: ")
+
+
+@pytest.mark.parametrize("depth", [100, 900, 5_000, 200_000])
+def test_nested_kwargs_are_taken_or_refused_but_never_break(depth: int) -> None:
+    text = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+    message = Raw(data=zstandard.compress(text))
+    try:
+        request = parse_request("chaos", message, {}, METHODS, "Scan", 1 << 20)
+    except Refused as exc:
+        assert depth > 500
+        assert exc.reason == "BAD_KWARGS"  # noqa: PT017
+    else:
+        assert request.kwargs == text.replace(b":", b": ")

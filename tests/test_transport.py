@@ -1,0 +1,592 @@
+"""HTTP/2 from the other side: a real server process against raw frames, and the client against a scripted h2 server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import os
+import random
+import socket
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+import pytest
+from h2.errors import ErrorCodes
+from hyperframe.frame import ExtensionFrame, Frame, PriorityFrame, SettingsFrame
+
+import aipod
+from aipod.codec import PONG, Compressor, StreamDecoder, digest
+from aipod.wire.ai import Phase, Raw, State
+from tests.conftest import Serve, Served, left_in, run, wait_until
+
+MIB = 1024 * 1024
+HEADERS = [
+    (":method", "POST"), (":scheme", "http"), (":authority", "x"), (":path", "/ai.AI/chaos"),
+    ("te", "trailers"), ("content-type", "application/grpc"),
+]  # fmt: skip
+
+
+def prefixed(data: bytes, *, flag: int = 0) -> bytes:
+    return bytes([flag]) + len(data).to_bytes(4, "big") + data
+
+
+# A whole request without kwargs and without payload.
+REQUEST = prefixed(bytes(Raw(data=Compressor(1).frame(b"{}"))))
+
+
+class Answer:
+    """What came back on one stream."""
+
+    def __init__(self) -> None:
+        self.headers: dict[str, str] = {}
+        self.data = b""
+        self.reset: int | None = None
+        self.ended = False
+
+    @property
+    def status(self) -> int:
+        return int(self.headers["grpc-status"])
+
+    @property
+    def messages(self) -> list[bytes]:
+        found, rest = [], self.data
+        while rest:
+            end = 5 + int.from_bytes(rest[1:5], "big")
+            found.append(Raw.parse(rest[5:end]).data)
+            rest = rest[end:]
+        return found
+
+    @property
+    def result(self) -> bytes:
+        """The answer of a plain call, decompressed."""
+        out: list[bytes] = []
+        decoder = StreamDecoder(out.append)
+        for data in self.messages:
+            if data != PONG:
+                decoder.feed(data)
+        decoder.finish()
+        return b"".join(out)
+
+
+class Peer:
+    """A client of raw frames: h2 on a blocking socket."""
+
+    def __init__(self, served: Served) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", served.port), timeout=30)
+        config = h2.config.H2Configuration(
+            header_encoding="latin-1", validate_outbound_headers=False, normalize_outbound_headers=False
+        )
+        self.h2 = h2.connection.H2Connection(config)
+        self.h2.initiate_connection()
+        self.answers: dict[int, Answer] = {}
+        self.events: list[h2.events.Event] = []
+        self.flush()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.socket.close()
+
+    def flush(self) -> None:
+        self.socket.sendall(self.h2.data_to_send())
+
+    def raw(self, data: bytes) -> None:
+        self.flush()
+        self.socket.sendall(data)
+
+    def open(self, *extra: tuple[str, str], data: bytes = REQUEST, end: bool = True, drop: str = "") -> int:
+        """A new stream with these headers besides the usual ones, and what is sent on it."""
+        stream = self.h2.get_next_available_stream_id()
+        own = {name for name, _ in extra}
+        kept = [(name, value) for name, value in HEADERS if name not in own and name != drop]
+        pseudo = [pair for pair in extra if pair[0].startswith(":")]
+        self.h2.send_headers(stream, [*pseudo, *kept, *(pair for pair in extra if pair not in pseudo)])
+        self.answers[stream] = Answer()
+        if data or end:
+            self.h2.send_data(stream, data, end_stream=end)
+        self.flush()
+        return stream
+
+    def step(self) -> bool:
+        """Take in what has come; False when the server has closed the connection."""
+        data = self.socket.recv(65536)
+        for event in self.h2.receive_data(data) if data else ():
+            self.events.append(event)
+            answer = self.answers.get(getattr(event, "stream_id", None) or 0, Answer())
+            if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+                answer.headers |= dict(event.headers)  # type: ignore[arg-type]
+            elif isinstance(event, h2.events.DataReceived):
+                answer.data += event.data
+                self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            elif isinstance(event, h2.events.StreamEnded):
+                answer.ended = True
+            elif isinstance(event, h2.events.StreamReset):
+                answer.ended, answer.reset = True, int(event.error_code)
+        self.flush()
+        return bool(data)
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        while not condition():
+            assert self.step(), "the server has closed the connection"
+
+    def answer(self, stream: int) -> Answer:
+        self.until(lambda: self.answers[stream].ended)
+        return self.answers[stream]
+
+    def call(self, *extra: tuple[str, str], **options: Any) -> Answer:
+        return self.answer(self.open(*extra, **options))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("server")
+    served = Served("tests.models_under_test:Async", directory, ("--max-message", "2MiB"), "127.0.0.1:0")
+    yield served
+    assert served.stop() == 0, served.log_text()
+    assert left_in(served.spool) == []
+    assert "Traceback" not in served.log_text()
+
+
+@pytest.fixture
+def peer(served: Served) -> Iterator[Peer]:
+    """A connection that must still serve an honest call when the test is over."""
+    with Peer(served) as peer:
+        yield peer
+        honest(peer)
+
+
+def honest(peer: Peer) -> None:
+    answer = peer.call()
+    assert (answer.status, answer.result) == (0, b'{"size": 0}')
+
+
+# --- messages
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_compressed_messages_are_read(peer: Peer, encoding: str) -> None:
+    packed = gzip.compress(REQUEST[5:]) if encoding == "gzip" else zlib.compress(REQUEST[5:])
+    answer = peer.call(("grpc-encoding", encoding), data=prefixed(packed, flag=1))
+    assert (answer.status, answer.result) == (0, b'{"size": 0}')
+    # The flag is per message: a plain one is as good.
+    assert peer.call(("grpc-encoding", encoding)).status == 0
+
+
+def test_a_compressed_body_of_five_bytes_is_not_taken_for_a_prefix(peer: Peer) -> None:
+    """Nor one that is empty: grpclib reads 5 bytes for the prefix, and as many as it says for the body."""
+    for body in (b"", bytes(Raw(data=b"abc"))):
+        answer = peer.call(("grpc-encoding", "gzip"), data=prefixed(gzip.compress(body), flag=1))
+        assert answer.status == (0 if not body else 3)
+    assert len(bytes(Raw(data=b"abc"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("extra", "data", "status"),
+    [
+        ([], prefixed(REQUEST[5:], flag=1), 13),  # flagged, but no grpc-encoding
+        ([("grpc-encoding", "gzip")], prefixed(REQUEST[5:], flag=1), 13),  # flagged, but not gzip
+        ([("grpc-encoding", "gzip")], prefixed(gzip.compress(REQUEST[5:])[:-4], flag=1), 13),
+        ([("grpc-encoding", "gzip")], prefixed(gzip.compress(bytes(3 * MIB)), flag=1), 8),  # a bomb
+        ([("grpc-encoding", "deflate")], prefixed(zlib.compress(bytes(3 * MIB)), flag=1), 8),
+        ([], prefixed(REQUEST[5:], flag=2), 13),  # no such flag
+        ([], prefixed(bytes(100))[:50], 13),  # ends inside a message
+        ([], b"\0\0\0", 13),  # ends inside a prefix
+        ([], prefixed(b"\xff\xff\xff"), 3),  # no protobuf
+        ([], b"", 3),  # no message at all
+    ],
+)
+def test_a_bad_message_is_answered(peer: Peer, extra: list[tuple[str, str]], data: bytes, status: int) -> None:
+    answer = peer.call(*extra, data=data)
+    assert answer.headers[":status"] == "200"
+    assert answer.status == status, answer.headers
+    assert answer.headers["grpc-message"]
+
+
+def test_a_message_over_the_limit_is_refused_by_its_length(peer: Peer) -> None:
+    """Only the prefix is ever sent: nothing was buffered for it."""
+    answer = peer.call(data=b"\0" + (2 * MIB + 1).to_bytes(4, "big"), end=False)
+    assert answer.status == 8
+    assert (
+        f"the%20limit%20is%20{2 * MIB}" in answer.headers["grpc-message"]
+        or str(2 * MIB) in answer.headers["grpc-message"]
+    )
+
+
+def test_a_message_cut_into_single_bytes_is_whole(peer: Peer) -> None:
+    stream = peer.open(data=b"", end=False)
+    for n in range(len(REQUEST)):
+        peer.h2.send_data(stream, REQUEST[n : n + 1], end_stream=n == len(REQUEST) - 1)
+        peer.flush()
+    assert peer.answer(stream).status == 0
+
+
+# --- headers
+
+
+@pytest.mark.parametrize(
+    ("extra", "status"),
+    [
+        ([("x-name", "gr\xfc\xdfe")], 3),
+        ([("x-data-bin", "***")], 3),
+        ([("x-data-bin", "A")], 3),
+        ([("grpc-timeout", "1")], 3),
+        ([("grpc-timeout", "S")], 3),
+        ([("grpc-timeout", "5x")], 3),
+        ([("grpc-timeout", "-1S")], 3),
+        ([("grpc-timeout", "1.5S")], 3),
+        ([("grpc-timeout", "123456789S")], 3),
+        ([("grpc-timeout", "0S")], 4),
+        ([("grpc-encoding", "br")], 12),
+        ([(":path", "/ai.AI/nothing")], 12),
+        ([(":path", "/no.Such/service")], 12),
+        ([("x-func-name", "load")], 12),
+    ],
+)
+def test_a_bad_header_is_answered(peer: Peer, extra: list[tuple[str, str]], status: int) -> None:
+    answer = peer.call(*extra)
+    assert answer.headers[":status"] == "200"
+    assert answer.status == status
+    assert answer.headers["grpc-message"]
+    if extra[0][0] == "grpc-encoding":
+        assert answer.headers["grpc-accept-encoding"] == "identity,gzip,deflate"
+
+
+def test_headers_that_are_well_are_let_through(peer: Peer) -> None:
+    for pair in (("x-data-bin", "AAEC"), ("x-data-bin", "AAE"), ("grpc-timeout", "99999999n"), ("grpc-timeout", "1H")):
+        assert peer.call(pair).status == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "drop", "status"),
+    [
+        ([(":method", "GET")], "", "405"),
+        ([("content-type", "text/html")], "", "415"),
+        ([], "content-type", "415"),
+        ([], "te", "400"),
+    ],
+)
+def test_what_is_no_grpc_request_gets_an_http_status(
+    peer: Peer, extra: list[tuple[str, str]], drop: str, status: str
+) -> None:
+    assert peer.call(*extra, drop=drop).headers[":status"] == status
+
+
+# --- frames and connections
+
+
+def test_unknown_frames_and_settings_are_ignored(peer: Peer) -> None:
+    """RFC 9113 section 5.5; before, between and after the frames of a call."""
+    unknown = [ExtensionFrame(type=kind, stream_id=stream, body=b"x" * 9) for kind in (0x0B, 0xFA) for stream in (0, 1)]
+    settings = SettingsFrame(0, settings={0xABCD: 7, h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL: 0})
+    noise: list[Frame] = [*unknown, settings, PriorityFrame(3, depends_on=0, stream_weight=1)]
+    data = b"".join(frame.serialize() for frame in noise)
+    peer.raw(data)
+    stream = peer.open(data=b"", end=False)
+    peer.raw(data)
+    peer.h2.send_data(stream, REQUEST, end_stream=True)
+    peer.flush()
+    peer.raw(data)
+    assert peer.answer(stream).status == 0
+
+
+def test_pings_are_answered(peer: Peer) -> None:
+    for n in range(20):
+        peer.h2.ping(n.to_bytes(8, "big"))
+    peer.flush()
+    got = lambda: [e.ping_data for e in peer.events if isinstance(e, h2.events.PingAckReceived)]  # noqa: E731
+    peer.until(lambda: len(got()) == 20)
+    assert got() == [n.to_bytes(8, "big") for n in range(20)]
+
+
+def test_the_first_settings_frame_says_everything(peer: Peer) -> None:
+    codes = h2.settings.SettingCodes
+    peer.until(lambda: any(isinstance(event, h2.events.RemoteSettingsChanged) for event in peer.events))
+    settings = peer.h2.remote_settings
+    assert settings[codes.MAX_CONCURRENT_STREAMS] == 1000
+    assert settings[codes.INITIAL_WINDOW_SIZE] == 4 * MIB
+    assert settings[codes.MAX_FRAME_SIZE] == 512 * 1024
+    assert settings[codes.MAX_HEADER_LIST_SIZE] == 64 * 1024
+
+
+def test_the_server_pings_without_calls_and_drops_a_peer_that_never_answers(serve: Serve) -> None:
+    served = serve("Async", "--ping-interval", "0.1s", "--ping-timeout", "1s")
+    with Peer(served) as peer:
+        began = time.monotonic()
+        pings = lambda: [event for event in peer.events if isinstance(event, h2.events.PingReceived)]  # noqa: E731
+        peer.until(lambda: len(pings()) >= 15)
+        assert time.monotonic() - began > 1, "longer than the timeout, because h2 answers each"
+        honest(peer)
+        # From here on nobody answers.
+        with contextlib.suppress(ConnectionResetError):
+            while peer.socket.recv(65536):
+                pass
+        assert time.monotonic() - began < 20
+
+
+def test_a_thousand_streams_are_served_and_the_excess_is_refused(served: Served) -> None:
+    with Peer(served) as peer:
+        # Before the server's SETTINGS are read, h2 knows no limit.
+        extra = (("x-func-name", "gather"),)
+        data = prefixed(bytes(Raw(data=Compressor(1).frame(b'{"count": 1000}'))))
+        streams = [peer.open(*extra, data=data) for _ in range(1020)]
+        answers = [peer.answer(stream) for stream in streams]
+        assert [answer.reset for answer in answers[1000:]] == [ErrorCodes.REFUSED_STREAM] * 20
+        assert [answer.headers["grpc-status"] for answer in answers[:1000]] == ["0"] * 1000
+        assert b'"peak": 1000' in answers[0].result
+        honest(peer)
+
+
+def test_a_client_with_more_calls_than_streams_gets_all_answers(serve: Serve) -> None:
+    served = serve("Async", "--max-streams", "20")
+
+    async def main() -> list[Any]:
+        async with aipod.Client(served.address, config=aipod.Config(attempts=20)) as client:
+            async with asyncio.TaskGroup() as group:
+                calls = [group.create_task(client.predict(b"x" * n)) for n in range(70)]
+        return [call.result()["size"] for call in calls]
+
+    assert run(main) == list(range(70))
+
+
+def memory(served: Served) -> float:
+    """Resident memory now, in MB."""
+    return int(Path(f"/proc/{served.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def descriptors(served: Served) -> int:
+    return len(os.listdir(f"/proc/{served.process.pid}/fd"))
+
+
+def test_two_thousand_calls_leave_nothing_behind(served: Served) -> None:
+    def calls(number: int) -> None:
+        with Peer(served) as peer:
+            for _ in range(number // 50):
+                for stream in [peer.open() for _ in range(50)]:
+                    assert peer.answer(stream).status == 0
+
+    calls(1000)
+    before = memory(served), descriptors(served)
+    calls(2000)
+    wait_until(lambda: descriptors(served) <= before[1])
+    assert memory(served) - before[0] < 4  # 2 kB a call would be a leak
+    assert left_in(served.spool) == []
+
+
+def test_random_bytes_do_not_kill_the_server(served: Served) -> None:
+    """Whatever arrives, the server lives, and every byte it does not like costs one connection at most."""
+    rng = random.Random(20240711)
+    until = time.monotonic() + 4
+    rounds = 0
+    while time.monotonic() < until or rounds < 50:
+        rounds += 1
+        peer = Peer(served)
+        good = record(rng)
+        kind = rng.randrange(4)
+        if kind == 0:
+            data = rng.randbytes(rng.randrange(1, 3000))
+        elif kind == 1:  # a frame header that is one, with anything in it
+            data = b"".join(frame(rng) for _ in range(rng.randrange(1, 20)))
+        elif kind == 2:  # an honest call with some bytes changed
+            changed = bytearray(good)
+            for _ in range(rng.randrange(1, 6)):
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
+            data = bytes(changed)
+        else:  # an honest call, cut
+            data = good[: rng.randrange(len(good))]
+        with contextlib.suppress(OSError):
+            peer.raw(data)
+            peer.socket.shutdown(socket.SHUT_WR)
+            peer.socket.settimeout(0.02)
+            while peer.socket.recv(65536):
+                pass
+        peer.socket.close()
+    with Peer(served) as peer:
+        honest(peer)
+    assert "Traceback" not in served.log_text()
+
+
+def record(rng: random.Random) -> bytes:
+    """The frames of an honest call."""
+    connection = h2.connection.H2Connection()
+    connection.initiate_connection()
+    connection.data_to_send()
+    connection.send_headers(1, HEADERS)
+    connection.send_data(1, REQUEST, end_stream=rng.random() < 0.5)
+    if rng.random() < 0.3:
+        connection.reset_stream(1, rng.randrange(20))
+    return connection.data_to_send()
+
+
+def frame(rng: random.Random) -> bytes:
+    body = rng.randbytes(rng.randrange(0, 40))
+    stream = rng.choice([0, 1, 1, 2, 3, 5, 2**31 - 1])
+    head = len(body).to_bytes(3, "big") + bytes([rng.randrange(0, 12), rng.randrange(256)])
+    return head + stream.to_bytes(4, "big") + body
+
+
+# --- the client against a scripted server
+
+RESULT = b'{"n": 5}'
+SCRIPTED: list[Raw] = [
+    Raw(data=PONG, state=State(phase=Phase.RUNNING)),
+    Raw(
+        data=PONG,
+        state=State(phase=Phase.DONE, size=len(RESULT), digest=digest(RESULT), content_type="application/json"),
+    ),
+    Raw(data=Compressor(1).frame(RESULT), last=True),
+]
+
+
+class Scripted:
+    """An h2 server that calls `script(connection, stream_id)` when a request has ended, or begun with `early`."""
+
+    def __init__(self, script: Callable[[Connection, int], Any], *, early: bool) -> None:
+        self.script = script
+        self.early = early
+        self.connections: list[Connection] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(len(self.connections), writer)
+        self.connections.append(connection)
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            while data := await reader.read(65536):
+                for event in connection.h2.receive_data(data):
+                    if isinstance(event, h2.events.RequestReceived):
+                        connection.calls.append(event.stream_id)
+                    wanted = h2.events.RequestReceived if self.early else h2.events.StreamEnded
+                    if isinstance(event, wanted):
+                        self.script(connection, event.stream_id)
+                connection.flush()
+        connection.ended.set()
+        writer.transport.abort()
+
+
+class Connection:
+    """One connection of a `Scripted` server."""
+
+    def __init__(self, number: int, writer: asyncio.StreamWriter) -> None:
+        self.number = number
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        self.h2.initiate_connection()
+        self.calls: list[int] = []
+        self.ended = asyncio.Event()
+        self.writer = writer
+        self.flush()
+
+    def flush(self) -> None:
+        self.writer.write(self.h2.data_to_send())
+
+    def begin(self, stream: int) -> None:
+        self.h2.send_headers(stream, [(":status", "200"), ("content-type", "application/grpc")])
+        self.flush()
+
+    def finish(self, stream: int) -> None:
+        for message in SCRIPTED:
+            self.h2.send_data(stream, prefixed(bytes(message)))
+        self.h2.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+        self.flush()
+
+    def goaway(self, last: int, code: int = 0) -> None:
+        """By hand: h2's own close_connection() allows nothing after it."""
+        self.flush()
+        body = last.to_bytes(4, "big") + code.to_bytes(4, "big")
+        self.writer.write(len(body).to_bytes(3, "big") + b"\x07\0\0\0\0\0" + body)
+
+
+@contextlib.asynccontextmanager
+async def scripted(
+    script: Callable[[Connection, int], Any], *, early: bool = False
+) -> AsyncIterator[tuple[aipod.Client, Scripted]]:
+    server = Scripted(script, early=early)
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    async with aipod.Client(address, config=aipod.Config(silence=5, attempts=3)) as client:
+        yield client, server
+    for connection in server.connections:
+        await connection.ended.wait()
+    listener.close()
+
+
+def test_a_graceful_goaway_lets_the_call_under_way_finish_and_the_next_one_connects_anew() -> None:
+    def script(connection: Connection, stream: int) -> None:
+        connection.begin(stream)
+        if connection.number == 0:
+            connection.goaway(stream)
+            asyncio.get_running_loop().call_later(0.1, connection.finish, stream)
+        else:
+            connection.finish(stream)
+
+    async def main() -> None:
+        async with scripted(script) as (client, server):
+            assert await client.predict(b"x") == {"n": 5}
+            assert await client.predict(b"x") == {"n": 5}
+            assert [connection.calls for connection in server.connections] == [[1], [1]]
+            await server.connections[0].ended.wait()  # the client closes it when it is empty
+
+    run(main, timeout=20)
+
+
+@pytest.mark.parametrize("how", ["GOAWAY", "REFUSED_STREAM"])
+def test_a_call_that_the_server_says_it_did_not_process_is_made_again(how: str) -> None:
+    """Although its request was complete: RFC 9113 section 8.7."""
+
+    def script(connection: Connection, stream: int) -> None:
+        if connection.number == 0 and stream == 1:
+            if how == "GOAWAY":
+                connection.goaway(0)
+            else:
+                connection.h2.reset_stream(stream, ErrorCodes.REFUSED_STREAM)
+            return
+        connection.begin(stream)
+        connection.finish(stream)
+
+    async def main() -> None:
+        async with scripted(script) as (client, server):
+            assert await client.predict(b"x") == {"n": 5}
+            assert len(server.connections) == (2 if how == "GOAWAY" else 1)
+
+    run(main, timeout=20)
+
+
+@pytest.mark.parametrize("how", ["GOAWAY", "RST_STREAM"])
+def test_any_other_end_of_a_complete_request_is_lost(how: str) -> None:
+    def script(connection: Connection, stream: int) -> None:
+        connection.begin(stream)
+        if how == "GOAWAY":
+            connection.goaway(stream, ErrorCodes.INTERNAL_ERROR)
+        else:
+            connection.h2.reset_stream(stream, ErrorCodes.INTERNAL_ERROR)
+
+    async def main() -> int:
+        async with scripted(script) as (client, server):
+            with pytest.raises(aipod.ConnectionLost):
+                await client.predict(b"x")
+            return len(server.connections)
+
+    assert run(main, timeout=20) == 1
+
+
+def test_rst_stream_no_error_after_a_complete_response_is_no_error() -> None:
+    """RFC 9113 section 8.1: the server has all it needs. The upload is stuck: nobody gives it a window."""
+
+    def script(connection: Connection, stream: int) -> None:
+        connection.begin(stream)
+        connection.finish(stream)
+        connection.h2.reset_stream(stream, ErrorCodes.NO_ERROR)
+
+    async def main() -> None:
+        async with scripted(script, early=True) as (client, server):
+            for _ in range(3):
+                assert await client.predict(iter([os.urandom(1_000_000)])) == {"n": 5}
+            assert len(server.connections) == 1
+
+    run(main, timeout=20)

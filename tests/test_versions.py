@@ -1,0 +1,114 @@
+"""The data of versions on disk: published, replaced, discarded, and what a killed server left."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from aipod.errors import Refused
+from aipod.versions import Versions, check_version
+
+A, B = "a" * 32, "b" * 32
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> Versions:
+    versions = Versions(tmp_path / "data")
+    versions.sweep(lambda job_id: False)
+    return versions
+
+
+def write(versions: Versions, job_id: str, text: str) -> None:
+    versions.fresh(job_id).mkdir()
+    (versions.fresh(job_id) / "data").write_text(text)
+
+
+def names(versions: Versions) -> list[str]:
+    return sorted(path.name for path in versions.path.iterdir())
+
+
+@pytest.mark.parametrize("version", ["1", "default", "a.b_c-D", "x" * 64])
+def test_a_version_is_a_name(version: str) -> None:
+    assert check_version(version) == version
+
+
+def test_no_version_is_the_default() -> None:
+    assert check_version("") == "default"
+
+
+@pytest.mark.parametrize("version", ["../x", "..", ".", "a/b", "/a", ".new-x", "-a", "_a", "a\n", "x" * 65, "ä", "a\0"])
+def test_what_is_no_version(version: str) -> None:
+    with pytest.raises(Refused) as caught:
+        check_version(version)
+    assert caught.value.reason == "BAD_VERSION"
+
+
+def test_a_job_that_wrote_nothing_publishes_nothing(versions: Versions) -> None:
+    assert not versions.publish(A, "v")
+    assert names(versions) == []
+
+
+def test_published_data_replaces_the_former(versions: Versions) -> None:
+    for text in ("one", "two"):
+        write(versions, A, text)
+        assert versions.publish(A, "v")
+        assert (versions.data_dir("v") / "data").read_text() == text
+        assert names(versions) == ["v"]
+
+
+def test_discarded_data_is_gone(versions: Versions) -> None:
+    write(versions, A, "one")
+    versions.discard(A)
+    versions.discard(A)
+    assert names(versions) == []
+
+
+def test_many_jobs_may_publish_one_version_at_once(versions: Versions) -> None:
+    jobs = [f"{n:032x}" for n in range(40)]
+    for job in jobs:
+        write(versions, job, job)
+    errors: list[Exception] = []
+    start = threading.Barrier(len(jobs))
+
+    def publish(job: str) -> None:
+        start.wait()
+        try:
+            versions.publish(job, "v")
+        except Exception as exc:
+            errors.append(exc)
+
+    threads = [threading.Thread(target=publish, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert names(versions) == ["v"]
+    assert (versions.data_dir("v") / "data").read_text() in jobs
+
+
+def test_a_sweep_removes_what_was_half_written_and_brings_back_what_was_being_replaced(versions: Versions) -> None:
+    write(versions, A, "new")
+    (versions.path / f".old-{A}-v-1").mkdir()
+    (versions.path / f".old-{A}-v-1" / "data").write_text("old")
+    versions.sweep(lambda job_id: False)
+    assert names(versions) == ["v-1"]
+    assert (versions.data_dir("v-1") / "data").read_text() == "old"
+
+
+def test_a_sweep_removes_the_former_data_where_the_new_is_there(versions: Versions) -> None:
+    write(versions, A, "new")
+    versions.publish(A, "v")
+    (versions.path / f".old-{A}-v").mkdir()
+    versions.sweep(lambda job_id: False)
+    assert names(versions) == ["v"]
+
+
+def test_a_sweep_leaves_jobs_of_living_servers_alone(versions: Versions) -> None:
+    write(versions, A, "new")
+    write(versions, B, "new")
+    (versions.path / f".old-{A}-v").mkdir()
+    versions.sweep(lambda job_id: job_id == A)
+    assert names(versions) == [f".new-{A}", f".old-{A}-v"]
