@@ -194,16 +194,21 @@ class StreamDecoder:
         self._frames = frames
         self._walker = _FrameWalker()
         context = context or zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-        self._writer = context.stream_writer(cast(IO[bytes], _Sink(write)), closefd=False)
+        self._write = write
+        self._sink = _Sink()
+        self._writer = context.stream_writer(cast(IO[bytes], self._sink), closefd=False)
 
     def feed(self, data: bytes) -> None:
         try:
             self._walker.feed(data)
             if self._frames is not None and self._walker.frames > self._frames:
                 raise ValueError("more than one zstd frame")
+            self._sink.write = self._write
             self._writer.write(data)
         except (zstandard.ZstdError, ValueError, MemoryError) as exc:
             raise Refused(self._reason, f"not valid zstd: {exc}") from None
+        finally:
+            self._sink.write = None
 
     def finish(self) -> None:
         """Raises `Refused(TRUNCATED)` where the stream ends inside a frame."""
@@ -213,10 +218,13 @@ class StreamDecoder:
 
 
 class _Sink:
-    """The file-like object that zstandard's writer wants."""
+    """The file-like object that zstandard's writer wants.
 
-    def __init__(self, write: Callable[[bytes], Any]) -> None:
-        self.write = write
+    Python's garbage collector does not see through that writer: a reference to whoever owns the decoder, kept here
+    between two calls, would close a cycle that is never freed.
+    """
+
+    write: Callable[[bytes], Any] | None = None
 
 
 def parse_kwargs(data: bytes, limit: int) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,21 @@ def settle(value: Any, *, payload: Path, work_dir: Path, res: Path) -> Result:
             ) from None
     if len(data) <= INLINE:
         return Result(kind, data)
-    fresh = res.with_suffix(".tmp")
-    fresh.write_bytes(data)
-    fresh.rename(res)
+    with _whole(res) as fresh:
+        fresh.write_bytes(data)
     return Result(kind)
+
+
+@contextlib.contextmanager
+def _whole(res: Path) -> Iterator[Path]:
+    """A file to write to; it becomes `res` at the end."""
+    fresh = res.with_suffix(".tmp")
+    try:
+        yield fresh
+        fresh.rename(res)
+    except OSError as exc:
+        fresh.unlink(missing_ok=True)
+        raise BadResult("RESULT_NOT_STORED", f"the method has run, its result cannot be stored: {exc}") from None
 
 
 def _adopt(source: Path, *, payload: Path, work_dir: Path, res: Path) -> None:
@@ -71,6 +84,5 @@ def _adopt(source: Path, *, payload: Path, work_dir: Path, res: Path) -> None:
     elif real.is_relative_to(work_dir.resolve()):
         real.rename(res)
     else:
-        fresh = res.with_suffix(".tmp")
-        shutil.copyfile(real, fresh)
-        fresh.rename(res)
+        with _whole(res) as fresh:
+            shutil.copyfile(real, fresh)

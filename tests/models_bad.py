@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,10 @@ class InProcess(aipod.Model, Base):
 
     def no_text(self, context: Context, path: Path) -> bytes:
         return b"\xff"
+
+    def random(self, context: Context, path: Path, *, length: int) -> bytes:
+        context.log("x" * 200_000)
+        return os.urandom(length)
 
     def vandal(self, context: Context, path: Path) -> str:
         """Writes to what is not its own."""

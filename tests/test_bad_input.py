@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from aipod.codec import digest
 from aipod.config import KIB, MIB, Config
 from aipod.transport.channel import Channel, read_status, reset
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
-from tests.conftest import ROOT, Served, free_port, left_in, peak_memory, run, wait_until
+from tests.conftest import ROOT, Served, children, free_port, left_in, peak_memory, run, wait_until
 from tests.test_codec import bomb, frame
 
 INVALID, UNIMPLEMENTED, INTERNAL = Status.INVALID_ARGUMENT, Status.UNIMPLEMENTED, Status.INTERNAL
@@ -654,6 +655,32 @@ def test_a_class_that_does_not_load(tmp_path: Path, model: str, text: str) -> No
         assert f"{error.type}: {error.message}".startswith(text)
     assert served.stop() == 0
     assert left_in(served.spool) == []
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot limit another process")
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """No file of the server and its worker may be longer than 100 kB, which they see as a full disk."""
+    served = Served("tests.models_bad:InProcess", tmp_path, (), "127.0.0.1:0")
+    before = honest(served)
+    for pid in (served.process.pid, *children(served.process.pid)):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    full = (Status.RESOURCE_EXHAUSTED, "SPOOL_FULL")
+    assert plain(served.address, [frame(RANDOM)]).refusal == full
+    assert own(served.address, chunks(RANDOM)).refusal == full
+    assert plain(served.address, kwargs={"a": RANDOM.hex()}).refusal == full
+    for length in (60_000, 200_000):  # in the journal, and in a file
+        assert plain(served.address, kwargs={"length": length}, name="random").refusal == (
+            INTERNAL,
+            "RESULT_NOT_STORED",
+        )
+        error = own(served.address, kwargs={"length": length}, name="random").state.error
+        assert error is not None
+        assert error.reason == "RESULT_NOT_STORED"
+    assert honest(served) == before
+    wait_until(lambda: all(path.startswith("workers/") for path in left_in(served.spool)))
+    assert served.stop() == 0
+    assert left_in(served.spool) == []
+    assert "a bug of aipod" not in served.log_text()
 
 
 # Starting a server

@@ -7,15 +7,17 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from grpclib.client import Stream
 from grpclib.const import Cardinality
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import StreamEnded
+from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
 from aipod.config import Config
-from aipod.transport.channel import Channel, read_status
+from aipod.transport.channel import Channel, open_call, read_status, reset
 from aipod.transport.http2 import StreamRefused
 from aipod.wire.ai import Raw
 from tests.conftest import run
@@ -26,19 +28,27 @@ HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
 
 @contextlib.asynccontextmanager
 async def peer(behave: Behave) -> AsyncIterator[Channel]:
-    """A channel to a server that answers the first complete request as `behave` says, and closes the connection."""
+    """A channel to a server that answers the first complete request as `behave` says, and closes the connection.
+
+    It takes one stream at a time.
+    """
+
+    served: list[asyncio.Task[None] | None] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(asyncio.current_task())
         h2 = H2Connection(H2Configuration(client_side=False))
+        h2.local_settings = Settings(client=False, initial_values={SettingCodes.MAX_CONCURRENT_STREAMS: 1})
         h2.initiate_connection()
-        ended = None
-        while ended is None:
-            writer.write(h2.data_to_send())
-            for event in h2.receive_data(await reader.read(65536)):
-                ended = event.stream_id if isinstance(event, StreamEnded) else ended
-        behave(h2, ended)
         writer.write(h2.data_to_send())
+        while data := await reader.read(65536):
+            for event in h2.receive_data(data):
+                if isinstance(event, StreamEnded):
+                    behave(h2, event.stream_id)
+                    reader.feed_eof()
+            writer.write(h2.data_to_send())
         writer.close()
+        await writer.wait_closed()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
@@ -47,6 +57,11 @@ async def peer(behave: Behave) -> AsyncIterator[Channel]:
             yield channel
         finally:
             channel.close()
+            await asyncio.gather(*filter(None, served), return_exceptions=True)
+
+
+def new_call(channel: Channel) -> Stream[Raw, Raw]:
+    return channel.request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw)
 
 
 async def connection_ends(channel: Channel) -> None:
@@ -64,7 +79,7 @@ def test_a_response_that_has_arrived_whole_is_read_though_the_connection_has_end
 
     async def main() -> None:
         async with peer(answer) as channel:
-            async with channel.request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw) as stream:
+            async with new_call(channel) as stream:
                 await stream.send_message(Raw(), end=True)
                 await stream.recv_initial_metadata()
                 await connection_ends(channel)
@@ -87,10 +102,35 @@ def test_a_call_that_was_not_processed_says_so_though_the_connection_ends_behind
 
     async def main() -> None:
         async with peer(refuse) as channel:
-            async with channel.request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw) as stream:
+            async with new_call(channel) as stream:
                 await stream.send_message(Raw(), end=True)
                 await connection_ends(channel)
                 with pytest.raises(StreamRefused):
                     await stream.recv_message()
+
+    run(main)
+
+
+def test_a_call_that_waits_for_a_stream_moves_to_a_new_connection_when_its_own_is_told_to_go() -> None:
+    def leave(h2: H2Connection, stream: int) -> None:
+        frame = GoAwayFrame(0)
+        frame.last_stream_id = stream
+        h2._data_to_send += frame.serialize()
+        h2.send_headers(stream, HEADERS)
+
+    async def main() -> None:
+        async with peer(leave) as channel:
+            async with new_call(channel) as first, new_call(channel) as waiting:
+                await first.send_request()
+                while channel._protocol.connection._connection.remote_settings.max_concurrent_streams != 1:
+                    await asyncio.sleep(0)
+                task = asyncio.create_task(open_call(waiting))
+                await asyncio.sleep(0)
+                await first.send_message(Raw(), end=True)
+                await task
+                assert waiting.peer.addr() == first.peer.addr()
+                assert waiting._stream.connection is not first._stream.connection
+                reset(first)
+                reset(waiting)
 
     run(main)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from aipod.results import INLINE, BadResult, Result, settle
+from tests.test_spool import largest_file
 
 
 class Place:
@@ -50,6 +51,15 @@ def test_what_is_long_is_a_file(place: Place, size: int, inline: bool) -> None:
     assert place.res.exists() is not inline
     assert inline or place.res.read_bytes() == data
     assert sorted(path.name for path in place.res.parent.iterdir()) == ["in", *([] if inline else ["res"]), "work"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "copy"])
+def test_a_full_disk_is_told_and_leaves_no_half_a_result(place: Place, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "model").write_bytes(bytes(INLINE + 1))
+    with largest_file(INLINE), pytest.raises(BadResult) as caught:
+        place.settle(tmp_path / "model" if kind == "copy" else bytes(INLINE + 1))
+    assert caught.value.reason == "RESULT_NOT_STORED"
+    assert sorted(path.name for path in place.res.parent.iterdir()) == ["in", "work"]
 
 
 def nested() -> list[Any]:

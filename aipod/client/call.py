@@ -21,7 +21,7 @@ from aipod.client.sink import Sink
 from aipod.client.source import Source
 from aipod.config import Config
 from aipod.errors import JobFailed, leaves
-from aipod.transport.channel import CALL_OVER, Channel, read_status, reset
+from aipod.transport.channel import CALL_OVER, Channel, open_call, read_status, reset
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
@@ -93,7 +93,7 @@ class Attempt:
         self._tell()
         async with self._stream as stream:
             try:
-                await stream.send_request()
+                await open_call(stream)
                 uploader = asyncio.create_task(self._upload(), name="aipod-upload")
                 try:
                     answer, error = await self._watch(uploader)

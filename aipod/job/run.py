@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import trio
 
 from aipod.codec import digest
-from aipod.errors import JobFailed, leaves, outcome
+from aipod.errors import JobFailed, Refused, leaves, outcome
 from aipod.job.request import Request
 from aipod.results import Result
 from aipod.runner import Report, RunnerBroken, Task
@@ -175,9 +175,9 @@ async def run_job(
         if job.scope.cancelled_caught and job.answer is None:
             _fail(job, job.stopped())
     except BaseException as exc:
-        known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed)]
+        known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed | Refused)]  # Refused: the disk is full
         if known:
-            _fail(job, known[0])
+            _fail(job, outcome(known[0].reason, known[0].message, known[0].metadata))
         elif isinstance(exc, Exception):
             log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc)
             _fail(job, outcome("INTERNAL", "an internal error; the server's log says more"))
@@ -228,9 +228,9 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: fl
             except RunnerBroken:
                 # Its worker had died while idle; the method was not started.
                 broken += 1
+                job.unstart()
                 if broken == MAX_BROKEN:
                     raise outcome("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
-                job.unstart()
             if patience.cancelled_caught:
                 raise outcome("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
     # The run is over: from here on a cancel must not undo what it did.
@@ -251,7 +251,11 @@ def _store(entry: Entry, result: Result) -> Answer:
     fields: dict[str, Any] = {"phase": "DONE", "kind": result.kind, "size": size, "digest": check.hex()}
     if result.inline is not None:
         fields["inline"] = result.inline.decode("latin-1")
-    entry.record(fields)
+    try:
+        entry.record(fields)
+    except Refused as exc:
+        # Not its own reason, which says that trying again is safe: the method has run.
+        raise outcome("RESULT_NOT_STORED", f"the method has run, its result is lost: {exc.message}") from None
     return Answer(result.kind, result.inline, size, check)
 
 

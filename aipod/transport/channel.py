@@ -13,10 +13,13 @@ from h2.exceptions import ProtocolError as H2ProtocolError
 
 from aipod.config import Config
 from aipod.transport.codec import Codec
-from aipod.transport.http2 import H2Protocol, configuration
+from aipod.transport.http2 import H2Protocol, StreamRefused, configuration
 
 # What sending raises once the call is over; what is received tells why.
 CALL_OVER = (StreamTerminatedError, ProtocolError, H2ProtocolError, asyncio.TimeoutError)
+
+# Connections in a row that may be told to go while a call waits for its turn; more mean a server that takes none.
+MOVES = 10
 
 
 class Channel(grpclib.client.Channel):
@@ -55,6 +58,19 @@ class Channel(grpclib.client.Channel):
         """Close the connection; calls under way raise StreamTerminatedError. For good, unlike grpclib's."""
         self._closed = True
         super().close()
+
+
+async def open_call(stream: grpclib.client.Stream[Any, Any]) -> None:
+    """Send the request's headers. This is an asyncio-flavored function.
+
+    A call that waits because its connection has too many moves on, when that connection is told to go, to the next one.
+    """
+    for _ in range(MOVES):
+        try:
+            return await stream.send_request()
+        except StreamRefused:
+            continue  # it was never opened, so the stream can be used again
+    await stream.send_request()
 
 
 def reset(stream: grpclib.client.Stream[Any, Any]) -> None:

@@ -31,7 +31,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection as BaseH2
 from h2.errors import ErrorCodes
 from h2.events import ConnectionTerminated, Event, StreamReset
-from h2.exceptions import ProtocolError
+from h2.exceptions import NoAvailableStreamIDError, ProtocolError
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame
 
@@ -90,10 +90,17 @@ class _QuietDataFrame(DataFrame):
 
 
 class _H2(BaseH2):
+    told_to_go = False  # the peer has sent GOAWAY: it would ignore a new stream (RFC 9113 section 6.8)
+
     def __init__(self, config: H2Configuration) -> None:
         super().__init__(config=config)
         self._frame_dispatch_table[_QuietDataFrame] = self._frame_dispatch_table[DataFrame]
         self._frame_dispatch_table[GoAwayFrame] = self._receive_goaway
+
+    def get_next_available_stream_id(self) -> int:
+        if self.told_to_go:
+            raise NoAvailableStreamIDError("the peer has sent GOAWAY")
+        return super().get_next_available_stream_id()
 
     def _receive_frame(self, frame: Frame) -> list[Event]:
         if frame.__class__ is DataFrame:
@@ -125,7 +132,7 @@ class H2Stream(base.Stream):
         try:
             release = await super().send_request(headers, end_stream, _processor=_processor)
         except ProtocolError as exc:
-            raise StreamTerminatedError(f"the connection takes no more calls: {exc}") from None
+            raise StreamRefused(f"the connection takes no more calls: {exc}") from None
         if not self.connection.alive:  # it ended while this stream waited to be opened
             release()
             raise StreamTerminatedError("the connection ended before the call began")
@@ -320,6 +327,8 @@ class Processor(base.EventsProcessor):
             super().process_connection_terminated(event)
             return
         self.draining = True
+        cast(_H2, self.connection._connection).told_to_go = True
+        self.connection.stream_close_waiter.set()  # those who wait to open a stream go elsewhere
         for stream_id, stream in list(self.streams.items()):
             if stream_id > (event.last_stream_id or 0):
                 cast(H2Stream, stream).refuse("refused by GOAWAY: not processed")
