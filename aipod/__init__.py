@@ -29,7 +29,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aipod.client import Client
     from aipod.config import Config
-    from aipod.errors import AipodError, ConnectionLost, JobCancelled, JobFailed, ModelError, Refused, Unreachable
+    from aipod.errors import (
+        AipodError,
+        ConnectionLost,
+        JobCancelled,
+        JobFailed,
+        ModelError,
+        Refused,
+        Unreachable,
+        UsageError,
+    )
     from aipod.models import Context, Model, method
     from aipod.server import serve
 
@@ -47,13 +56,24 @@ __all__ = [
     "ModelError",
     "Refused",
     "Unreachable",
+    "UsageError",
     "method",
     "serve",
 ]
 
 _HOME = {
     **dict.fromkeys(
-        ("AipodError", "ConnectionLost", "JobCancelled", "JobFailed", "ModelError", "Refused", "Unreachable"), "errors"
+        (
+            "AipodError",
+            "ConnectionLost",
+            "JobCancelled",
+            "JobFailed",
+            "ModelError",
+            "Refused",
+            "Unreachable",
+            "UsageError",
+        ),
+        "errors",
     ),
     **dict.fromkeys(("Context", "Model", "method"), "models"),
     "Client": "client",

@@ -20,6 +20,13 @@ from aipod import Context
 LONG = 100_000  # characters: over what travels inline
 
 
+def say(mark: Path, text: str) -> None:
+    """Write `mark` in one step."""
+    fresh = mark.with_suffix(".tmp")
+    fresh.write_text(text)
+    fresh.rename(mark)
+
+
 def talk(context: Context) -> str:
     for n in range(100):
         context.progress(n / 100, f"step {n}")
@@ -62,14 +69,14 @@ class Plain(aipod.Model):
 
     def forever(self, context: Context, path: Path) -> None:
         """Ends when it is asked to, a moment later."""
-        (self.data_dir / "running").write_text(str(os.getpid()))
+        say(self.data_dir / "running", str(os.getpid()))
         while not context.cancelled:
             time.sleep(0.01)
         time.sleep(0.1)
         (self.data_dir / "stopped").touch()
 
     def stubborn(self, context: Context, path: Path) -> None:
-        (self.data_dir / "running").write_text(str(os.getpid()))
+        say(self.data_dir / "running", str(os.getpid()))
         time.sleep(60)
 
     def crash(self, context: Context, path: Path) -> None:
@@ -80,7 +87,7 @@ class Plain(aipod.Model):
         pid = os.fork()
         if pid == 0:
             time.sleep(60)
-        (self.data_dir / "running").write_text(str(pid))
+        say(self.data_dir / "running", str(pid))
         os.kill(os.getpid(), 9)
 
 
@@ -197,7 +204,7 @@ class AsyncioFails(aipod.Model):
 
 class PlainSlow(aipod.Model):
     def load(self) -> None:
-        (self.data_dir / "loading").write_text(str(os.getpid()))
+        say(self.data_dir / "loading", str(os.getpid()))
         time.sleep(60)
 
     def chaos(self, context: Context, path: Path) -> None: ...

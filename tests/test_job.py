@@ -156,8 +156,9 @@ class Story:
             await job.ended.wait()
         job.cancel()
         with trio.fail_after(10):
-            while left_in(self.spool.path):
+            while list(self.spool.path.glob("*.lock")):  # the last that goes
                 await trio.sleep(0.001)
+        assert left_in(self.spool.path) == []
         assert [path.name for path in self.versions.path.glob(".*")] == []
         return job.phase
 

@@ -88,7 +88,7 @@ class PlainSink:
 
 
 class ChunkSink:
-    """An own client's payload: chunks at their offsets, complete with `last`."""
+    """An own client's payload: chunks at their offsets, complete with `last` (nothing behind it is read)."""
 
     def __init__(self, entry: Entry, size: int | None, limit: int) -> None:
         self._entry = entry
@@ -100,8 +100,6 @@ class ChunkSink:
 
     def feed(self, messages: Sequence[Raw]) -> None:
         for message in messages:
-            if self.complete:
-                raise Refused("BAD_MESSAGE", "a message after the one with last")
             if message.data:
                 self._chunk(message)
             if message.last:
