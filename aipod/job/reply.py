@@ -32,6 +32,10 @@ def own_messages(entry: Entry, answer: Answer, have: int, level: int) -> Iterato
 
 def plain_messages(entry: Entry, answer: Answer, level: int, max_message: int) -> Iterator[Raw]:
     """The result as the first version sent it. Blocks. Raises `JobFailed(RESULT_NOT_TEXT)` before the first message."""
+    if answer.inline is not None and answer.kind == "json":
+        # The usual small answer: a stream compressor would hold a megabyte for each of a thousand jobs.
+        yield Raw(data=Compressor(level).frame(answer.inline))
+        return
     limit = max_message - _SLACK
     parts: Iterable[bytes] = _pieces(entry, answer, 0)
     if answer.kind == "bytes":
