@@ -1,11 +1,10 @@
 # Layers: a module may import only from strictly lower rows (tests/test_tree.py enforces it, and the doors below it).
 #
 #   __main__
-#   cli                          commands; the only print, argv and environment
+#   cli                          commands; the only print and argv
 #   server  client  examples     lifecycles, and models to start from
 #   service                      gRPC method bodies: guard clauses, then a viewer of one job
-#   job                          the story of one job: receive, queue, lease, run, store, reply
-#   pool                         instances per version
+#   job  pool                    the story of one job: receive, queue, lease, run, store, reply; who runs it
 #   runner                       how an instance's methods are executed: process, loop
 #   spool  versions              what is on disk: jobs, and the data of versions
 #   codec  retry  transport      one hard thing each
@@ -14,7 +13,8 @@
 #   errors  config  wire         import nothing of aipod
 #
 # Doors: transport/bridge imports trio_asyncio; transport/ touches grpclib and h2 internals; spool writes the spool
-# directory and uses filelock; runner starts processes and model threads.
+# directory and uses filelock; runner starts processes and model threads (and cli/demo
+# the server that it shows).
 """Large inputs to Python model code and the answer back, over one gRPC stream, through any number of proxies.
 
 Names load on first use, so that a worker process, which imports this package before anything else, loads neither

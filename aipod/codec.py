@@ -24,6 +24,9 @@ MAX_WINDOW = 8 * MIB
 # Pieces of a result for plain clients are held back until they are this long (never 4 bytes, as "PONG" is).
 PIECE = 256 * KIB
 PONG = b"PONG"
+# Lists and objects, and values, in kwargs: parsing that many takes a tenth of a second.
+MAX_CONTAINERS = 100_000
+MAX_VALUES = 1_000_000
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE = b"\x2a\x4d\x18"  # follows a byte 0x50 to 0x5f
@@ -232,6 +235,11 @@ def parse_kwargs(data: bytes, limit: int) -> dict[str, Any]:
     if not data:
         return {}
     text = unframe(data, limit, "BAD_KWARGS")
+    # json.loads holds the GIL, and with it every heartbeat: 16 MiB of empty lists take it for seconds.
+    if text.count(b"[") + text.count(b"{") > MAX_CONTAINERS or text.count(b",") > MAX_VALUES:
+        raise Refused(
+            "BAD_KWARGS", "the JSON of the keyword arguments has too many values; send large data as the payload"
+        )
     try:
         kwargs = json.loads(text)
     except (ValueError, RecursionError) as exc:

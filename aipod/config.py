@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ HOURS = 60 * MINUTES
 # At most this much payload in one chunk: small enough to bound a message, large enough that one zstd frame per chunk
 # costs nothing (measured: -2.6 % to +1.2 % in size against one continuous stream at level 3).
 CHUNK = 1 * MIB
+
+# Also the name of directories under the state home.
+_MODEL = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z")
 
 RUNNERS = ("auto", "process", "loop")
 
@@ -66,15 +70,15 @@ class Config:
 
     # Payloads
     max_payload: int = _setting(0, "Largest payload, uncompressed; 0 is none but the disk's reserve.", low=0)
-    max_kwargs: int = _setting(16 * MIB, "Largest kwargs, as JSON.", low=KIB, high=256 * MIB)
-    max_message: int = _setting(64 * MIB, "Largest gRPC message.", low=2 * MIB, high=1 * GIB)
+    max_kwargs: int = _setting(16 * MIB, "Largest kwargs, as JSON; 0 is none.", low=0, high=256 * MIB)
+    max_message: int = _setting(64 * MIB, "Largest gRPC message; 0 is none.", low=0, high=1 * GIB)
     reserve: int = _setting(1 * GIB, "Free disk space that uploads leave for results.", low=0)
     # Many missed heartbeats of a client that is gone without a word.
     upload_stall: float = _setting(60 * SECONDS, "Seconds without a message before an upload is given up.", low=1)
     upload_ttl: float = _setting(1 * HOURS, "Seconds that an abandoned upload is kept.", low=1)
 
     # Transport
-    max_streams: int = _setting(1000, "Calls at once per connection.", low=1, high=100_000)
+    max_streams: int = _setting(1000, "Calls at once per connection; 0 is none.", low=0, high=100_000)
     # One stalled stream must not use up its connection's window: the connection has sixteen streams' worth.
     stream_window: int = _setting(4 * MIB, "HTTP/2 window of a stream.", low=64 * KIB, high=1 * GIB)
     connection_window: int = _setting(64 * MIB, "HTTP/2 window of a connection.", low=64 * KIB, high=2 * GIB - 1)
@@ -99,12 +103,31 @@ class Config:
                 raise ConfigError(f"{field.name} = {value!r} is too small; it must be at least {low:g}")
             if high is not None and not value <= high:
                 raise ConfigError(f"{field.name} = {value!r} is too large; it must be at most {high:g}")
+        if self.model and not _MODEL.match(self.model):
+            raise ConfigError(f"model = {self.model!r} is not MODULE:CLASS, for example mypackage.mymodule:MyModel")
+        if 0 < self.max_message < 2 * MIB:
+            raise ConfigError(f"max_message = {self.max_message} is less than a chunk takes; at least {2 * MIB}, or 0")
         if self.runner not in RUNNERS:
             raise ConfigError(f"runner = {self.runner!r} is not one of {', '.join(RUNNERS)}")
         if self.connection_window < self.stream_window:
             raise ConfigError("connection_window must be at least stream_window")
         if not self.bind:
             raise ConfigError("bind is empty; give at least one address, for example 127.0.0.1:50051")
+
+    @property
+    def message_limit(self) -> int:
+        """`max_message`, or what the 4-byte length prefix of a gRPC message can say."""
+        return self.max_message or 2**32 - 1
+
+    @property
+    def kwargs_limit(self) -> int:
+        """`max_kwargs`, or what one message can bring."""
+        return self.max_kwargs or 2**32 - 1
+
+    @property
+    def stream_limit(self) -> int:
+        """`max_streams`, or as many as HTTP/2 has stream ids."""
+        return self.max_streams or 2**31 - 1
 
     @property
     def app(self) -> str:

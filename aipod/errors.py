@@ -144,7 +144,7 @@ class ConnectionLost(AipodError):
         super().__init__("CONNECTION_LOST", message)
 
 
-def outcome(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> JobFailed:
+def job_failed(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> JobFailed:
     """The exception for a job that ended with `reason`, of the class that fits it."""
     kinds: dict[str, type[JobFailed]] = {
         "MODEL_ERROR": ModelError,

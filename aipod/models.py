@@ -1,6 +1,6 @@
 """What the author of a model sees: `Model`, `method`, `Context`; and which methods a caller may call.
 
-Standard library only: worker processes import it, and nothing else of aipod.
+Standard library only: worker processes import it.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ class Pool:
         self._nursery = nursery
         self._instances: list[Instance] = []
         self._closing: list[Instance] = []  # they still take their memory, so they count to `total`
+        # Bounded by the calls that are open (max_streams per connection): each waiter is one.
         self._line: list[Waiter] = []
         self._clock = itertools.count(1)
 

@@ -114,8 +114,11 @@ def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool
     removed = spool.sweep()
     if removed:
         log.info("removed %d entries of an earlier server from %s", removed, spool_path)
-    versions = Versions(data_path)
-    versions.sweep(spool.is_held)
+    versions = Versions(data_path, f"{spool.id.partition('-')[0]}.")
+    try:
+        versions.sweep(spool.is_held)
+    except OSError as exc:
+        raise ServeError("DATA_UNUSABLE", f"data directory {data_path}: {exc}; choose another with --data") from exc
     return spool, versions
 
 
@@ -231,7 +234,9 @@ def _listen_unix(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(path).st_mode):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise OSError("there is something that is no socket")
+            else:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                     try:
                         probe.connect(path)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import secrets
@@ -42,8 +43,10 @@ import filelock
 
 from aipod.codec import new_hasher
 from aipod.config import GIB, MIB
-from aipod.errors import Refused
+from aipod.errors import AipodError, Refused
 from aipod.results import INLINE
+
+logger = logging.getLogger("aipod.spool")
 
 SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever written again after a power cut
@@ -52,8 +55,11 @@ READ = 1 * MIB
 CLAIM_PATIENCE = 0.1  # seconds
 
 
-class SpoolError(Exception):
+class SpoolError(AipodError):
     """The spool directory cannot be used; the text says why and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("SPOOL_UNUSABLE", message)
 
 
 _ENTRY = re.compile(r"([0-9a-f]{32})(?:\.lock)?\Z")
@@ -156,8 +162,9 @@ class Entry:
         self._fd: int | None = None
         self._hasher = new_hasher()
         self.written = 0  # bytes in the payload file
-        self.durable = 0  # bytes of it that a power cut cannot take
+        self.durable = 0  # bytes of it that have been synced
         self._synced_at = time.monotonic()
+        self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
         self.log_size = 0  # bytes of the log
 
     def create(self, fields: dict[str, Any], kwargs: bytes) -> None:
@@ -178,6 +185,9 @@ class Entry:
     def write(self, data: bytes) -> None:
         """Append payload bytes. Raises `Refused(SPOOL_FULL)`."""
         assert self._fd is not None, "the payload is sealed"
+        if self.written >= self._space_until:
+            self._spool.check_space(0)
+            self._space_until = self.written + SYNC_BYTES
         view = memoryview(data)
         with _refused_when_full():
             while view:
@@ -235,9 +245,13 @@ class Entry:
         if len(data) > room:
             # Cut at a character: `read_log` counts what it can decode.
             data = data[:room].decode("utf-8", "ignore").encode() + b"\n[the log is full; the rest is dropped]\n"
-        # A full disk costs the log, not the job.
-        with contextlib.suppress(OSError), (self.path / "log").open("ab") as file:
-            file.write(data)
+        try:
+            with (self.path / "log").open("ab") as file:
+                file.write(data)
+        except OSError as exc:
+            # A full disk costs the log, not the job.
+            logger.warning("job %s: its log could not be written: %s", self.id, exc)
+        else:
             self.log_size += len(data)
 
     def read_log(self, offset: int, limit: int) -> bytes:
@@ -259,15 +273,16 @@ class Entry:
             self._fd = None
         trash = self._spool.path / f".trash-{secrets.token_hex(8)}"
         try:
-            self.path.rename(trash)
-        except FileNotFoundError:
-            pass
-        else:
-            shutil.rmtree(trash, ignore_errors=True)  # what stays is swept at the next start
-        # Unlinked while held: filelock looks at st_nlink after every acquire, so a waiter notices and tries anew.
-        with contextlib.suppress(FileNotFoundError):
-            self._spool.lock_path(self.id).unlink()
-        self._lock.release()
+            with contextlib.suppress(FileNotFoundError):
+                self.path.rename(trash)
+                shutil.rmtree(trash, ignore_errors=True)  # what stays is swept at the next start
+            # Unlinked while held: filelock looks at st_nlink after every acquire, so a waiter notices and tries anew.
+            self._spool.lock_path(self.id).unlink(missing_ok=True)
+        except OSError as exc:
+            # A disk that has become read-only, say: the other jobs must not pay for it. A sweep comes back to it.
+            logger.error("job %s: its entry could not be removed: %s", self.id, exc)
+        finally:
+            self._lock.release()
 
 
 class Spool:
@@ -287,6 +302,9 @@ class Spool:
         spool = cls(path, reserve=reserve, ttl=ttl)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            names = {one.name for one in path.iterdir() if not one.name.startswith(".")}
+            if names and "app" not in names:
+                raise SpoolError(f"{path} is not empty and is no spool; give --spool a directory of its own")
             owner = spool._once("app", app)
             if owner != app:
                 raise SpoolError(
@@ -297,6 +315,7 @@ class Spool:
             spool.workers.mkdir(mode=0o700, exist_ok=True)
             probe = _try_lock(path / ".probe")
             if probe is not None:
+                (path / ".probe").unlink(missing_ok=True)
                 probe.release()
         except (OSError, NotImplementedError) as exc:
             raise SpoolError(f"spool {path} cannot be used: {exc}; choose a local directory with --spool") from exc

@@ -1,8 +1,11 @@
 """Which data a version has: one directory per version under the server's data directory.
 
     data/<version>           what a method wrote into `context.new_version`
-    data/.new-<job id>       being written; becomes data/<version> when the method returns
-    data/.old-<job id>-<version>  the former data of a version, for the moment in which it is replaced
+    data/.new-<spool><job id>            being written; becomes data/<version> when the method returns
+    data/.old-<spool><job id>-<version>  the former data of a version, for the moment in which it is replaced
+
+<spool> names the spool that the job lives in, "<id>.": servers with other spools may use the same data directory, and
+only a job's own spool knows whether it lives.
 
 All functions block: call them from a thread.
 """
@@ -30,10 +33,11 @@ def check_version(version: str) -> str:
 
 
 class Versions:
-    """The data directory."""
+    """The data directory, for the jobs of the spool `owner` (its id and a dot)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, owner: str = "") -> None:
         self.path = path
+        self._owner = owner
 
     def data_dir(self, version: str) -> Path:
         """Where the version's data is, whether it exists yet or not."""
@@ -41,14 +45,14 @@ class Versions:
 
     def fresh(self, job_id: str) -> Path:
         """Where a job may write a new version; not made until it does."""
-        return self.path / f".new-{job_id}"
+        return self.path / f".new-{self._owner}{job_id}"
 
     def publish(self, job_id: str, version: str) -> bool:
         """Make what the job wrote the version's data; False where it wrote nothing."""
         fresh, target = self.fresh(job_id), self.data_dir(version)
         if not fresh.is_dir():
             return False
-        old = self.path / f".old-{job_id}-{version}"
+        old = self.path / f".old-{self._owner}{job_id}-{version}"
         while True:
             with contextlib.suppress(FileNotFoundError):
                 target.rename(old)
@@ -57,11 +61,13 @@ class Versions:
             except OSError as exc:
                 # Another job of this version has published since the line above: its data is the former now.
                 if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    with contextlib.suppress(FileNotFoundError):
+                        old.rename(target)
                     raise
-            else:
-                return True
-            finally:
                 shutil.rmtree(old, ignore_errors=True)
+            else:
+                shutil.rmtree(old, ignore_errors=True)
+                return True
 
     def discard(self, job_id: str) -> None:
         """Forget what the job wrote."""
@@ -70,15 +76,14 @@ class Versions:
     def sweep(self, is_held: Callable[[str], bool]) -> None:
         """Finish what a killed server left: half-written versions go, one that was being replaced comes back."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in self.path.glob(".old-*"):
-            _, _, rest = path.name.partition("-")
-            job_id, _, version = rest.partition("-")
+        for path in self.path.glob(f".old-{self._owner}*"):
+            job_id, _, version = path.name.removeprefix(f".old-{self._owner}").partition("-")
             if is_held(job_id):
                 continue
             if self.data_dir(version).exists():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.rename(self.data_dir(version))
-        for path in self.path.glob(".new-*"):
-            if not is_held(path.name.removeprefix(".new-")):
+        for path in self.path.glob(f".new-{self._owner}*"):
+            if not is_held(path.name.removeprefix(f".new-{self._owner}")):
                 shutil.rmtree(path, ignore_errors=True)

@@ -253,7 +253,7 @@ def failure(reason: str, exc: BaseException) -> dict[str, Any]:
     return {
         "event": "error",
         "reason": reason,
-        "type": type(exc).__name__,
+        "type": type(exc).__name__[:200],
         "message": str(exc)[:4096],
         "trace": "".join(traceback.format_exception(exc))[-16384:],
     }

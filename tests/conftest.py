@@ -49,7 +49,7 @@ def run(main: Callable[[], Awaitable[T]], *, timeout: float = 60) -> T:
         return runner.run(bounded())
 
 
-def wait_until(condition: Callable[[], Any], *, seconds: float = 10) -> Any:
+def wait_until(condition: Callable[[], Any], *, seconds: float = 30) -> Any:
     """Poll until `condition()` is true; its value. Fails the test after `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

@@ -706,7 +706,6 @@ def fails(tmp_path: Path, *arguments: str, status: int = 1) -> str:
         ("no_such_module:Model", "aipod: LOAD_FAILED: there is no module 'no_such_module'"),
         ("tests.models_bad:NoSuchClass", "aipod: LOAD_FAILED: module tests.models_bad has no class 'NoSuchClass'"),
         ("tests.models_bad:NothingToCall", "aipod: LOAD_FAILED: .* has no public method to call; define one"),
-        ("tests.models_bad", "aipod: LOAD_FAILED: 'tests.models_bad' is not MODULE:CLASS"),
         ("broken_module:Model", "aipod: LOAD_FAILED: importing broken_module failed: OSError: no licence"),
         ("needy_module:Model", "aipod: LOAD_FAILED: importing needy_module failed: .*no_such_library.*install"),
         ("leaving_module:Model", "aipod: [A-Z_]+: .*SystemExit"),
@@ -784,3 +783,27 @@ def test_a_file_of_settings_that_is_none(tmp_path: Path, text: str) -> None:
 def test_a_runner_that_the_class_cannot_have(tmp_path: Path) -> None:
     arguments = ("tests.models_bad:OnLoop", "--runner", "process", "--bind", "127.0.0.1:0")
     assert fails(tmp_path, *arguments).startswith("aipod: BAD_RUNNER: ")
+
+
+@pytest.mark.parametrize("model", ["tests.models_bad", "../../up:Model", "models bad:Model", ":Model"])
+def test_what_is_no_module_and_class(tmp_path: Path, model: str) -> None:
+    """It is also the name of the directory where the model's state lives."""
+    done = subprocess.run(
+        [sys.executable, "-m", "aipod", "serve", model, "--data", str(tmp_path / "data")],
+        **{"capture_output": True, "text": True, "timeout": 60, "cwd": ROOT},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.match(r"aipod: USAGE: model = .* is not MODULE:CLASS, for example", done.stderr.splitlines()[-1])
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_unix_address_that_is_a_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("keep")
+    line = fails(tmp_path, SERVED, "--bind", f"unix:{tmp_path}/precious")
+    assert line.startswith("aipod: BIND_FAILED: ")
+    assert (tmp_path / "precious").read_text() == "keep"
+
+
+def test_a_data_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("keep")
+    assert fails(tmp_path, SERVED, "--bind", "127.0.0.1:0").startswith("aipod: DATA_UNUSABLE: ")

@@ -304,3 +304,10 @@ def test_fuzz_a_stream_decodes_to_what_zstd_says_or_is_refused() -> None:
         else:
             # A change that is not noticed has cut whole frames off, or hit a bit that carries nothing.
             assert b"".join(payloads).startswith(got)
+
+
+def test_kwargs_that_would_hold_the_interpreter_for_seconds_are_refused() -> None:
+    for text in (b'{"a":[' + b"[]," * 200_000 + b"[]]}", b'{"a":[' + b"1," * 2_000_000 + b"1]}"):
+        with pytest.raises(Refused, match="too many values") as caught:
+            parse_kwargs(Compressor(1).frame(text), 16 * MIB)
+        assert caught.value.reason == "BAD_KWARGS"

@@ -115,10 +115,12 @@ async def test_heartbeats_do_not_pile_up_before_a_peer_that_does_not_read(autoju
 async def test_no_heartbeat_follows_the_first_message_of_an_answer(autojump_clock: MockClock) -> None:
     call = FakeCall()
     writer = Writer(cast(Call, call))
+    viewer = Viewer(writer, 1.0)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(writer.run)
-        nursery.start_soon(Viewer(writer, 1.0).beat)
+        nursery.start_soon(viewer.beat)
         await trio.sleep(1.5)
+        viewer.stop()
         await writer.send(Raw(data=b"answer"))
         await trio.sleep(5)
         writer.close()

@@ -343,14 +343,38 @@ def test_no_wall_clock_decides(spool: Spool, wall: int) -> None:
 
 
 def test_a_sweep_touches_nothing_that_is_not_named_as_a_spool_s(tmp_path: Path) -> None:
-    """Somebody may give a directory that is no spool."""
+    """Somebody may put other things into the directory."""
+    spool = opened(tmp_path)
     (tmp_path / "poetry").mkdir()
     (tmp_path / ("x" * 32)).mkdir()
     for name in ("poetry.lock", "poetry/source", "notes"):
         (tmp_path / name).write_text("precious")
-    spool = opened(tmp_path)
     assert spool.sweep() == 0
     assert left_in(tmp_path) == ["notes", "poetry", "poetry.lock", "poetry/source", "x" * 32]
+
+
+def test_a_directory_of_something_else_is_no_spool(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("precious")
+    with pytest.raises(SpoolError, match="is no spool"):
+        opened(tmp_path)
+    assert left_in(tmp_path) == ["notes"]
+
+
+def test_the_reserve_is_kept_while_a_payload_of_unknown_size_comes_in(tmp_path: Path) -> None:
+    """One message may bring gigabytes: the disk is looked at every `SYNC_BYTES`, not once per message."""
+    entry = Spool.open(tmp_path, "m.Class", reserve=0).claim(A, PLAIN, size=None)
+    entry.write(bytes(SYNC_BYTES))
+    entry._spool._reserve = 1 << 62
+    assert refusal(entry.write, b"x") == "SPOOL_FULL"
+    entry.destroy()
+
+
+def test_an_entry_that_cannot_be_removed_costs_nobody_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry = opened(tmp_path).claim(A, PLAIN, size=None)
+    (tmp_path / f"{A}.lock").unlink()
+    (tmp_path / f"{A}.lock").mkdir()  # unlink() raises, as on a file system that has become read-only
+    entry.destroy()
+    assert "could not be removed" in caplog.text
 
 
 # A full disk

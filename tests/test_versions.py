@@ -112,3 +112,29 @@ def test_a_sweep_leaves_jobs_of_living_servers_alone(versions: Versions) -> None
     (versions.path / f".old-{A}-v").mkdir()
     versions.sweep(lambda job_id: job_id == A)
     assert names(versions) == [f".new-{A}", f".old-{A}-v"]
+
+
+def test_servers_with_other_spools_leave_each_others_versions_alone(tmp_path: Path) -> None:
+    """A server that starts on the same data directory knows only the jobs of its own spool."""
+    one, other = Versions(tmp_path, "one."), Versions(tmp_path, "other.")
+    one.fresh("a" * 32).mkdir()
+    (one.fresh("a" * 32) / "data").write_text("new")
+    other.sweep(lambda job_id: False)
+    assert one.publish("a" * 32, "v")
+    assert (tmp_path / "v" / "data").read_text() == "new"
+
+
+def test_a_publish_that_fails_keeps_the_former_data(tmp_path: Path) -> None:
+    versions = Versions(tmp_path)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "data").write_text("old")
+
+    class Unmovable(type(tmp_path)):  # type: ignore[misc]
+        def rename(self, target: Path) -> Path:
+            raise OSError(28, "No space left on device")
+
+    versions.fresh("a" * 32).mkdir()
+    versions.fresh = lambda job_id: Unmovable(tmp_path / f".new-{job_id}")  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="No space"):
+        versions.publish("a" * 32, "v")
+    assert (tmp_path / "v" / "data").read_text() == "old"

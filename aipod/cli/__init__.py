@@ -54,7 +54,7 @@ def cli() -> None:
 
 
 def _register() -> None:
-    # Imported here, so that `call` never loads trio and `serve` imports it before grpclib (transport/bridge).
+    # Imported here, so that `import aipod.cli` stays cheap; `call` never loads trio: `serve` does when it runs.
     from aipod.cli.call import call
     from aipod.cli.demo import demo
     from aipod.cli.health import health

@@ -61,6 +61,8 @@ def _server(directory: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     finally:
         process.terminate()
         process.communicate()
+    if process.returncode != 0:
+        raise AipodError("DEMO_FAILED", f"the server ended with status {process.returncode}: {log.read_text()[-2000:]}")
 
 
 async def _run(directory: Path, address: str, server: int, megabytes: int) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from aipod.cli.options import config_options, make_config
-from aipod.errors import leaves
 
 log = logging.getLogger("aipod.server")
 
@@ -45,9 +44,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
     # Imported late: trio_asyncio changes asyncio for the whole process, and `call` wants none of it.
     import trio
 
-    from aipod.server import ServeError
     from aipod.server import serve as run_server
-    from aipod.spool import SpoolError
 
     async def main() -> None:
         stop = trio.Event()
@@ -65,10 +62,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
                     sys.stdout.flush()
             nursery.cancel_scope.cancel()
 
-    try:
-        trio.run(main)
-    except* SpoolError as group:
-        raise ServeError("SPOOL_UNUSABLE", str(next(leaves(group)))) from None
+    trio.run(main)
 
 
 async def _listen_to_signals(stop: Any, scope: Any, *, task_status: Any) -> None:

@@ -18,7 +18,7 @@ from aipod.client.sink import check_target
 from aipod.client.source import Payload, Source
 from aipod.codec import Compressor
 from aipod.config import KIB, Config
-from aipod.errors import ConnectionLost, Unreachable, UsageError, outcome
+from aipod.errors import ConnectionLost, Unreachable, UsageError, job_failed
 from aipod.retry import delays
 from aipod.transport.channel import Channel, split_target
 
@@ -183,8 +183,8 @@ class Client:
             text = json.dumps(kwargs, sort_keys=True, allow_nan=False).encode()
         except (TypeError, ValueError) as exc:
             raise UsageError(f"the keyword arguments are not JSON: {exc}; send other data as the payload") from None
-        if len(text) > self._config.max_kwargs:
-            raise UsageError(f"{len(text)} bytes of keyword arguments; the limit is {self._config.max_kwargs}")
+        if len(text) > self._config.kwargs_limit:
+            raise UsageError(f"{len(text)} bytes of keyword arguments; the limit is {self._config.kwargs_limit}")
         if len(text) > WARN_ABOVE:
             warnings.warn(f"{len(text)} bytes of keyword arguments; send large data as the payload", stacklevel=4)
         return Compressor(self._config.level).frame(text)
@@ -203,7 +203,7 @@ class Client:
                     raise
             left = None if request.deadline is None else request.deadline.time_remaining()
             if left == 0 and isinstance(failure.error, Unreachable | ConnectionLost):
-                raise outcome("DEADLINE_EXCEEDED", "not done within the call's timeout") from failure.error
+                raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from failure.error
             pause = next(pauses, None)
             if failure.retry_after is None or pause is None or not request.source.check_replayable():
                 raise failure.error from failure.cause

@@ -113,10 +113,8 @@ class Attempt:
         """Send everything. Ends early, without an error of its own, where the server has ended the call."""
         request = self._request
         opening = Open(ticket=self._ticket, op=Op.RUN, epoch=time.time_ns() // 1000, size=request.source.size)
-        if request.source.size == 0:
-            self.committed = True
         # An empty payload is complete with the first message.
-        empty = request.source.size == 0
+        empty = self.committed = request.source.size == 0
         if request.rpc == "chaos":
             first: Raw | StreamInput = Raw(data=request.kwargs, open=opening, last=empty)
         else:

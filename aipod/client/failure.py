@@ -8,7 +8,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 
-from aipod.errors import DOMAIN, AipodError, ConnectionLost, JobFailed, Refused, Unreachable, leaves, outcome
+from aipod.errors import DOMAIN, AipodError, ConnectionLost, JobFailed, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.http2 import StreamRefused
 from aipod.wire.ai import State
@@ -84,7 +84,7 @@ def _from_status(exc: GRPCError, target: str, committed: bool) -> Failure:
     delay = next((d.retry_delay.seconds + d.retry_delay.nanos / 1e9 for d in details if isinstance(d, RetryInfo)), None)
     text = exc.message or exc.status.name
     if info is not None and info.reason in _ENDED:
-        return Failure(outcome(info.reason, text, dict(info.metadata)), None, exc)
+        return Failure(job_failed(info.reason, text, dict(info.metadata)), None, exc)
     if info is not None:
         # RetryInfo: the server says that nothing was done.
         return Failure(Refused(info.reason, text, dict(info.metadata)), delay, exc)
@@ -97,5 +97,5 @@ def of_state(state: State) -> JobFailed:
     """The exception for a terminal state without a result."""
     error = state.error
     if error is None:
-        return outcome("INTERNAL", f"the job ended as {state.phase.name} without saying why")
-    return outcome(error.reason or "INTERNAL", error.message, {"type": error.type} if error.type else {})
+        return job_failed("INTERNAL", f"the job ended as {state.phase.name} without saying why")
+    return job_failed(error.reason or "INTERNAL", error.message, {"type": error.type} if error.type else {})

@@ -1,1 +1,1 @@
-"""Models to start from: `corpus` trains, predicts and serves its log; `echo` and `sleeper` are for tests and demos."""
+"""Models to start from: `corpus` trains, predicts and serves its log; `basics` has small ones."""

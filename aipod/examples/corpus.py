@@ -4,7 +4,7 @@
     tar czf sources.tar.gz -C "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" asyncio email json
     python -m aipod call train sources.tar.gz --version 1
     python -m aipod call predict some_file.py --version 1 -k top=3
-    python -m aipod call log --version 1
+    python -m aipod call log --version 1 | cat
 
 A naive Bayes classifier over identifiers: trained on a tar of sources, the first directory of a file's path is its
 label, every tenth file is held out to measure the accuracy.

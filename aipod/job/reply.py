@@ -8,7 +8,7 @@ import trio
 
 from aipod.codec import PIECE, Compressor, json_string_pieces, plain_pieces
 from aipod.config import CHUNK
-from aipod.errors import outcome
+from aipod.errors import job_failed
 from aipod.job.run import Answer
 from aipod.spool import Entry
 from aipod.wire.ai import Raw
@@ -26,7 +26,7 @@ def own_messages(entry: Entry, answer: Answer, have: int, level: int) -> Iterato
         end = offset + len(piece)
         yield Raw(data=compressor.frame(piece), offset=offset, last=end == answer.size)
         offset = end
-    if offset == answer.size and (answer.size == 0 or have >= answer.size):
+    if have >= answer.size:
         yield Raw(offset=offset, last=True)
 
 
@@ -50,7 +50,7 @@ def _check_text(pieces: Iterable[bytes]) -> None:
         for _ in json_string_pieces(pieces):
             pass
     except UnicodeDecodeError:
-        raise outcome(
+        raise job_failed(
             "RESULT_NOT_TEXT",
             "the method returned bytes that are not UTF-8 text; return a pathlib.Path, or call with aipod's own client",
         ) from None

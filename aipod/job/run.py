@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import trio
 
 from aipod.codec import digest
-from aipod.errors import JobFailed, Refused, leaves, outcome
+from aipod.errors import JobFailed, Refused, job_failed, leaves
 from aipod.job.request import Request
 from aipod.results import Result
 from aipod.runner import Report, RunnerBroken, Task
@@ -147,7 +147,7 @@ class Job:
 
     def stopped(self) -> JobFailed:
         """The outcome of a job that was stopped."""
-        return outcome("CANCELLED", self._stopped_because)
+        return job_failed("CANCELLED", self._stopped_because)
 
     def cancel(self) -> None:
         """Nobody wants the answer: stop the run, and let the entry go."""
@@ -177,17 +177,19 @@ async def run_job(
     except BaseException as exc:
         known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed | Refused)]  # Refused: the disk is full
         if known:
-            _fail(job, outcome(known[0].reason, known[0].message, known[0].metadata))
+            _fail(job, job_failed(known[0].reason, known[0].message, known[0].metadata))
         elif isinstance(exc, Exception):
             log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc)
-            _fail(job, outcome("INTERNAL", "an internal error; the server's log says more"))
+            _fail(job, job_failed("INTERNAL", "an internal error; the server's log says more"))
         else:
-            _fail(job, outcome("CANCELLED", "the server is shutting down"))
+            _fail(job, job_failed("CANCELLED", "the server is shutting down"))
             raise
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(versions.discard, job.request.job_id)
             await job.save_log()
+            if job.error is not None:
+                await trio.to_thread.run_sync(_store_failure, job.entry, job.phase, job.error)
         _log_end(job)
         job.ended.set()
         try:
@@ -230,9 +232,9 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: fl
                 broken += 1
                 job.unstart()
                 if broken == MAX_BROKEN:
-                    raise outcome("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
+                    raise job_failed("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
             if patience.cancelled_caught:
-                raise outcome("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
+                raise job_failed("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
     # The run is over: from here on a cancel must not undo what it did.
     with trio.CancelScope(shield=True):
         if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
@@ -255,7 +257,7 @@ def _store(entry: Entry, result: Result) -> Answer:
         entry.record(fields)
     except Refused as exc:
         # Not its own reason, which says that trying again is safe: the method has run.
-        raise outcome("RESULT_NOT_STORED", f"the method has run, its result is lost: {exc.message}") from None
+        raise job_failed("RESULT_NOT_STORED", f"the method has run, its result is lost: {exc.message}") from None
     return Answer(result.kind, result.inline, size, check)
 
 
@@ -263,6 +265,14 @@ async def _keep_log(job: Job, tick: float) -> None:
     while True:
         await trio.sleep(tick)
         await job.save_log()
+
+
+def _store_failure(entry: Entry, phase: Phase, error: JobFailed) -> None:
+    """Write down why there is no answer. Blocks."""
+    try:
+        entry.record({"phase": phase.name, "reason": error.reason, "message": error.message})
+    except Refused as exc:
+        log.warning("job %s: its outcome could not be stored: %s", entry.id, exc.message)
 
 
 def _fail(job: Job, error: JobFailed) -> None:

@@ -62,7 +62,6 @@ class PlainSink:
         self._size = size
         self._limit = limit
         self._decoder = StreamDecoder(self._write)
-        self.complete = False
 
     def _write(self, data: bytes) -> None:
         after = self._entry.written + len(data)

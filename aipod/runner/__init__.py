@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import trio
 
-from aipod.errors import JobFailed, outcome
+from aipod.errors import JobFailed, job_failed
 from aipod.results import Result
 
 # (progress 0..1 or None, its message or None, log text or None)
@@ -30,7 +30,7 @@ async def model_failed(exc: BaseException) -> JobFailed:
         raise exc
     await trio.lowlevel.checkpoint_if_cancelled()
     trace = "".join(traceback.format_exception(exc))[-16384:]
-    return outcome("MODEL_ERROR", str(exc)[:4096], {"type": type(exc).__name__, "trace": trace})
+    return job_failed("MODEL_ERROR", str(exc)[:4096], {"type": type(exc).__name__[:200], "trace": trace})
 
 
 class RunnerBroken(Exception):

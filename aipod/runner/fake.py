@@ -19,7 +19,7 @@ from typing import Any
 
 import trio
 
-from aipod.errors import outcome
+from aipod.errors import job_failed
 from aipod.models import Context
 from aipod.results import BadResult, Result, settle
 from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
@@ -100,14 +100,14 @@ class FakeRunner:
                     value = await value
                 result = settle(value, payload=task.payload, work_dir=task.work_dir, res=task.res)
             except BadResult as exc:
-                raise outcome(exc.reason, str(exc)) from None
+                raise job_failed(exc.reason, str(exc)) from None
             except BaseException as exc:
                 raise await model_failed(exc) from exc
             finally:
                 self._runs.discard(scope)
                 context.cancel()
         if self._crashed:
-            raise outcome("WORKER_CRASHED", "the worker process was killed by SIGKILL", {"signal": "SIGKILL"})
+            raise job_failed("WORKER_CRASHED", "the worker process was killed by SIGKILL", {"signal": "SIGKILL"})
         return result
 
     async def shutdown(self) -> None:

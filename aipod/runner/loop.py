@@ -14,7 +14,7 @@ import outcome
 import trio
 
 from aipod import worker
-from aipod.errors import outcome as failure
+from aipod.errors import job_failed
 from aipod.models import Context, LoadError, Options, load_class
 from aipod.results import BadResult, Result, settle
 from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
@@ -57,11 +57,11 @@ class LoopRunner:
                 for hook in ("load", "warm_up"):
                     await self._call(hook)
         except LoadError as exc:
-            raise failure("LOAD_FAILED", str(exc)) from exc
+            raise job_failed("LOAD_FAILED", str(exc)) from exc
         except BaseException as exc:
             raise await model_failed(exc) from exc
         if patience.cancelled_caught:
-            raise failure("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
+            raise job_failed("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
         return Description.of(worker.describe(cls))
 
     async def run(self, task: Task, report: Report) -> Result:
@@ -94,7 +94,7 @@ class LoopRunner:
             keep = functools.partial(settle, payload=task.payload, work_dir=task.work_dir, res=task.res)
             return await trio.to_thread.run_sync(keep, value)
         except BadResult as exc:
-            raise failure(exc.reason, str(exc)) from None
+            raise job_failed(exc.reason, str(exc)) from None
         except BaseException as exc:
             raise await model_failed(exc) from exc
 

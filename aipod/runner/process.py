@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from aipod import worker
-from aipod.errors import JobFailed, outcome
+from aipod.errors import JobFailed, job_failed
 from aipod.results import Result
 from aipod.runner import Description, Report, RunnerBroken, Task
 from aipod.spool import Spool
@@ -58,8 +58,8 @@ class ProcessRunner:
                 event, _ = await self._receive()
                 if event["event"] == "ready":
                     return Description.of(event)
-                raise outcome(event["reason"], event["message"], {"type": event["type"], "trace": event["trace"]})
-            raise outcome("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
+                raise job_failed(event["reason"], event["message"], {"type": event["type"], "trace": event["trace"]})
+            raise job_failed("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._end(0)
@@ -140,7 +140,7 @@ class ProcessRunner:
                 return Result(event["kind"], blob if event["inline"] else None)
             else:
                 metadata: dict[str, str] = {name: event[name] for name in ("type", "trace") if name in event}
-                raise outcome(event["reason"], event["message"], metadata)
+                raise job_failed(event["reason"], event["message"], metadata)
 
     async def _stop(self, report: Report, *, ask: bool) -> None:
         """Three steps: ask, SIGTERM, SIGKILL. Returns when the method has ended; the worker lives on if it obeyed."""
@@ -220,7 +220,7 @@ class ProcessRunner:
         self._signal(signal.SIGKILL)
         status = await self.wait()
         text, metadata = explain_exit(status)
-        return outcome("WORKER_CRASHED", f"the worker process {text}", metadata)
+        return job_failed("WORKER_CRASHED", f"the worker process {text}", metadata)
 
 
 def _python_path() -> str:

@@ -12,22 +12,21 @@ import trio
 from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
-from aipod.codec import PONG
 from aipod.config import Config
-from aipod.errors import Refused, leaves, outcome
+from aipod.errors import Refused, job_failed, leaves
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request, parse_request
-from aipod.job.run import LOG_PIECE, Job, run_job
+from aipod.job.run import Job, run_job
 from aipod.job.upload import check_limit, receive_payload
 from aipod.pool import Lease, Pool, Waiter
 from aipod.runner import Description
 from aipod.service.status import Ending, ending_of, log
-from aipod.service.viewer import Call, Writer
+from aipod.service.viewer import Call, Viewer, Writer
 from aipod.spool import Spool
 from aipod.transport import bridge
 from aipod.transport.server import PEER_GONE
 from aipod.versions import Versions
-from aipod.wire.ai import Raw, State, StreamInput
+from aipod.wire.ai import Raw, StreamInput
 
 RPCS = {"chaos": Raw, "train": StreamInput, "predict": StreamInput, "log": StreamInput}
 
@@ -137,7 +136,7 @@ class AI:
                 nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
             if trio.current_time() >= scope.deadline:
-                raise outcome("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
+                raise job_failed("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
             raise Refused("DRAINING", "the server is shutting down; try again")
 
     async def _open(self, rpc: str, call: Call) -> Request:
@@ -148,9 +147,14 @@ class AI:
             first = await call.receive_first()
             if first is None:
                 raise Refused("BAD_MESSAGE", "the request ended before its first message")
-            request = parse_request(
-                rpc, first, call.headers, self._description.methods, self._description.name, self._config.max_kwargs
+            # In a thread: 16 MiB of JSON take a while.
+            request = await trio.to_thread.run_sync(
+                parse_request,
+                *(rpc, first, call.headers, self._description.methods, self._description.name),
+                self._config.kwargs_limit,
             )
+            if self.draining:  # it began while the caller hesitated
+                raise Refused("DRAINING", "the server is shutting down; try again")
             if request.open is not None and request.open.spool not in ("", self._spool.id):
                 raise Refused("WRONG_SPOOL", "that job lives in another spool", {"spool": self._spool.id})
             check_limit(request.size or 0, self._config.max_payload)
@@ -199,7 +203,7 @@ class AI:
                 raise job.error
             if answer.kind == "file":
                 trailers["x-content-type"] = "application/octet-stream"
-            await send_all(plain_messages(job.entry, answer, level, self._config.max_message), writer.send)
+            await send_all(plain_messages(job.entry, answer, level, self._config.message_limit), writer.send)
             return
         await viewer.say_outcome()
         if answer is not None:
@@ -227,62 +231,3 @@ class Place:
 
     def retire(self) -> None:
         self._pool.retire(self._version)
-
-
-class Viewer:
-    """Says what a job is doing: at once, at every tick, and to its own client also when its phase changes."""
-
-    def __init__(self, writer: Writer, tick: float) -> None:
-        self._writer = writer
-        self._tick = tick
-        self._job: Job | None = None
-        self._log_seen = 0
-        self._watched = trio.Event()
-        self._stopped = False
-
-    def watch(self, job: Job) -> None:
-        """From now on heartbeats are about `job`."""
-        self._job = job
-        if job.request.open is not None:
-            self._log_seen = job.request.open.log_have
-            self._watched.set()
-
-    def stop(self) -> None:
-        """No more heartbeats: the answer follows."""
-        self._stopped = True
-
-    async def beat(self) -> None:
-        """Send heartbeats until `stop`. This is a trio-flavored async function."""
-        while True:
-            changed = self._job.changed if self._job is not None else self._watched
-            state = await self._state()
-            if self._stopped:
-                return
-            if self._writer.beat(state) and state is not None:
-                self._log_seen += len(state.log)
-            with trio.move_on_after(self._tick):
-                # A plain client hears a PONG a second and nothing else.
-                await (self._watched if self._plain else changed).wait()
-
-    @property
-    def _plain(self) -> bool:
-        return self._job is not None and self._job.request.plain
-
-    async def _state(self) -> State | None:
-        if self._job is None or self._plain:
-            return None
-        state = self._job.state()
-        state.log_offset = self._log_seen
-        if self._job.entry.log_size > self._log_seen:
-            state.log = await trio.to_thread.run_sync(self._job.entry.read_log, self._log_seen, LOG_PIECE)
-        return state
-
-    async def say_outcome(self) -> None:
-        """Send the terminal state and the rest of the log; unlike heartbeats they are never skipped."""
-        while True:
-            state = await self._state()
-            assert state is not None, "only own clients are told states"
-            self._log_seen += len(state.log)
-            await self._writer.send(Raw(data=PONG, state=state))
-            if not state.log:
-                return

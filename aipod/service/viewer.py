@@ -9,6 +9,7 @@ import trio
 from grpclib.server import Stream
 
 from aipod.codec import PONG
+from aipod.job.run import LOG_PIECE, Job
 from aipod.service.status import Ending
 from aipod.transport import bridge
 from aipod.transport.server import request_timeout
@@ -62,7 +63,6 @@ class Writer:
         self._call = call
         # One message waits while one is written: a heartbeat finds no room behind a stalled peer, and is skipped.
         self._send, self._receive = trio.open_memory_channel[Raw](1)
-        self.beats = True  # heartbeats may be sent: until the result's first message
         self.done = trio.Event()
 
     async def run(self) -> None:
@@ -73,15 +73,11 @@ class Writer:
         self.done.set()
 
     async def send(self, message: Raw) -> None:
-        """Hand over a message of the answer; from the first one on there are no heartbeats."""
-        if message.state is None:
-            self.beats = False
+        """Hand over a message of the answer."""
         await self._send.send(message)
 
     def beat(self, state: State | None) -> bool:
         """A heartbeat, unless the peer has not even taken what came before it. False where it was skipped."""
-        if not self.beats:
-            return False
         try:
             self._send.send_nowait(Raw(data=PONG, state=state))
         except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -91,3 +87,62 @@ class Writer:
     def close(self) -> None:
         """No more messages: `run` ends when it has written those that it has."""
         self._send.close()
+
+
+class Viewer:
+    """Says what a job is doing: at once, at every tick, and to its own client also when its phase changes."""
+
+    def __init__(self, writer: Writer, tick: float) -> None:
+        self._writer = writer
+        self._tick = tick
+        self._job: Job | None = None
+        self._log_seen = 0
+        self._watched = trio.Event()
+        self._stopped = False
+
+    def watch(self, job: Job) -> None:
+        """From now on heartbeats are about `job`."""
+        self._job = job
+        if job.request.open is not None:
+            self._log_seen = job.request.open.log_have
+            self._watched.set()
+
+    def stop(self) -> None:
+        """No more heartbeats: the answer follows."""
+        self._stopped = True
+
+    async def beat(self) -> None:
+        """Send heartbeats until `stop`. This is a trio-flavored async function."""
+        while True:
+            changed = self._job.changed if self._job is not None else self._watched
+            state = await self._state()
+            if self._stopped:
+                return
+            if self._writer.beat(state) and state is not None:
+                self._log_seen += len(state.log)
+            with trio.move_on_after(self._tick):
+                # A plain client hears a PONG a second and nothing else.
+                await (self._watched if self._plain else changed).wait()
+
+    @property
+    def _plain(self) -> bool:
+        return self._job is not None and self._job.request.plain
+
+    async def _state(self) -> State | None:
+        if self._job is None or self._plain:
+            return None
+        state = self._job.state()
+        state.log_offset = self._log_seen
+        if self._job.entry.log_size > self._log_seen:
+            state.log = await trio.to_thread.run_sync(self._job.entry.read_log, self._log_seen, LOG_PIECE)
+        return state
+
+    async def say_outcome(self) -> None:
+        """Send the terminal state and the rest of the log; unlike heartbeats they are never skipped."""
+        while True:
+            state = await self._state()
+            assert state is not None, "only own clients are told states"
+            self._log_seen += len(state.log)
+            await self._writer.send(Raw(data=PONG, state=state))
+            if not state.log:
+                return

@@ -148,7 +148,7 @@ class H2Stream(base.Stream):
             return prefix
         self._in_body = True
         flag, length = prefix[0], int.from_bytes(prefix[1:5], "big")
-        limit = self.connection.settings.max_message
+        limit = self.connection.settings.message_limit
         if length > limit:
             raise BadMessage(Status.RESOURCE_EXHAUSTED, f"a message of {length} bytes; the limit is {limit}")
         if flag == 0:
@@ -372,7 +372,7 @@ class H2Protocol(base.H2Protocol):
             SettingCodes.INITIAL_WINDOW_SIZE: self.settings.stream_window,
             SettingCodes.MAX_FRAME_SIZE: MAX_FRAME,
             SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST,
-            SettingCodes.MAX_CONCURRENT_STREAMS: self.settings.max_streams,
+            SettingCodes.MAX_CONCURRENT_STREAMS: self.settings.stream_limit,
             SettingCodes.ENABLE_PUSH: 0,
         }
         if not client:
@@ -382,7 +382,7 @@ class H2Protocol(base.H2Protocol):
         h2.decoder.max_header_list_size = HEADER_LIST
         h2.initiate_connection()
         if not client:
-            allowed = self.settings.max_streams * STREAM_SLACK
+            allowed = self.settings.stream_limit * STREAM_SLACK
             h2.local_settings._settings[SettingCodes.MAX_CONCURRENT_STREAMS] = collections.deque([allowed])
         h2.increment_flow_control_window(self.settings.connection_window - 65535)
         self.connection = H2Connection(h2, cast(asyncio.Transport, transport), config=self.config)

@@ -46,7 +46,7 @@ class Handler(grpclib.server.Handler):
 
     def accept(self, stream: Any, headers: Headers, release_stream: Callable[[], Any]) -> None:
         streams = self.protocol.processor.streams
-        if self.protocol.processor.draining or len(streams) > self._server.settings.max_streams:
+        if self.protocol.processor.draining or len(streams) > self._server.settings.stream_limit:
             # REFUSED_STREAM says that nothing was done, so the peer may retry (RFC 9113 section 8.7).
             try:
                 stream.reset_nowait(ErrorCodes.REFUSED_STREAM)
