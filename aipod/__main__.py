@@ -7,8 +7,10 @@ import sys
 
 def main() -> None:
     """The command `aipod`; exits with its status."""
-    from aipod.cli import run
-
+    try:
+        from aipod.cli import run
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -9,6 +9,7 @@ gets 128 KiB at a time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, cast
@@ -43,6 +44,11 @@ def digest(*parts: bytes) -> bytes:
 def new_hasher() -> xxhash.xxh3_128:
     """An incremental `digest`."""
     return xxhash.xxh3_128()
+
+
+def job_id(ticket: bytes) -> str:
+    """The public name of the job that `ticket` owns."""
+    return hashlib.sha256(ticket).hexdigest()[:32]
 
 
 class Compressor:

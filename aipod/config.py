@@ -79,13 +79,32 @@ class Config:
 
     # Transport
     max_streams: int = _setting(1000, "Calls at once per connection; 0 is none.", low=0, high=100_000)
-    # One stalled stream must not use up its connection's window: the connection has sixteen streams' worth.
-    stream_window: int = _setting(4 * MIB, "HTTP/2 window of a stream.", low=64 * KIB, high=1 * GIB)
+    # Every nginx upstream connection has one call, so this is also how many calls nginx can bring at once.
+    max_connections: int = _setting(1000, "Connections at once; 0 is none.", low=0)
+    # What a stream holds before anything is known about it, times the streams of a connection.
+    stream_window: int = _setting(256 * KIB, "HTTP/2 window that a stream begins with.", low=64 * KIB, high=1 * GIB)
+    # 1 Gbit/s at a round trip of 130 ms.
+    max_window: int = _setting(16 * MIB, "HTTP/2 window that a stream may grow to.", low=64 * KIB, high=1 * GIB)
+    # What is on the wire at once; also what the windows of its streams may grow by, all together.
     connection_window: int = _setting(64 * MIB, "HTTP/2 window of a connection.", low=64 * KIB, high=2 * GIB - 1)
+    # A connection that says nothing useful costs a descriptor.
+    handshake_timeout: float = _setting(10 * SECONDS, "Seconds for a new connection to speak HTTP/2.", low=0.1)
+    max_age: float = _setting(0.0, "Seconds after which a connection is told to go elsewhere; 0 is none.", low=0)
+    max_age_grace: float = _setting(1 * HOURS, "Seconds that its calls have then.", low=0)
+    max_idle: float = _setting(0.0, "Seconds without a call after which a connection ends; 0 is none.", low=0)
     ping_interval: float = _setting(5 * SECONDS, "Seconds between HTTP/2 PINGs, with or without calls.", low=0.1)
     ping_timeout: float = _setting(2 * MINUTES, "Seconds without a PING's answer before a peer is dead.", low=0.1)
     # Below it the connection is as good as dead: no heartbeat of ours would get through either.
     send_stall: float = _setting(2 * MINUTES, "Seconds that a peer may refuse to take data.", low=1)
+
+    # TLS
+    tls: bool = _setting(False, "Client: speak TLS; the server's name is checked.")
+    tls_cert: str = _setting("", "PEM file with this side's certificate chain; a server that has one speaks TLS.")
+    tls_key: str = _setting("", "PEM file with its key, where the certificate's file has none.")
+    tls_ca: str = _setting(
+        "",
+        "PEM file with the authorities that the other side's certificate must come from (server: then it needs one).",
+    )
 
     # Client
     connect_timeout: float = _setting(10 * SECONDS, "Seconds to connect.", low=0.1)
@@ -105,12 +124,17 @@ class Config:
                 raise ConfigError(f"{field.name} = {value!r} is too large; it must be at most {high:g}")
         if self.model and not _MODEL.match(self.model):
             raise ConfigError(f"model = {self.model!r} is not MODULE:CLASS, for example mypackage.mymodule:MyModel")
+        if ".py:" in self.model:
+            module, _, name = self.model.partition(".py:")
+            raise ConfigError(f"model = {self.model!r} names a file; name its module: {module}:{name}")
         if 0 < self.max_message < 2 * MIB:
             raise ConfigError(f"max_message = {self.max_message} is less than a chunk takes; at least {2 * MIB}, or 0")
         if self.runner not in RUNNERS:
             raise ConfigError(f"runner = {self.runner!r} is not one of {', '.join(RUNNERS)}")
         if self.connection_window < self.stream_window:
             raise ConfigError("connection_window must be at least stream_window")
+        if self.max_window < self.stream_window:
+            raise ConfigError("max_window must be at least stream_window")
         if not self.bind:
             raise ConfigError("bind is empty; give at least one address, for example 127.0.0.1:50051")
 

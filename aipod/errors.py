@@ -15,7 +15,9 @@ google.rpc.ErrorInfo, and the client turns that back. Error model: https://googl
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import errno
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -72,6 +74,7 @@ TABLE: Mapping[str, Row] = {
     "PAYLOAD_TOO_LARGE": Row(Code.RESOURCE_EXHAUSTED),
     "UPLOAD_STALLED": Row(Code.DEADLINE_EXCEEDED),
     "SPOOL_FULL": Row(Code.RESOURCE_EXHAUSTED, retry_after=5.0),
+    "OVERLOADED": Row(Code.RESOURCE_EXHAUSTED, retry_after=1.0),
     # the run
     "LOAD_FAILED": Row(Code.INTERNAL),
     "MODEL_ERROR": Row(Code.INTERNAL),
@@ -152,6 +155,24 @@ def job_failed(reason: str, message: str, metadata: Mapping[str, str] | None = N
         "DEADLINE_EXCEEDED": JobCancelled,
     }
     return kinds.get(reason, JobFailed)(reason, message, metadata)
+
+
+# EFBIG: a limit of the file system or of this process (RLIMIT_FSIZE).
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+
+
+@contextlib.contextmanager
+def refused_when_exhausted() -> Iterator[None]:
+    """Turn the system's errors that pass, a full disk and a lack of descriptors, into a retryable `Refused`."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in _FULL:
+            raise Refused("SPOOL_FULL", "the server's disk is full; try again later") from None
+        if exc.errno in _NO_DESCRIPTOR:
+            raise Refused("OVERLOADED", "the server has too many files and connections open; try again later") from None
+        raise
 
 
 def leaves(exc: BaseException) -> Iterator[BaseException]:

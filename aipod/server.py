@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import secrets
-import shutil
 import socket
 import stat
 import tempfile
@@ -24,7 +24,7 @@ import trio
 from aipod.config import Config, state_home
 from aipod.errors import AipodError
 from aipod.pool import MakeRunner, open_pool
-from aipod.runner import Description, Runner
+from aipod.runner import Description
 from aipod.runner.loop import LoopRunner
 from aipod.runner.process import ProcessRunner
 from aipod.service.ai import AI
@@ -32,7 +32,8 @@ from aipod.service.health import Status
 from aipod.service.reflection import with_reflection
 from aipod.spool import Spool
 from aipod.transport import bridge
-from aipod.transport.server import Server
+from aipod.transport.server import BACKLOG, Server
+from aipod.trash import remove
 from aipod.versions import Versions
 
 log = logging.getLogger("aipod.server")
@@ -42,7 +43,8 @@ T = TypeVar("T")
 SWEEP = 30.0
 # Seconds that connections get to take the last trailers and GOAWAY.
 LINGER = 0.5
-BACKLOG = 1024
+# A job takes one or two descriptors, a connection one; the usual soft limit is 1024.
+MAX_FILES = 65536
 
 
 class ServeError(AipodError):
@@ -65,9 +67,10 @@ async def serve(
     if stop is None:
         stop = trio.Event()
     with _sockets(config) as sockets, _home(config) as (spool_path, data_path):
+        files = _raise_file_limit()
         spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)
         async with bridge.open_loop():
-            look = await _unless(stop, _look_at_model, config, spool, versions)
+            look = await _unless(stop, _look_at_model, config, spool, versions, files)
             if look is None:
                 task_status.started([])
                 return
@@ -90,6 +93,8 @@ async def serve(
                         await ai.drain(config.drain)
                     finally:
                         server.stop_listening()
+                        for sock in sockets:  # else callers would wait in the backlog while models close
+                            sock.close()
                         with trio.CancelScope(shield=True):
                             await trio.sleep(LINGER if server.protocols else 0)
                 jobs.cancel_scope.cancel()
@@ -122,21 +127,29 @@ def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool
     return spool, versions
 
 
-async def _look_at_model(config: Config, spool: Spool, versions: Versions) -> tuple[Description, MakeRunner]:
+def _raise_file_limit() -> int:
+    """Let this process have as many files open as it may; the limit that it was started with, which workers get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS has one more limit, below an infinite hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return soft
+
+
+async def _look_at_model(
+    config: Config, spool: Spool, versions: Versions, files: int
+) -> tuple[Description, MakeRunner]:
     """Have a worker import the class and tell what it is: the server never imports a user's heavy module unasked."""
+    bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
 
-    def process(version: str) -> Runner:
-        data = versions.data_dir(version)
-        return ProcessRunner(
-            config.model, version, data, spool, load_timeout=config.load_timeout, grace=config.cancel_grace
-        )
+    def process(version: str) -> ProcessRunner:
+        return ProcessRunner(config.model, version, versions.data_dir(version), spool, **bounds, files=files)
 
-    def loop(version: str) -> Runner:
-        data = versions.data_dir(version)
-        return LoopRunner(config.model, version, data, load_timeout=config.load_timeout, grace=config.cancel_grace)
+    def loop(version: str) -> LoopRunner:
+        return LoopRunner(config.model, version, versions.data_dir(version), **bounds)
 
-    scout = ProcessRunner(config.model, "", Path(), spool, load_timeout=config.load_timeout, grace=config.cancel_grace)
-    description = await scout.look()
+    description = await ProcessRunner(config.model, "", Path(), spool, **bounds, files=files).look()
     if config.runner == "process" and description.is_async:
         raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
     if config.runner == "loop" and not description.is_async:
@@ -173,16 +186,17 @@ async def _listening(config: Config, services: list[object], sockets: list[socke
 @contextlib.contextmanager
 def _home(config: Config) -> Iterator[tuple[Path, Path]]:
     """The spool and data directories; a temporary spool is removed at the end."""
-    base = state_home(os.environ) / config.app
-    data = Path(config.data).expanduser() if config.data else base / "data"
+    # Absolute: a model on the loop may call chdir.
+    base = state_home(os.environ).absolute() / config.app
+    data = Path(config.data).expanduser().absolute() if config.data else base / "data"
     if config.spool != "tmp":
-        yield Path(config.spool).expanduser() if config.spool else base / "spool", data
+        yield Path(config.spool).expanduser().absolute() if config.spool else base / "spool", data
         return
-    path = Path(tempfile.mkdtemp(prefix="aipod-spool-"))
+    path = Path(tempfile.mkdtemp(prefix="aipod-spool-")).absolute()
     try:
         yield path, data
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
 
 
 @contextlib.contextmanager
@@ -199,7 +213,7 @@ def _sockets(config: Config) -> Iterator[list[socket.socket]]:
                 ) from exc
             stack.enter_context(sock)
             if address.startswith("unix:"):
-                stack.callback(_remove_socket, address.removeprefix("unix:"))
+                stack.callback(_remove_socket, os.path.abspath(address.removeprefix("unix:")))
             sockets.append(sock)
         yield sockets
 

@@ -32,7 +32,6 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -43,8 +42,9 @@ import filelock
 
 from aipod.codec import new_hasher
 from aipod.config import GIB, MIB
-from aipod.errors import AipodError, Refused
+from aipod.errors import AipodError, Refused, refused_when_exhausted
 from aipod.results import INLINE
+from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
 
@@ -63,18 +63,6 @@ class SpoolError(AipodError):
 
 
 _ENTRY = re.compile(r"([0-9a-f]{32})(?:\.lock)?\Z")
-# EFBIG: a limit of the file system or of this process (RLIMIT_FSIZE).
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextlib.contextmanager
-def _refused_when_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno not in _FULL:
-            raise
-        raise Refused("SPOOL_FULL", "the server's disk is full; try again later") from None
 
 
 def _lock(path: Path) -> filelock.BaseFileLock:
@@ -134,8 +122,8 @@ class Journal:
         state: dict[str, Any] = {}
         try:
             raw = self._path.read_bytes()
-        except FileNotFoundError:
-            return state
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return state  # a model can do that to its job
         for line in raw.split(b"\n"):
             check, _, text = line.partition(b" ")
             if text and check == b"%08x" % zlib.crc32(text):
@@ -178,18 +166,18 @@ class Entry:
         self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
     def record(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-        """Append a line to the journal. Raises `Refused(SPOOL_FULL)`."""
-        with _refused_when_full():
+        """Append a line to the journal. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
+        with refused_when_exhausted():
             self._journal.append(fields, sync=sync)
 
     def write(self, data: bytes) -> None:
-        """Append payload bytes. Raises `Refused(SPOOL_FULL)`."""
+        """Append payload bytes. Raises `Refused` (SPOOL_FULL)."""
         assert self._fd is not None, "the payload is sealed"
         if self.written >= self._space_until:
             self._spool.check_space(0)
             self._space_until = self.written + SYNC_BYTES
         view = memoryview(data)
-        with _refused_when_full():
+        with refused_when_exhausted():
             while view:
                 view = view[os.write(self._fd, view) :]
         self._hasher.update(data)
@@ -202,7 +190,7 @@ class Entry:
             return
         self._spool.check_space(0)
         if self._fd is not None and self.written > self.durable:
-            with _refused_when_full():
+            with refused_when_exhausted():
                 os.fdatasync(self._fd)
             self.durable = self.written
             self.record({"offset": self.durable}, sync=True)
@@ -220,14 +208,6 @@ class Entry:
         """Remove the payload: the run is over, its space is better used by the result."""
         with contextlib.suppress(FileNotFoundError):
             self.payload.unlink()
-
-    def measure_result(self) -> tuple[int, bytes]:
-        """Size and digest of `res`."""
-        hasher, size = new_hasher(), 0
-        for piece in self.read_result(0):
-            hasher.update(piece)
-            size += len(piece)
-        return size, hasher.digest()
 
     def read_result(self, offset: int) -> Iterator[bytes]:
         """The bytes of `res` from `offset` on, in pieces of at most `READ`."""
@@ -260,22 +240,22 @@ class Entry:
             with (self.path / "log").open("rb") as file:
                 file.seek(offset)
                 data = file.read(limit)
-        except FileNotFoundError:
-            return b""
+        except OSError:
+            return b""  # none was written, or it cannot be read now: a heartbeat must not pay for that
         return data.decode("utf-8", "ignore").encode()
 
     def destroy(self) -> None:
         """Remove the entry, then its lock file, then let go of the lock. Idempotent."""
         if not self._lock.is_locked:
             return  # whatever has this name now is somebody else's
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
         trash = self._spool.path / f".trash-{secrets.token_hex(8)}"
         try:
+            if self._fd is not None:
+                fd, self._fd = self._fd, None
+                os.close(fd)
             with contextlib.suppress(FileNotFoundError):
                 self.path.rename(trash)
-                shutil.rmtree(trash, ignore_errors=True)  # what stays is swept at the next start
+                remove(trash)  # what stays is swept later
             # Unlinked while held: filelock looks at st_nlink after every acquire, so a waiter notices and tries anew.
             self._spool.lock_path(self.id).unlink(missing_ok=True)
         except OSError as exc:
@@ -351,9 +331,9 @@ class Spool:
             raise Refused("SPOOL_FULL", "the server's disk has no room for this payload; try again later")
 
     def claim(self, job_id: str, fields: dict[str, Any], kwargs: bytes = b"{}", *, size: int | None) -> Entry:
-        """Create the entry `job_id` and hold it. Raises `Refused` (SPOOL_FULL, JOB_EXISTS)."""
+        """Create the entry `job_id` and hold it. Raises `Refused` (SPOOL_FULL, OVERLOADED, JOB_EXISTS)."""
         self.check_space(size or 0)
-        with _refused_when_full():
+        with refused_when_exhausted():
             # A sweep may hold the lock file of a new job for a moment, until it sees that there is no entry.
             lock = _try_lock(self.lock_path(job_id), patience=CLAIM_PATIENCE)
             if lock is None:
@@ -381,7 +361,7 @@ class Spool:
         entries were removed.
         """
         for trash in self.path.glob(".trash-*"):
-            shutil.rmtree(trash, ignore_errors=True)
+            remove(trash)
         for path in self.workers.glob("*.lock"):
             lock = _try_lock(path)
             if lock is not None:
@@ -390,7 +370,13 @@ class Spool:
         # Only what is named as ours: somebody may have chosen a directory with a poetry.lock beside a poetry/.
         ids = {match[1] for match in map(_ENTRY.match, os.listdir(self.path)) if match}
         self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in ids}
-        return sum(self._sweep_one(job_id, now()) for job_id in ids)
+        removed = 0
+        for job_id in ids:
+            try:
+                removed += self._sweep_one(job_id, now())
+            except OSError as exc:
+                logger.error("job %s: its entry could not be swept: %s", job_id, exc)
+        return removed
 
     def _sweep_one(self, job_id: str, now: float) -> bool:
         lock = _try_lock(self.lock_path(job_id))

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from aipod.errors import Refused
 from aipod.models import DEFAULT_VERSION, VERSION
+from aipod.trash import remove
 
 
 def check_version(version: str) -> str:
@@ -64,14 +64,14 @@ class Versions:
                     with contextlib.suppress(FileNotFoundError):
                         old.rename(target)
                     raise
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
             else:
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
                 return True
 
     def discard(self, job_id: str) -> None:
         """Forget what the job wrote."""
-        shutil.rmtree(self.fresh(job_id), ignore_errors=True)
+        remove(self.fresh(job_id))
 
     def sweep(self, is_held: Callable[[str], bool]) -> None:
         """Finish what a killed server left: half-written versions go, one that was being replaced comes back."""
@@ -81,9 +81,9 @@ class Versions:
             if is_held(job_id):
                 continue
             if self.data_dir(version).exists():
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
             else:
                 path.rename(self.data_dir(version))
         for path in self.path.glob(f".new-{self._owner}*"):
             if not is_held(path.name.removeprefix(f".new-{self._owner}")):
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)

@@ -22,13 +22,16 @@ import inspect
 import json
 import os
 import queue
+import resource
 import select
 import signal
 import socket
 import struct
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ MAX_FRAME = 512 * 1024 * 1024
 REPORT_EVERY = 0.1
 # Log text that waits to be sent; beyond it the oldest is dropped, so that a model that logs in a loop stays small.
 MAX_PENDING_LOG = 256 * 1024
+LOOK_EVERY = 1.0  # seconds
 
 
 def pack(head: dict[str, Any], blob: bytes = b"") -> bytes:
@@ -83,7 +87,18 @@ def _tether(pipe: int) -> None:
 
     `pipe` is the read end of a pipe whose only write end is the server's. Linux: its SIGIO is SIGKILL, sent by the
     kernel. Not PR_SET_PDEATHSIG: that belongs to the thread that forked, and trio's threads come and go.
+
+    A model that closes descriptors which are not its own closes that one too. So a thread looks once a second whether
+    the server is still the parent. Only a model that has done that, and holds the GIL, may outlive its server.
     """
+    server = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == server:
+            time.sleep(LOOK_EVERY)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=look, daemon=True, name="aipod-parent").start()
     if sys.platform == "linux":
         # Negative: the whole process group, so that what the model has forked does not outlive the server either.
         fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
@@ -248,15 +263,26 @@ class Worker:
         return {"event": "done", "kind": result.kind, "inline": result.inline is not None}, result.inline or b""
 
 
-def failure(reason: str, exc: BaseException) -> dict[str, Any]:
-    """An exception as the `error` event. Its text is cut: a model may put its whole input into it."""
+def explain(exc: BaseException) -> dict[str, str]:
+    """An exception's class, text and traceback, cut: a model may put its whole input into it."""
     return {
-        "event": "error",
-        "reason": reason,
         "type": type(exc).__name__[:200],
-        "message": str(exc)[:4096],
-        "trace": "".join(traceback.format_exception(exc))[-16384:],
+        "message": _told(str, exc)[:4096],
+        "trace": _told(lambda: "".join(traceback.format_exception(exc)))[-16384:],
     }
+
+
+def _told(function: Callable[..., str], *args: Any) -> str:
+    """What `function` says; an exception's `__str__` is code of the model's, and may raise whatever it likes."""
+    try:
+        return function(*args)
+    except BaseException as exc:
+        return f"[no text: {type(exc).__name__} when it was asked for]"
+
+
+def failure(reason: str, exc: BaseException) -> dict[str, Any]:
+    """An exception as the `error` event."""
+    return {"event": "error", "reason": reason, **explain(exc)}
 
 
 def main() -> None:
@@ -268,6 +294,9 @@ def main() -> None:
         return
     head = frame[0]
     lock = _hold(head["lock"])
+    if head["files"]:
+        # The server has raised its own limit; select() takes no descriptor above 1023.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (head["files"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     sys.path[:] = head["path"]
     try:
         cls = load_class(head["model"])

@@ -2,9 +2,10 @@
 
     large   a file of random bytes up and back, as one call each; rates and peak memory of both sides
     small   1 KiB up and down through a warm worker process, and through a method on the loop: p50, p99
+    wire    the transport alone, beside its peers in one run; see `python -m bench wire --help`
 
-Without --to a server is started for the run. Absolute figures say little about another machine; a comparison with
-peers in one run comes with the harness that this will grow into.
+Without --to a server is started for the run. Absolute figures say little about another machine; those of `wire` are
+ratios of one run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import click
 from aipod import Client
 from aipod.cli.options import Size
 from aipod.client import Event
+from bench import wire
 
 MODEL = "aipod.examples.basics:Echo"
 ON_LOOP = "aipod.examples.basics:Gather"
@@ -102,8 +104,11 @@ async def small(address: str, method: str) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["wire"]:
+        wire.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", choices=("large", "small"))
+    parser.add_argument("name", nargs="?", choices=("large", "small", "wire"))
     parser.add_argument("--size", default="1GiB", help="of the large file")
     parser.add_argument(
         "--to", help="HOST:PORT of a running server of aipod.examples.basics:Echo (or of a proxy before it)"

@@ -20,6 +20,13 @@ from aipod import Context
 LONG = 100_000  # characters: over what travels inline
 
 
+class Mute(Exception):
+    """An exception without a text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
 def say(mark: Path, text: str) -> None:
     """Write `mark` in one step."""
     fresh = mark.with_suffix(".tmp")
@@ -67,6 +74,12 @@ class Plain(aipod.Model):
     def exit(self, context: Context, path: Path) -> None:
         sys.exit(3)
 
+    def interrupt(self, context: Context, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    def mute(self, context: Context, path: Path) -> None:
+        raise Mute
+
     def forever(self, context: Context, path: Path) -> None:
         """Ends when it is asked to, a moment later."""
         say(self.data_dir / "running", str(os.getpid()))
@@ -111,6 +124,12 @@ class Trio(aipod.Model):
 
     async def exit(self, context: Context, path: Path) -> None:
         sys.exit(3)
+
+    async def interrupt(self, context: Context, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    async def mute(self, context: Context, path: Path) -> None:
+        raise Mute
 
     async def forever(self, context: Context, path: Path) -> None:
         (self.data_dir / "running").touch()
@@ -170,6 +189,14 @@ class Asyncio(aipod.Model):
     @aipod.method(flavor="asyncio")
     async def exit(self, context: Context, path: Path) -> None:
         sys.exit(3)
+
+    @aipod.method(flavor="asyncio")
+    async def interrupt(self, context: Context, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    @aipod.method(flavor="asyncio")
+    async def mute(self, context: Context, path: Path) -> None:
+        raise Mute
 
     @aipod.method(flavor="asyncio")
     async def forever(self, context: Context, path: Path) -> None:

@@ -27,6 +27,7 @@ class Proxy:
         self.connections = 0
         self.up = 0  # bytes of the newest connection
         self.down = 0
+        self.delay = 0.0  # seconds that everything is on its way, in each direction, of connections from then on
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._open: set[asyncio.StreamWriter] = set()
@@ -57,8 +58,12 @@ class Proxy:
             self._open |= {writer, back_writer}
             try:
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(self._carry(reader, back_writer, fault, up=True))
-                    group.create_task(self._carry(back_reader, writer, fault, up=False))
+                    if self.delay:
+                        group.create_task(self._carry_late(reader, back_writer))
+                        group.create_task(self._carry_late(back_reader, writer))
+                    else:
+                        group.create_task(self._carry(reader, back_writer, fault, up=True))
+                        group.create_task(self._carry(back_reader, writer, fault, up=False))
             except* (OSError, _Cut):
                 pass
             finally:
@@ -90,6 +95,14 @@ class Proxy:
                 self.down = carried
             if limit is not None and carried >= limit:
                 raise _Cut
+
+    async def _carry_late(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Without faults: what comes now goes out `delay` from now, as much as it may be meanwhile."""
+        loop = asyncio.get_running_loop()
+        while data := await reader.read(256 * 1024):
+            loop.call_later(self.delay, writer.write, data)
+        await asyncio.sleep(self.delay)
+        raise _Cut
 
 
 class _Cut(Exception):

@@ -18,7 +18,7 @@ from hyperframe.frame import GoAwayFrame
 
 from aipod.config import Config
 from aipod.transport.channel import Channel, open_call, read_status, reset
-from aipod.transport.http2 import StreamRefused
+from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import Raw
 from tests.conftest import run
 

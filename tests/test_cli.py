@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import json
 import os
 import pty
@@ -18,6 +20,8 @@ from typing import IO, Any
 
 import pytest
 
+from aipod.cli.progress import Progress
+from aipod.client import Event
 from tests.conftest import ROOT, Serve, Served, alive, children, free_port, left_in, wait_until
 
 MODEL = "tests.models_faults:Counted"
@@ -167,8 +171,8 @@ def test_flags_and_lists_come_from_the_environment_and_the_file(tmp_path: Path) 
         ((MODEL, "--instances", "0"), 2, "USAGE: instances = 0 is too small; it must be at least 1"),
         ((MODEL, "--no-such-option"), 2, "USAGE: No such option '--no-such-option'"),
         ((MODEL, "--config", "/no/such/file"), 2, "USAGE: Invalid value for '--config'"),
-        ((MODEL, "--bind", "0.0.0.0:0"), 1, "BIND_FAILED: cannot listen on 0.0.0.0:0: .* add --insecure"),
-        ((MODEL, "--bind", "nowhere"), 1, "BIND_FAILED: cannot listen on nowhere: .*--bind"),
+        ((MODEL, "--bind", "0.0.0.0:0"), 2, "BIND_FAILED: cannot listen on 0.0.0.0:0: .* add --insecure"),
+        ((MODEL, "--bind", "nowhere"), 2, "BIND_FAILED: cannot listen on nowhere: .*--bind"),
         (("tests.no_such_module:Model",), 1, "LOAD_FAILED: .*no_such_module"),
         (("tests.models_faults:NoSuchClass",), 1, "LOAD_FAILED: .*NoSuchClass"),
     ],
@@ -176,7 +180,9 @@ def test_flags_and_lists_come_from_the_environment_and_the_file(tmp_path: Path) 
 def test_serve_that_cannot_start_says_why_in_one_line(
     tmp_path: Path, arguments: tuple[str, ...], status: int, said: str
 ) -> None:
-    done = aipod("serve", *arguments, environ={"AIPOD_SPOOL": "tmp", "AIPOD_DATA": str(tmp_path)})
+    done = aipod(
+        "serve", *arguments, environ={"AIPOD_SPOOL": "tmp", "AIPOD_DATA": str(tmp_path), "AIPOD_BIND": "127.0.0.1:0"}
+    )
     assert (done.status, done.out) == (status, b"")
     assert re.match(f"aipod: {said}", done.last), done.err
     assert "Traceback" not in done.err
@@ -188,7 +194,8 @@ def test_serve_that_cannot_start_says_why_in_one_line(
         ("[aipod\n", "is no TOML file"),
         ("[aipod]\ndrian = 3", "unknown setting 'drian'"),
         ("aipod = 3", r"write \[aipod\]"),
-        ("[aipod]\ndrain = true", "is not a time"),
+        ("[aipod]\ndrain = true", "drain is true or false, which it cannot be"),
+        ("[aipod]\ninstances = true", "instances is true or false, which it cannot be"),
         ("[aipod]\ninstances = 'x'", "is not a valid integer"),
     ],
 )
@@ -253,6 +260,48 @@ def test_bytes_go_to_a_file_or_a_pipe(to: tuple[str, str], tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["json", "out"]
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_stdout_by_name_is_the_one_that_the_shell_has_opened(to: tuple[str, str], tmp_path: Path, name: str) -> None:
+    done = aipod("call", *to, "echo", "-", "-o", name, stdin=b"12345")
+    assert (done.status, done.out, done.err) == (0, b"12345", "")
+    assert aipod("call", *to, "chaos", "-o", name).answer["size"] == 0
+    with (tmp_path / "out").open("wb") as out:
+        out.write(b"before ")
+        out.flush()
+        with start("call", *to, "echo", "-", "-o", name, stdin=subprocess.PIPE, stdout=out) as process:
+            process.communicate(b"12345", timeout=60)
+        out.write(b" after")
+    assert (tmp_path / "out").read_bytes() == b"before 12345 after"
+    assert not (ROOT / "-").exists()
+
+
+def test_a_fifo_as_output(to: tuple[str, str], tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with start("call", *to, "random", "-k", "length=3000000", "-o", str(fifo)) as process:
+        assert len(fifo.read_bytes()) == 3_000_000
+        assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == 0
+    assert fifo.is_fifo()
+
+
+def test_stdin_that_is_not_sent_is_mentioned(to: tuple[str, str], tmp_path: Path) -> None:
+    note = "aipod: note: what is on stdin is not sent; give - as FILE to send it\n"
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    for content in (b"12345", b""):
+        file.write_bytes(content)
+        reader, writer = os.pipe()
+        os.write(writer, content)
+        os.close(writer)
+        with open(reader, "rb") as pipe, file.open("rb") as regular:
+            for stdin in (pipe, regular):
+                with start("call", *to, "chaos", stdin=stdin) as process:
+                    out, err = process.communicate(timeout=60)
+                assert (process.returncode, json.loads(out)["size"]) == (0, 0)
+                assert err.decode() == (note if content else "")
+
+
 def test_a_reader_that_goes_away_is_no_noise(to: tuple[str, str]) -> None:
     with start("call", *to, "random", "-k", "length=5000000") as process:
         assert process.stdout is not None
@@ -267,7 +316,7 @@ def test_a_reader_that_goes_away_is_no_noise(to: tuple[str, str]) -> None:
     ("arguments", "status", "said"),
     [
         (("call",), 2, "USAGE: Missing argument 'METHOD'"),
-        (("call", "chaos", "/no/such/file"), 2, "USAGE: there is no file '/no/such/file'"),
+        (("call", "chaos", "/no/such/file"), 2, "USAGE: '/no/such/file' does not exist"),
         (("call", "chaos", "-k", "novalue"), 2, "USAGE: -k 'novalue' is not NAME=VALUE"),
         (("call", "chaos", "-k", "_aipod_x=1"), 2, "USAGE: keyword argument '_aipod_x'"),
         (("call", "chaos", "--meta", "bad name=1"), 2, "USAGE: .*bad name"),
@@ -373,6 +422,46 @@ def test_a_terminal_shows_phase_and_rate_and_stdout_only_the_answer(
     assert [word for word in ("upload", "MB/s", "run", f"wrote{tmp_path}/out") if word not in text] == []
 
 
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize(
+    "event",
+    [
+        Event("WAITING", attempt=2, attempts=5, message="no lasting connection to 127.0.0.1:1: Connect call failed"),
+        Event("RECEIVING", sent=1_234_500_000, payload_size=99_999_000_000),
+        Event("RUNNING", progress=0.5, message="epoch 3\nof many more than anybody would like to wait for"),
+        Event("DONE", received=5, answer_size=1_000_000_000),
+    ],
+    ids=lambda event: event.phase,
+)
+def test_progress_is_one_line_on_any_terminal(monkeypatch: pytest.MonkeyPatch, width: int, event: Event) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    with Progress(screen) as progress:
+        progress.show(event)
+        time.sleep(0.25)  # there is a rate then
+        progress.show(dataclasses.replace(event, sent=2 * event.sent, received=2 * event.received))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
+    line = max(shown, key=len)
+    assert len(line) <= width
+    assert line.split()[0] in ("retry", "upload", "run", "download")
+    assert re.search(r"0:00:0\d$", line.rstrip())
+    # Going up over more than the one line, at the end, is what a second line would need.
+    assert screen.getvalue().count("\x1b[1A") == 1
+
+
+def test_a_terminal_shows_retries(terminal: Terminal) -> None:
+    with start("call", "chaos", "--attempts", "2", "--to", f"127.0.0.1:{free_port()}", stderr=terminal.end) as process:
+        terminal.read_until_closed(process)
+    assert process.returncode == 3
+    assert "attempt 2 of 2: no lasting" in terminal.text
+
+
 def test_a_terminal_gets_json_but_no_bytes(served: Served, to: tuple[str, str], terminal: Terminal) -> None:
     with start("call", *to, "text", stdout=terminal.end) as process:
         assert terminal.read_until_closed(process).strip() == '"grüße"'
@@ -382,8 +471,11 @@ def test_a_terminal_gets_json_but_no_bytes(served: Served, to: tuple[str, str], 
         assert process.stderr is not None
         err = process.stderr.read().decode()
         assert terminal.read_until_closed(process) == ""
-    assert process.returncode == 2
-    assert err == "aipod: USAGE: the answer is 90000000 bytes; write it to a file with -o, or to a pipe\n"
+    assert process.returncode == 1
+    assert err == (
+        "aipod: NOT_SHOWN: the method has run, but its answer, 90000000 bytes, is nothing for a terminal and is lost; "
+        "call again with -o FILE, or with a pipe, to have it\n"
+    )
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import hashlib
 import os
 import socket
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -85,7 +87,13 @@ def test_nothing_listening_is_unreachable_after_all_attempts() -> None:
     with pytest.raises(aipod.Unreachable, match=r"127\.0\.0\.1:\d+.*[Cc]onnect") as caught:
         run(main)
     assert caught.value.reason == "UNREACHABLE"
-    assert [event.phase for event in attempts] == ["CONNECTING", "CONNECTING"]
+    assert [(event.phase, event.attempt) for event in attempts] == [
+        ("CONNECTING", 1),
+        ("WAITING", 2),
+        ("CONNECTING", 2),
+    ]
+    assert {event.attempts for event in attempts} == {2}
+    assert attempts[1].message == str(caught.value)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 24, 300, 100_000, 3_000_000, 6_000_000])
@@ -170,10 +178,15 @@ def test_silence_ends_a_call(served: Served, tmp_path: Path, committed: bool) ->
     async def main() -> None:
         async with open_proxy(served.port) as proxy:
             async with aipod.Client(proxy.address, config=aipod.Config(silence=0.5, attempts=1)) as client:
-                if not committed:
-                    proxy.hold()
                 payload: Any = b"" if committed else never()
-                call = asyncio.create_task(client.chaos(payload, metadata=named("patient"), mark=str(mark)))
+
+                def hold(event: Event) -> None:
+                    if event.heartbeats and not committed:
+                        proxy.hold()
+
+                call = asyncio.create_task(
+                    client.chaos(payload, metadata=named("patient"), on_event=hold, mark=str(mark))
+                )
                 if committed:
                     await until(mark.exists)
                     proxy.hold()
@@ -270,24 +283,67 @@ def test_a_source_of_something_else_than_bytes_is_refused(served: Served, tmp_pa
     nothing_is_left(served)
 
 
-@pytest.mark.parametrize("change", [b"more", None])
+@pytest.mark.parametrize("when", ["CONNECTING", "RECEIVING"])
+@pytest.mark.parametrize("change", ["grows", "shrinks", "is written to", "is replaced"])
 def test_a_file_that_changes_while_it_is_read_is_noticed(
-    served: Served, payload: Path, tmp_path: Path, change: bytes | None
+    served: Served, payload: Path, tmp_path: Path, change: str, when: str
 ) -> None:
     mark = tmp_path / "mark"
 
-    def resize(event: Event) -> None:
-        if event.phase == "CONNECTING":
-            with payload.open("ab") as file:
-                file.write(change) if change else file.truncate(1_000_000)
+    def alter(event: Event) -> None:
+        if event.phase != when:
+            return
+        if change == "is replaced":
+            (tmp_path / "other").write_bytes(PAYLOAD[::-1])
+            os.replace(tmp_path / "other", payload)
+            return
+        with payload.open("r+b") as file:
+            if change == "shrinks":
+                file.truncate(1_000_000)
+                return
+            file.seek(0, os.SEEK_END if change == "grows" else os.SEEK_SET)
+            file.write(b"more")
 
     async def main() -> None:
         async with aipod.Client(served.address) as client:
-            await client.chaos(payload, mark=str(mark), on_event=resize)
+            await client.chaos(payload, mark=str(mark), on_event=alter)
 
-    with pytest.raises(aipod.AipodError, match="13000000 bytes") as caught:
+    if (change, when) == ("is replaced", "RECEIVING"):
+        run(main)  # the file that was opened is still whole
+        return
+    with pytest.raises(aipod.UsageError, match=r"changed while it was sent \(it had 13000000 bytes"):
         run(main)
-    assert caught.value.reason in ("USAGE", "SIZE_MISMATCH")
+    assert runs(mark) == 0
+    nothing_is_left(served)
+
+
+def test_a_file_of_size_0_is_read_all_the_same(served: Served, tmp_path: Path) -> None:
+    content = Path("/proc/filesystems")
+    assert content.stat().st_size == 0
+    (tmp_path / "empty").touch()
+
+    async def main() -> tuple[Any, Any]:
+        async with aipod.Client(served.address) as client:
+            return (await client.chaos(content))["sha256"], (await client.chaos(tmp_path / "empty"))["size"]
+
+    assert run(main) == (hashlib.sha256(content.read_bytes()).hexdigest(), 0)
+
+
+def test_a_non_blocking_file_is_refused(served: Served, tmp_path: Path) -> None:
+    """Its read() says None where there is nothing yet: that is not the end."""
+    mark = tmp_path / "mark"
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.write(writer, b"a" * 1000)
+
+    async def main() -> None:
+        with open(reader, "rb", buffering=0) as file:
+            async with aipod.Client(served.address) as client:
+                await client.chaos(file, mark=str(mark))
+
+    with pytest.raises(aipod.UsageError, match="non-blocking"):
+        run(main)
+    os.close(writer)
     assert runs(mark) == 0
     nothing_is_left(served)
 
@@ -406,6 +462,149 @@ def test_a_directory_that_goes_away_meanwhile_is_no_network_failure(served: Serv
     with pytest.raises(FileNotFoundError):
         run(main)
     nothing_is_left(served)
+
+
+# --- what the answer is saved to
+
+
+def save(
+    served: Served, target: Path, *, length: int = 1_000_000, config: aipod.Config | None = None, **more: Any
+) -> Any:
+    async def main() -> Any:
+        async with aipod.Client(served.address, config=config) as client:
+            return await client.chaos(metadata=named("random"), length=length, save_to=target, **more)
+
+    return run(main)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(served: Served, tmp_path: Path, there: bool) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    if there:
+        target.write_text("old")
+    link.symlink_to("target")
+    assert save(served, link) == link
+    assert link.is_symlink()
+    assert target.stat().st_size == 1_000_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_a_device_is_written_to(served: Served, tmp_path: Path) -> None:
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        device.open("wb").close()
+    except PermissionError:
+        pytest.skip("needs root, and a file system with devices")
+    save(served, device)
+    assert device.is_char_device()
+    full = tmp_path / "full"
+    os.mknod(full, 0o600 | stat.S_IFCHR, os.makedev(1, 7))
+    with pytest.raises(OSError, match="No space left"):
+        save(served, full)
+    assert full.is_char_device()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "null"]
+
+
+def test_a_fifo_is_written_to_whenever_its_reader_comes(served: Served, tmp_path: Path) -> None:
+    """Later than the silence that the server is allowed, here: it is not the server that is waited for."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    def read() -> bytes:
+        time.sleep(1)
+        return fifo.read_bytes()
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        reader: list[concurrent.futures.Future[bytes]] = []
+
+        def show(event: Event) -> None:
+            if event.received == 1_000_000:
+                reader.append(threads.submit(read))
+
+        save(served, fifo, on_event=show, config=aipod.Config(silence=0.5))
+        assert len(reader[0].result(30)) == 1_000_000
+    assert fifo.is_fifo()
+    assert list(tmp_path.iterdir()) == [fifo]
+
+
+@pytest.mark.parametrize("end", ["timeout", "cancelled"])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_fifo_that_nobody_empties_does_not_hold_the_caller(
+    served: Served, tmp_path: Path, end: str, reads: bool
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK) if reads else None
+
+    async def main() -> None:
+        arrived = asyncio.Event()
+        async with aipod.Client(served.address) as client:
+            call = asyncio.create_task(
+                client.chaos(
+                    metadata=named("random"),
+                    length=1_000_000,
+                    save_to=fifo,
+                    timeout=2 if end == "timeout" else None,
+                    on_event=lambda event: arrived.set() if event.received == 1_000_000 else None,
+                )
+            )
+            await arrived.wait()
+            if end == "timeout":
+                with pytest.raises(aipod.JobCancelled):
+                    await call
+            else:
+                await asyncio.sleep(0.2)
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+
+    run(main, timeout=20)
+    if reader is not None:
+        os.close(reader)
+
+
+def test_a_reader_that_goes_away_is_told(served: Served, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+
+        def read() -> None:
+            with fifo.open("rb", buffering=0) as file:
+                file.read(10)
+
+        reading = threads.submit(read)
+        with pytest.raises(aipod.AipodError, match="went away") as caught:
+            save(served, fifo)
+        reading.result(30)
+    assert caught.value.reason == "NOT_SAVED"
+
+
+def test_a_socket_is_no_place_for_an_answer(served: Served, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "socket"))
+        with pytest.raises(aipod.UsageError, match="is a socket"):
+            save(served, tmp_path / "socket")
+
+
+def test_receiving_makes_no_task_per_message(served: Served, tmp_path: Path) -> None:
+    """The cost of a chunk is in reading it, not in watching for it."""
+
+    async def count(length: int) -> int:
+        names: list[str] = []
+
+        def make(loop: asyncio.AbstractEventLoop, coro: Any, **more: Any) -> asyncio.Task[Any]:
+            names.append(coro.__qualname__)
+            return asyncio.Task(coro, loop=loop, **more)
+
+        async with aipod.Client(served.address) as client:
+            await client.chaos(b"x")  # connected
+            asyncio.get_running_loop().set_task_factory(make)
+            await client.chaos(metadata=named("random"), length=length, save_to=tmp_path / "answer")
+            asyncio.get_running_loop().set_task_factory(None)
+        return len(names)
+
+    assert run(lambda: count(1000)) == run(lambda: count(30 * CHUNK))
 
 
 # --- the end that the caller sets

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +15,7 @@ import trio
 from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
+from aipod.job.reply import plain_messages, send_all
 from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, Answer, Job, run_job
 from aipod.pool import Pool, open_pool
@@ -140,13 +143,16 @@ class Story:
         self.nursery = nursery
         self.jobs = 0
 
-    async def begin(self, *, timeout: float | None = None, deadline: float = math.inf) -> Job:
+    async def begin(
+        self, *, timeout: float | None = None, deadline: float = math.inf, journal: type[Journal] = Journal
+    ) -> Job:
         """A job whose payload is complete, queued."""
         self.jobs += 1
         what = Request(f"{self.jobs:032}", "train", "v", b"{}", None, None, Raw(), {})
         entry = self.spool.claim(what.job_id, {}, size=None)
         entry.write(b"payload")
         entry.seal()
+        entry._journal = journal(entry.path / "state")
         job = Job(what, entry, self.spool.id)
         place = Place(self.pool, "v")
         self.nursery.start_soon(run_job, job, place, self.versions, 0.01, timeout, deadline)
@@ -369,3 +375,95 @@ async def test_no_log_line_is_lost_when_the_job_ends_while_the_log_is_written(st
     read = functools.partial(job.entry.read_log, 0, 1 << 20)
     assert (await trio.to_thread.run_sync(read)).decode().splitlines() == lines
     await story.end(job)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), OSError(errno.EMFILE, "too many"), RuntimeError()])
+@pytest.mark.parametrize("step", ["discard", "save_log", "record", "destroy"])
+async def test_no_step_of_a_job_s_end_can_end_the_server(
+    tmp_path: Path, model: Model, step: str, error: Exception
+) -> None:
+    """The nursery is the server's: what leaves a job would leave it too."""
+    model.train = lambda context, path: 1 / 0
+    failed = []
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        failed.append(step)
+        raise error
+
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool, trio.open_nursery() as nursery:
+        story = Story(tmp_path, pool, nursery)
+        job = await story.begin()
+        while job.phase != Phase.RUNNING:
+            await job.changed.wait()
+        owner = {"discard": story.versions, "save_log": job}.get(step, job.entry)
+        setattr(owner, step, fails)
+        with trio.fail_after(10):
+            await job.ended.wait()
+        job.cancel()
+    assert failed == [step]
+    assert job.phase == Phase.FAILED
+    assert job.error is not None
+    assert job.error.reason == "MODEL_ERROR"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(OSError(errno.EIO, "broken"), "INTERNAL"), (OSError(errno.EMFILE, "too many"), "OVERLOADED")]
+)
+async def test_a_disk_that_fails_before_the_run(story: Story, model: Model, error: OSError, reason: str) -> None:
+    class Broken(Journal):
+        def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+            raise error
+
+    job = await story.begin(journal=Broken)
+    assert await story.end(job) == Phase.FAILED
+    assert job.error is not None
+    assert job.error.reason == reason
+    assert (job.error.retry_after is not None) == (reason == "OVERLOADED")
+
+
+async def test_a_version_that_cannot_be_published(story: Story, model: Model) -> None:
+    model.train = lambda context, path: (context.new_version / "data").write_text("new")
+    (story.versions.path / "v").write_text("a file where the version's directory would be")
+    (blocked := story.versions.path / f".old-{1:032}-v").mkdir()
+    job = await story.begin()
+    await job.ended.wait()
+    blocked.rmdir()
+    assert await story.end(job) == Phase.FAILED
+    assert job.error is not None
+    assert job.error.reason == "RESULT_NOT_STORED"
+
+
+SPARSE = 1 << 38  # minutes to read, no room on the disk
+
+
+async def test_a_stop_ends_the_measuring_of_a_huge_result(story: Story, model: Model) -> None:
+    def train(context: Any, path: Path) -> Path:
+        (context.new_version / "data").touch()
+        result: Path = context.work_dir / "result"
+        result.touch()
+        os.truncate(result, SPARSE)
+        return result
+
+    model.train = train
+    job = await story.begin()
+    while not job.entry.result.exists():
+        await trio.sleep(0.001)
+    await trio.to_thread.run_sync(lambda: None)
+    job.stop("because")
+    assert await story.end(job) == Phase.CANCELLED
+    assert list(story.versions.path.iterdir()) == []  # what it made is not published either
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+async def test_a_viewer_that_leaves_ends_the_making_of_a_huge_answer(tmp_path: Path, kind: str) -> None:
+    entry = Spool.open(tmp_path, "app", reserve=0).claim("0" * 32, {}, size=None)
+    entry.result.touch()
+    os.truncate(entry.result, SPARSE)
+    messages = plain_messages(entry, Answer(kind, None, SPARSE, b""), 1, 1 << 26)
+
+    async def send(message: Raw) -> None: ...
+
+    with trio.fail_after(10), trio.move_on_after(0.1) as scope:
+        await send_all(messages, send)
+    assert scope.cancelled_caught
+    entry.destroy()

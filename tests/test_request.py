@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from aipod.errors import Refused
-from aipod.job.request import Request, check_method, job_id, parse_request
+from aipod.job.request import MAX_SOURCE, Request, check_method, job_id, parse_request
 from aipod.wire.ai import Op, Open, Raw, StreamInput
 
 METHODS: dict[str, Any] = {"chaos": {}, "predict": {}, "hello": {}}
@@ -119,6 +119,23 @@ def test_a_ticket(length: int) -> None:
 @pytest.mark.parametrize("length", [0, 15, 65])
 def test_a_ticket_of_the_wrong_length(length: int) -> None:
     assert refusal(own, Open(ticket=bytes(length))).startswith("BAD_TICKET: ")
+
+
+@pytest.mark.parametrize("length", [0, 15, 65, 1 << 20])
+def test_released_tickets_are_tickets(length: int) -> None:
+    assert own(Open(ticket=TICKET, released=[TICKET, b"t" * 64])).open is not None
+    assert refusal(own, Open(ticket=TICKET, released=[TICKET, bytes(length)])).startswith("BAD_TICKET")
+
+
+def test_a_source_has_a_bound() -> None:
+    assert own(Open(ticket=TICKET, source=bytes(MAX_SOURCE))).open is not None
+    assert refusal(own, Open(ticket=TICKET, source=bytes(MAX_SOURCE + 1))).startswith("BAD_MESSAGE: open.source")
+
+
+def test_what_the_first_message_carries_is_given_away() -> None:
+    request = predict(raw=Raw(data=b"chunk"))
+    assert request.take_first() == Raw(data=b"chunk")
+    assert request.first == Raw()
 
 
 @pytest.mark.parametrize("name", ["", "x", "0" * 32, job_id(TICKET).upper(), job_id(TICKET) + "0", "../../etc/passwd"])

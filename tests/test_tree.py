@@ -26,10 +26,18 @@ ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 
 DOORS = {
     "trio_asyncio": {"transport/bridge.py"},
-    "h2": {"transport/http2.py", "transport/server.py", "transport/channel.py"},
-    "hyperframe": {"transport/http2.py"},
+    "h2": {
+        "transport/headers.py",
+        "transport/connection.py",
+        "transport/frames.py",
+        "transport/protocol.py",
+        "transport/stream.py",
+        "transport/server.py",
+        "transport/channel.py",
+    },
+    "hyperframe": {"transport/connection.py"},
     "filelock": {"spool.py"},
-    "grpclib.protocol": {"transport/http2.py"},
+    "grpclib.protocol": {"transport/connection.py", "transport/protocol.py", "transport/stream.py"},
 }
 # Attributes that start processes, and who may use them: the runners, and the demo, which is its own client.
 PROCESS_DOORS = {"runner/process.py", "cli/demo.py"}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
@@ -65,9 +67,20 @@ def _register() -> None:
         cli.add_command(command)
 
 
+def end_on_signals() -> None:
+    """Have TERM and HUP end a command as Ctrl-C does: it tells the server, and cleans up."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"aipod: note: {message}", err=True)
+
+
 def run(arguments: list[str]) -> int:
     """Run a command; its exit status."""
     flags = Flags()
+    warnings.showwarning = _note
     try:
         _register()
         status = cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
@@ -104,7 +117,9 @@ def _explain(exc: BaseException) -> int:
             return _fail(leaf.reason, leaf.message, LOST)
         if isinstance(leaf, AipodError):
             kind = leaf.metadata.get("type")
-            return _fail(leaf.reason, f"{kind}: {leaf.message}" if kind else leaf.message, FAILED)
+            # An address that may not or cannot be bound on any machine is a wrong option, one in use is not.
+            usage = leaf.reason == "BIND_FAILED" and isinstance(leaf.__cause__, ValueError)
+            return _fail(leaf.reason, f"{kind}: {leaf.message}" if kind else leaf.message, USAGE if usage else FAILED)
     first = next(leaves(exc))
     if isinstance(first, OSError) and first.strerror:
         return _fail("ERROR", f"{first.strerror}: {first.filename or type(first).__name__}", FAILED)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import os
+import select
+import stat
 import sys
 import tempfile
 import threading
@@ -15,13 +17,16 @@ from typing import Any
 
 import click
 
+from aipod.cli import end_on_signals
 from aipod.cli.options import Seconds, config_options, make_config
 from aipod.cli.progress import Progress
 from aipod.client import Event
 from aipod.config import CHUNK, MIB, Config
-from aipod.errors import UsageError
+from aipod.errors import AipodError
 
 RPCS = ("train", "predict", "log")
+# Where -o may point and still mean what the shell has opened: opened anew, a file would be written from its start.
+STDOUT = (None, Path("-"), Path("/dev/stdout"))
 
 
 @click.command(short_help="Call a method with a file and write its answer.")
@@ -40,11 +45,11 @@ RPCS = ("train", "predict", "log")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     envvar="AIPOD_OUTPUT",
-    help="Write the answer to this file.",
+    help="Write the answer to this file; - is stdout.",
 )
-@config_options(("silence", "connect_timeout", "attempts", "level"))
+@config_options(("tls", "tls_ca", "tls_cert", "tls_key", "silence", "connect_timeout", "attempts", "level"))
 def call(
     method: str,
     file: str | None,
@@ -62,6 +67,7 @@ def call(
     A JSON answer is one line on stdout; bytes go to -o or a pipe.
     """
     config = make_config(options)
+    end_on_signals()
     metadata = [_split(pair, "--meta") for pair in meta]
     if upstream:
         metadata.append(("x-upstream", upstream))
@@ -74,8 +80,10 @@ def call(
         "timeout": timeout,
     }
     payload: Any = b"" if file is None else _stdin() if file == "-" else Path(file)
-    without_file = _to_terminal if sys.stdout.isatty() else _to_pipe
-    deliver: Callable[..., Any] = without_file if output is None else _to_file
+    if file is None and _stdin_has_data():
+        click.echo("aipod: note: what is on stdin is not sent; give - as FILE to send it", err=True)
+    to_stdout = _to_terminal if sys.stdout.isatty() else _to_pipe
+    deliver: Callable[..., Any] = to_stdout if output in STDOUT else _to_file
     asyncio.run(_call(to, config, method if method in RPCS else "chaos", payload, arguments, deliver, output))
 
 
@@ -124,8 +132,11 @@ async def _to_terminal(ask: Callable[..., Any], progress: Progress, _: None) -> 
     def show(event: Event) -> None:
         progress.show(event)
         if event.phase == "DONE" and not progress.is_json:
-            # Before the download: what a terminal cannot show need not come.
-            raise UsageError(f"the answer is {event.answer_size} bytes; write it to a file with -o, or to a pipe")
+            # Nothing tells before the run; but what a terminal cannot show need not come.
+            text = (
+                f"the method has run, but its answer, {event.answer_size} bytes, is nothing for a terminal and is lost"
+            )
+            raise AipodError("NOT_SHOWN", f"{text}; call again with -o FILE, or with a pipe, to have it")
 
     answer = await ask(None, show)
     click.echo(json.dumps(answer, ensure_ascii=False))
@@ -141,6 +152,21 @@ async def _to_pipe(ask: Callable[..., Any], progress: Progress, _: None) -> None
         if progress.is_json:
             out.write(os.linesep.encode())
         out.flush()
+
+
+def _stdin_has_data() -> bool:
+    """Whether there is something in the pipe or file that is stdin."""
+    try:
+        status = os.fstat(0)
+        if stat.S_ISREG(status.st_mode):
+            return os.lseek(0, 0, os.SEEK_CUR) < status.st_size
+        if stat.S_ISFIFO(status.st_mode):
+            poll = select.poll()
+            poll.register(0, select.POLLIN)
+            return any(event & select.POLLIN for _, event in poll.poll(0))
+    except OSError:  # it is closed
+        pass
+    return False
 
 
 async def _stdin() -> AsyncIterator[bytes]:

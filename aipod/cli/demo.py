@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import resource
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ from typing import Any
 
 import click
 
+from aipod.cli import end_on_signals
 from aipod.cli.progress import Progress
 from aipod.client import Client, Event
 from aipod.errors import AipodError
@@ -37,7 +37,7 @@ LABELS = ("asyncio", "email", "json", "unittest", "xml", "http", "importlib", "m
 )
 def demo(size: int) -> None:
     """Start a server, train a model, predict with it, send a large file there and back, and clean up."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then too
+    end_on_signals()
     with tempfile.TemporaryDirectory(prefix="aipod-demo-") as directory, _server(Path(directory)) as (address, process):
         asyncio.run(_run(Path(directory), address, process.pid, size))
     click.echo("the server has ended; no file is left")

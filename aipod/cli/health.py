@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import click
 
-from aipod.cli.options import Seconds
+from aipod.cli.options import Seconds, config_options, make_config
 from aipod.config import Config
 
 
@@ -16,18 +17,24 @@ from aipod.config import Config
 @click.option(
     "--timeout", type=Seconds(), default=5.0, envvar="AIPOD_TIMEOUT", show_default=True, help="Time for the answer."
 )
+@click.option(
+    "--upstream", default="", envvar="AIPOD_UPSTREAM", help="Which servers, for a proxy that asks (header x-upstream)."
+)
+@config_options(("tls", "tls_ca", "tls_cert", "tls_key"))
 @click.pass_context
-def health(context: click.Context, service: str, to: str, timeout: float) -> None:
+def health(context: click.Context, /, service: str, to: str, timeout: float, upstream: str, **options: Any) -> None:
     """Print a server's health: exit status 0 when it is SERVING, 1 when not, 3 when it cannot be reached.
 
     SERVICE is one of ai.AI, liveness, readiness, or nothing for the whole server.
     """
-    status = asyncio.run(_check(service, to, timeout))
+    config = make_config({**options, "connect_timeout": max(timeout, 0.1)})
+    metadata = [("x-upstream", upstream)] if upstream else []
+    status = asyncio.run(_check(service, to, timeout, config, metadata))
     click.echo(status)
     context.exit(0 if status == "SERVING" else 1)
 
 
-async def _check(service: str, to: str, timeout: float) -> str:
+async def _check(service: str, to: str, timeout: float, config: Config, metadata: list[tuple[str, str]]) -> str:
     from grpclib.const import Status
     from grpclib.exceptions import GRPCError, StreamTerminatedError
     from grpclib.health.v1.health_grpc import HealthStub
@@ -37,11 +44,12 @@ async def _check(service: str, to: str, timeout: float) -> str:
     from aipod.transport.channel import Channel
 
     try:
-        channel = Channel(to, Config(connect_timeout=max(timeout, 0.1)))
+        channel = Channel(to, config)
     except ValueError as exc:
         raise UsageError(str(exc)) from None
     try:
-        answer = await HealthStub(channel).Check(HealthCheckRequest(service=service), timeout=timeout)
+        request = HealthCheckRequest(service=service)
+        answer = await HealthStub(channel).Check(request, timeout=timeout, metadata=metadata)
         return str(HealthCheckResponse.ServingStatus.Name(answer.status))
     except GRPCError as exc:
         if exc.status is Status.NOT_FOUND:

@@ -23,7 +23,9 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h)?\Z", re.IGNORECASE)
 _TIMES = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": MINUTES, "min": MINUTES, "h": HOURS}
 
 # Integers that count bytes; the others are plain numbers.
-_BYTES = {"max_payload", "max_kwargs", "max_message", "reserve", "stream_window", "connection_window"}
+_BYTES = {
+    "max_payload", "max_kwargs", "max_message", "reserve", "stream_window", "max_window", "connection_window",
+}  # fmt: skip
 
 _DEFAULTS = Config()
 # Settings of `call` that are no part of `Config`; one file may serve both commands.
@@ -117,7 +119,7 @@ def make_config(options: dict[str, Any]) -> Config:
         raise click.UsageError(str(exc)) from exc
 
 
-def _use_file(context: click.Context, param: click.Parameter, path: Path | None) -> None:
+def _use_file(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     """Make table [aipod] click's default map; values may be written as on the command line ("1MiB", "2h")."""
     if path is None:
         return
@@ -132,6 +134,9 @@ def _use_file(context: click.Context, param: click.Parameter, path: Path | None)
         if name not in known and name not in CALL_SETTINGS:
             raise click.UsageError(f"{path}: unknown setting {name!r}; known ones: {', '.join(sorted(known))}")
     # A single value for an option that may be repeated.
+    for param in context.command.params:
+        if isinstance(table.get(str(param.name)), bool) and isinstance(param, click.Option) and not param.is_flag:
+            raise click.UsageError(f"{path}: {param.name} is true or false, which it cannot be")
     several = {param.name for param in context.command.params if isinstance(param, click.Option) and param.multiple}
     context.default_map = {
         name: [value] if name in several and isinstance(value, str) else value for name, value in table.items()

@@ -9,12 +9,14 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from rich.text import Text
 
 from aipod.client.call import Event
 
 _PHASES = {
     "CONNECTING": "connect",
+    "WAITING": "retry",
     "RECEIVING": "upload",
     "QUEUED": "queue",
     "RUNNING": "run",
@@ -31,11 +33,13 @@ class Progress:
         # Only what the stream says: FORCE_COLOR and the like make rich write to pipes.
         self._live = self._terminal = stream.isatty()
         self._console = Console(file=stream, force_terminal=self._live)
+        one_line = Column(no_wrap=True)
         self._bar = Bar(
-            TextColumn("{task.description:<9}"),
-            BarColumn(),
+            TextColumn("{task.description:<9}", table_column=one_line),
+            # On a narrow terminal the bar gives way, then the end of the detail: it must stay one line.
+            BarColumn(None, table_column=Column(max_width=min(40, max(4, self._console.width - 60)))),
             _Detail(),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=one_line),
             console=self._console,
             transient=True,
         )
@@ -85,10 +89,13 @@ class Progress:
         )
 
     def _detail(self, event: Event, done: int, total: float | None) -> str:
+        message = " ".join(event.message.split())
+        if event.phase in ("CONNECTING", "WAITING") and event.attempt > 1:
+            return f"attempt {event.attempt} of {event.attempts}" + (f": {message}" if message else "")
         if event.phase == "QUEUED":
             return f"{event.place} before" if event.place else ""
         if event.phase == "RUNNING":
-            return f"{event.progress:.0%} {event.message}" if event.progress or event.message else ""
+            return f"{event.progress:.0%} {message}" if event.progress or message else ""
         if event.phase not in ("RECEIVING", "DONE"):
             return ""
         took, before = time.monotonic() - self._since[0], self._since[1]
@@ -105,7 +112,7 @@ class Progress:
 
 class _Detail(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(task.fields["detail"])
+        return Text(task.fields["detail"], no_wrap=True, overflow="ellipsis")
 
 
 def _amounts(event: Event) -> tuple[int, float | None]:

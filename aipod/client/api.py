@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from grpclib.metadata import Deadline, encode_metadata
 
-from aipod.client.call import Attempt, OnEvent, Request
+from aipod.client.call import Attempt, Event, OnEvent, Request
 from aipod.client.failure import NoAnswer, explain
 from aipod.client.sink import check_target
 from aipod.client.source import Payload, Source
@@ -157,6 +157,7 @@ class Client:
         on_event: OnEvent | None,
         kwargs: dict[str, Any],
     ) -> Any:
+        _check_arguments(version, timeout)
         if save_to is not None:
             await asyncio.to_thread(check_target, save_to)
         if rpc == "chaos" and version:
@@ -193,8 +194,10 @@ class Client:
         """Attempts, until one has an outcome or another cannot help."""
         pauses = delays(self._config.attempts)
         closes = self._closes
+        number = 0
         while True:
-            attempt = Attempt(self._connect(), self._config, request)
+            number += 1
+            attempt = Attempt(self._connect(), self._config, request, number)
             try:
                 return await _in_own_task(attempt.run())
             except (Exception, BaseExceptionGroup) as exc:
@@ -208,6 +211,8 @@ class Client:
             if failure.retry_after is None or pause is None or not request.source.check_replayable():
                 raise failure.error from failure.cause
             pause = max(pause, failure.retry_after)
+            why = str(failure.error)
+            request.tell(Event("WAITING", message=why, attempt=number + 1, attempts=self._config.attempts))
             await asyncio.sleep(pause if left is None else min(pause, left))
             if self._closes != closes:
                 raise failure.error from failure.cause
@@ -218,8 +223,19 @@ class Client:
         return self._channel
 
 
+def _check_arguments(version: object, timeout: object) -> None:
+    """Raises `UsageError` for what would fail as something else later on."""
+    if not isinstance(version, str):
+        raise UsageError(f"version={version!r} is no text; write version={str(version)!r}")
+    if timeout is not None and (not isinstance(timeout, int | float) or not timeout >= 0):
+        raise UsageError(f"timeout={timeout!r} is not a number of seconds")
+
+
 def _checked(metadata: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    headers = [(name.lower(), value) for name, value in metadata]
+    try:
+        headers = [(name.lower(), value) for name, value in metadata]
+    except (AttributeError, TypeError, ValueError):
+        raise UsageError(f"metadata={metadata!r} is not a list of pairs of text: [('x-upstream', 'a')]") from None
     try:
         encode_metadata(headers)
     except (TypeError, ValueError) as exc:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import os
 import secrets
 import time
@@ -19,9 +18,10 @@ from grpclib.metadata import Deadline
 from aipod.client.failure import Local, NoAnswer, of_state
 from aipod.client.sink import Sink
 from aipod.client.source import Source
+from aipod.codec import job_id
 from aipod.config import Config
 from aipod.errors import JobFailed, leaves
-from aipod.transport.channel import CALL_OVER, Channel, open_call, read_status, reset
+from aipod.transport.channel import CALL_OVER, Channel, open_call, read_status, reset, send_message
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
@@ -36,7 +36,9 @@ TERMINAL = (Phase.DONE, Phase.FAILED, Phase.CANCELLED, Phase.RELEASED)
 class Event:
     """What a call is doing. Bytes are uncompressed; `log` is what is new since the last event."""
 
-    phase: str  # CONNECTING, RECEIVING (the upload), QUEUED, RUNNING, DONE (the download), FAILED, CANCELLED
+    # CONNECTING, RECEIVING (the upload), QUEUED, RUNNING, DONE (the download), FAILED, CANCELLED; WAITING before
+    # another attempt: `attempt` is that one's number, `message` why the last one failed
+    phase: str
     sent: int = 0
     payload_size: int | None = None
     received: int = 0
@@ -47,9 +49,12 @@ class Event:
     log: str = ""
     heartbeats: int = 0
     content_type: str = ""  # of the answer, once it is known
+    attempt: int = 1
+    attempts: int = 1  # at most
 
 
 OnEvent = Callable[[Event], Any]
+Outcome = tuple[Any, JobFailed | None]  # the answer, or why there is none
 
 
 @dataclasses.dataclass
@@ -65,16 +70,21 @@ class Request:
     save_to: str | os.PathLike[str] | None
     on_event: OnEvent | None
 
+    def tell(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
 
 class Attempt:
     """One stream. `committed` turns true when the message that lets the method run is handed to the network."""
 
-    def __init__(self, channel: Channel, config: Config, request: Request) -> None:
+    def __init__(self, channel: Channel, config: Config, request: Request, number: int) -> None:
         self._config = config
         self._request = request
         self._ticket = secrets.token_bytes(16)
         self.committed = False
-        self._event = Event("CONNECTING", payload_size=request.source.size)
+        self._listening: float | None = None  # since when a message is waited for
+        self._event = Event("CONNECTING", payload_size=request.source.size, attempt=number, attempts=config.attempts)
         kind = Raw if request.rpc == "chaos" else StreamInput
         self._stream: grpclib.client.Stream[Any, Raw] = channel.request(
             f"/ai.AI/{request.rpc}",
@@ -82,7 +92,7 @@ class Attempt:
             kind,
             Raw,
             deadline=request.deadline,
-            metadata=[*request.metadata, ("x-job-id", hashlib.sha256(self._ticket).hexdigest()[:32])],
+            metadata=[*request.metadata, ("x-job-id", job_id(self._ticket))],
         )
 
     async def run(self) -> Any:
@@ -96,7 +106,7 @@ class Attempt:
                 await open_call(stream)
                 uploader = asyncio.create_task(self._upload(), name="aipod-upload")
                 try:
-                    answer, error = await self._watch(uploader)
+                    answer, error = await self._outcome(uploader)
                 finally:
                     await _end(uploader)
                 # The outcome is whole and checked: what becomes of the call's last bytes changes nothing.
@@ -120,7 +130,7 @@ class Attempt:
         else:
             raw = Raw(open=opening, last=empty)
             first = StreamInput(kwargs_json=request.kwargs, version=request.version, raw=raw)
-        await self._stream.send_message(first, end=empty)
+        await send_message(self._stream, first, end=empty)
         if empty:
             return
         ready: asyncio.Queue[list[Raw]] = asyncio.Queue(_AHEAD)
@@ -145,15 +155,38 @@ class Attempt:
     async def _send_chunk(self, raw: Raw) -> None:
         self.committed = self.committed or raw.last
         message = raw if self._request.rpc == "chaos" else StreamInput(raw=raw)
-        await self._stream.send_message(message, end=raw.last)
+        await send_message(self._stream, message, end=raw.last)
         sent = self._request.source.size if raw.last else raw.offset
         self._tell(phase="RECEIVING", sent=sent or self._event.sent)
 
-    async def _watch(self, uploader: asyncio.Task[None]) -> tuple[Any, JobFailed | None]:
+    async def _outcome(self, uploader: asyncio.Task[None]) -> Outcome:
+        """What `_watch` returns. Raises NoAnswer after `silence` seconds without a message, or what ended the upload.
+
+        One timer for the whole call: a task or a timer for each message would cost more than reading it.
+        """
+        silence = self._config.silence
+        watcher = asyncio.create_task(self._watch(), name="aipod-watch")
+        waiting: set[asyncio.Task[Any]] = {watcher, uploader}
+        try:
+            while not watcher.done():
+                left = silence
+                if self._listening is not None:  # else this side is busy, with a slow disk perhaps
+                    left += self._listening - time.monotonic()
+                if left <= 0:
+                    raise NoAnswer(f"no heartbeat for {silence:g} s")
+                await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if uploader.done():
+                    waiting.discard(uploader)
+                    _raise_local(uploader)
+            return watcher.result()
+        finally:
+            await _end(watcher)
+
+    async def _watch(self) -> Outcome:
         """Read states until the terminal one, then the answer: what it is, or why there is none."""
         final: State | None = None
         while True:
-            message = await self._receive(uploader)
+            message = await self._receive()
             if message is None:
                 await read_status(self._stream)
                 raise NoAnswer("the call ended without an outcome")
@@ -170,33 +203,13 @@ class Attempt:
                 if state.phase != Phase.DONE and not state.log:
                     return None, of_state(state)
 
-    async def _receive(self, uploader: asyncio.Task[None] | None = None) -> Raw | None:
-        """The next message; None at the end. Raises NoAnswer after `silence` seconds, or what ended the upload."""
-        silence = self._config.silence
-        receiver = asyncio.ensure_future(self._stream.recv_message())
-        waiting: set[asyncio.Future[Any]] = {receiver}
-        if uploader is not None and not uploader.done():
-            waiting.add(uploader)
+    async def _receive(self) -> Raw | None:
+        """The next message; None at the end."""
+        self._listening = time.monotonic()
         try:
-            deadline = time.monotonic() + silence
-            while not receiver.done():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise NoAnswer(f"no heartbeat for {silence:g} s")
-                await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                waiting = {receiver}
-                self._raise_local(uploader)
-            return receiver.result()
+            return await self._stream.recv_message()
         finally:
-            await _end(receiver)
-
-    def _raise_local(self, uploader: asyncio.Task[None] | None) -> None:
-        """Raise what ended the upload; but what the server did to it the receiver tells better."""
-        if uploader is None or not uploader.done() or uploader.cancelled():
-            return
-        exc = uploader.exception()
-        if exc is not None and not all(isinstance(leaf, CALL_OVER) for leaf in leaves(exc)):
-            raise exc
+            self._listening = None
 
     async def _download(self, state: State, message: Raw | None) -> Any:
         sink = await _local(Sink, state, self._request.save_to)
@@ -206,7 +219,10 @@ class Attempt:
                 await _local(sink.add, message)
                 self._tell(phase="DONE", received=sink.received, answer_size=state.size, log="")
                 if last:
-                    return await _local(sink.finish)
+                    # Nothing but this waits for others than the server: a FIFO's reader may never come.
+                    deadline = self._request.deadline
+                    async with asyncio.timeout(None if deadline is None else deadline.time_remaining()):
+                        return await _local(sink.finish)
                 message = await self._receive()
             await read_status(self._stream)
             raise NoAnswer("the answer ended before its last byte")
@@ -227,11 +243,17 @@ class Attempt:
 
     def _tell(self, **changes: Any) -> None:
         self._event = dataclasses.replace(self._event, **{"log": "", **changes})
-        if self._request.on_event is not None:
-            try:
-                self._request.on_event(self._event)
-            except Exception as exc:
-                raise Local(exc) from exc
+        try:
+            self._request.tell(self._event)
+        except Exception as exc:
+            raise Local(exc) from exc
+
+
+def _raise_local(uploader: asyncio.Task[None]) -> None:
+    """Raise what ended the upload; but what the server did to it the watcher tells better."""
+    exc = None if uploader.cancelled() else uploader.exception()
+    if exc is not None and not all(isinstance(leaf, CALL_OVER) for leaf in leaves(exc)):
+        raise exc
 
 
 async def _end(task: asyncio.Future[Any]) -> None:

@@ -10,7 +10,7 @@ from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 
 from aipod.errors import DOMAIN, AipodError, ConnectionLost, JobFailed, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
-from aipod.transport.http2 import StreamRefused
+from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import State
 
 # What a lost connection looks like once a proxy has put it into words; also the statuses that the first version's

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import select
+import stat
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +20,41 @@ from aipod.wire.ai import Raw, State
 
 # A binary answer above it is for a file, not for memory.
 MAX_IN_MEMORY = 64 * MIB
+# Seconds between two looks at whether a FIFO has a reader, and whether the caller still waits for it.
+_LOOK = 0.05
 
 
 def check_target(save_to: str | os.PathLike[str]) -> None:
-    """Raises `UsageError` where no file can be written at `save_to`: better now than after the upload."""
+    """Raises `UsageError` where no answer can be written to `save_to`: better now than after the upload."""
     path = Path(save_to)
     if path.is_dir():
         raise UsageError(f"{str(path)!r} is a directory; name a file in it to write the answer to")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{str(path.parent)!r} is no directory that can be written to; the answer was to go there")
+    if path.is_socket():
+        raise UsageError(f"{str(path)!r} is a socket; an answer goes to a file, a FIFO or a device")
+    if _is_special(path):
+        if not os.access(path, os.W_OK):
+            raise UsageError(f"{str(path)!r} cannot be written to; the answer was to go there")
+        return
+    parent = _followed(path).parent
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{str(parent)!r} is no directory that can be written to; the answer was to go there")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is written to and never replaced: a FIFO, a device, a pipe such as /dev/stdout."""
+    return path.exists() and not path.is_file()
+
+
+def _followed(path: Path) -> Path:
+    """The file to replace where `path` is a symbolic link: a link stays one."""
+    return Path(os.path.realpath(path))
 
 
 class Sink:
-    """Collects one result. The methods that take data block: call them from a thread."""
+    """Collects one result. The methods that take data block: call them from a thread.
+
+    A file is replaced by the whole answer at once, at the end. What cannot be replaced gets a copy of the whole answer.
+    """
 
     def __init__(self, state: State, save_to: str | os.PathLike[str] | None) -> None:
         self._state = state
@@ -34,14 +62,19 @@ class Sink:
         self.received = 0
         self._hasher = new_hasher()
         self._memory = bytearray()
+        self._lock = threading.Lock()  # a caller who gives up calls `discard` while a thread may still write
+        self._discarded = threading.Event()
         if self._target is None and self.is_binary and state.size > MAX_IN_MEMORY:
             raise AipodError(
                 "RESULT_TOO_LARGE",
                 f"the answer has {state.size} bytes; pass save_to=FILE to receive more than {MAX_IN_MEMORY}",
             )
-        self._part = None
-        if self._target is not None:
-            self._part = self._target.with_name(f".{self._target.name}.{os.getpid()}-{id(self):x}.part")
+        self._part: Path | None = None
+        if self._target is not None and _is_special(self._target):
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - `discard` closes it
+        elif self._target is not None:
+            target = _followed(self._target)
+            self._part = target.with_name(f".{target.name}.{os.getpid()}-{id(self):x}.part")
             self._file = self._part.open("wb", buffering=0)
 
     @property
@@ -60,26 +93,71 @@ class Sink:
             raise AipodError("BAD_ANSWER", f"the answer cannot be read: {exc}; call again") from None
         self._hasher.update(data)
         self.received += len(data)
-        if self._part is None:
+        if self._target is None:
             self._memory += data
-        else:
-            view = memoryview(data)
-            while view:
+            return
+        view = memoryview(data)
+        with self._lock:
+            while view and not self._discarded.is_set():
                 view = view[self._file.write(view) :]
 
     def finish(self) -> Any:
-        """The answer: a path where it was saved, else bytes or what the JSON says. Raises `AipodError`."""
+        """The answer: a path where it was saved, else bytes or what the JSON says. Raises `AipodError`.
+
+        Waits for the reader of a FIFO, until `discard`.
+        """
         if self.received != self._state.size or self._hasher.digest() != self._state.digest:
             raise AipodError("BAD_ANSWER", "the answer that arrived is not the one that was stored; call again")
-        if self._part is not None:
-            assert self._target is not None
-            self._file.close()
-            self._part.replace(self._target)
-            return self._target
-        return bytes(self._memory) if self.is_binary else json.loads(self._memory)
+        if self._target is None:
+            return bytes(self._memory) if self.is_binary else json.loads(self._memory)
+        with self._lock:
+            if self._discarded.is_set():
+                return None
+            if self._part is None:
+                self._copy_to(self._target)
+            else:
+                self._file.close()
+                self._part.replace(_followed(self._target))
+        return self._target
+
+    def _copy_to(self, target: Path) -> None:
+        out = self._open_special(target)
+        if out is None:
+            return
+        try:
+            poll = select.poll()
+            poll.register(out, select.POLLOUT)
+            self._file.seek(0)
+            while piece := self._file.read(MIB):
+                view = memoryview(piece)
+                while view:
+                    if self._discarded.is_set():
+                        return
+                    poll.poll(_LOOK * 1000)
+                    with contextlib.suppress(BlockingIOError):
+                        view = view[os.write(out, view) :]
+        except BrokenPipeError:
+            raise AipodError("NOT_SAVED", f"the reader of {str(target)!r} went away before the answer's end") from None
+        finally:
+            os.close(out)
+
+    def _open_special(self, target: Path) -> int | None:
+        """A descriptor that never blocks, so that `discard` can end what waits for it; None if it has."""
+        while not self._discarded.is_set():
+            try:
+                return os.open(target, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            except OSError as exc:
+                if exc.errno != errno.ENXIO or not stat.S_ISFIFO(target.stat().st_mode):
+                    raise
+            self._discarded.wait(_LOOK)  # nobody has opened the FIFO for reading yet
+        return None
 
     def discard(self) -> None:
         """Leave nothing behind; harmless after `finish`."""
-        if self._part is not None:
+        if self._target is None:
+            return
+        self._discarded.set()
+        with self._lock:
             self._file.close()
-            self._part.unlink(missing_ok=True)
+            if self._part is not None:
+                self._part.unlink(missing_ok=True)

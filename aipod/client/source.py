@@ -34,9 +34,12 @@ class Source:
         elif isinstance(payload, str | os.PathLike):
             path = Path(payload)
             if not path.is_file():
-                raise UsageError(f"there is no file {str(path)!r} to send; bytes are sent as they are")
+                kind = "is not a regular file" if path.exists() else "does not exist"
+                raise UsageError(f"{str(path)!r} {kind}; a path names a file to send, bytes are sent as they are")
             self._payload = path
-            self.size = path.stat().st_size
+            self._stamp = _stamp(path.stat())
+            # Files of /proc have content but no size: only the end of the reading tells.
+            self.size = self._stamp[0] or None
         elif hasattr(payload, "read") or isinstance(payload, AsyncIterable | Iterable):
             self.replayable = False
         else:
@@ -49,10 +52,10 @@ class Source:
     async def batches(self, level: int) -> AsyncGenerator[list[Raw], None]:
         """The payload as messages; the last one has `last` and the digest. This is an asyncio-flavored generator.
 
-        Raises `UsageError` where the source yields something else than bytes, or changes its size while it is read.
+        Raises `UsageError` where the source yields something else than bytes, or a file changed while it was read.
         """
         self.started = True
-        packer = _Packer(level, self.size)
+        packer = _Packer(level)
         if isinstance(self._payload, AsyncIterable):
             async for pieces in _grouped(self._payload):
                 yield await asyncio.to_thread(packer.pack, pieces)
@@ -73,17 +76,40 @@ class Source:
             for start in range(0, len(payload), CHUNK):
                 yield payload[start : start + CHUNK]
         elif isinstance(payload, Path):
-            with payload.open("rb", buffering=0) as file:
-                yield from _read(file)
+            yield from self._read_unchanged(payload)
         elif hasattr(payload, "read"):
             yield from _read(payload)
         else:
             yield from _rechunk(payload)
 
+    def _read_unchanged(self, path: Path) -> Generator[bytes, None, None]:
+        """A half-written file must not pass for a whole one. The last pieces are still here when this raises."""
+        read = 0
+        with path.open("rb", buffering=0) as file:
+            for piece in _read(file):
+                read += len(piece)
+                if self.size is not None and read > self.size:
+                    break
+                yield piece
+            if self.size is not None and (read != self.size or _stamp(os.fstat(file.fileno())) != self._stamp):
+                raise UsageError(
+                    f"{str(path)!r} changed while it was sent (it had {self.size} bytes when the call began); call "
+                    "again once it is complete"
+                )
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
 
 def _read(file: IO[bytes]) -> Iterator[bytes]:
-    while piece := file.read(CHUNK):
+    while True:
+        piece: bytes | None = file.read(CHUNK)
+        if piece is None:
+            raise UsageError("the payload's file is non-blocking and has nothing to read now; make it a blocking one")
         _check_bytes(piece)
+        if not piece:
+            return
         yield piece
 
 
@@ -130,10 +156,9 @@ def _take(pieces: Iterator[Any]) -> list[Any]:
 class _Packer:
     """Turns pieces into chunks, holding back the newest until it is known whether it is the last."""
 
-    def __init__(self, level: int, size: int | None) -> None:
+    def __init__(self, level: int) -> None:
         self._compressor = Compressor(level)
         self._hasher = new_hasher()
-        self._size = size
         self._offset = 0
         self._held: list[Raw] = []
 
@@ -147,10 +172,6 @@ class _Packer:
         return ready
 
     def finish(self) -> list[Raw]:
-        if self._size is not None and self._offset != self._size:
-            raise UsageError(
-                f"the payload had {self._size} bytes when the call began and {self._offset} when it was read"
-            )
         last = self._held.pop() if self._held else Raw()
         last.last = True
         last.digest = self._hasher.digest()

@@ -9,7 +9,7 @@ import trio
 from aipod.codec import PIECE, Compressor, json_string_pieces, plain_pieces
 from aipod.config import CHUNK
 from aipod.errors import job_failed
-from aipod.job.run import Answer
+from aipod.job.run import Answer, cancellable
 from aipod.spool import Entry
 from aipod.wire.ai import Raw
 
@@ -57,9 +57,9 @@ def _check_text(pieces: Iterable[bytes]) -> None:
 
 
 def _pieces(entry: Entry, answer: Answer, offset: int) -> Iterator[bytes]:
-    if answer.inline is None:
-        return entry.read_result(offset)
-    return (answer.inline[start : start + CHUNK] for start in range(offset, len(answer.inline), CHUNK))
+    if answer.inline is not None:
+        return (answer.inline[start : start + CHUNK] for start in range(offset, len(answer.inline), CHUNK))
+    return cancellable(entry.read_result(offset))
 
 
 async def send_all(messages: Iterator[Raw], send: Callable[[Raw], Awaitable[None]]) -> None:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import hmac
 import json
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from aipod.codec import parse_kwargs
+from aipod.codec import job_id, parse_kwargs
+from aipod.config import KIB
 from aipod.errors import Refused
 from aipod.versions import check_version
 from aipod.wire.ai import Op, Open, Raw, StreamInput
 
 TICKET_MIN, TICKET_MAX = 16, 64
+MAX_SOURCE = 4 * KIB  # a path, a size and a time
 _SIZE_KEY = "_aipod_bin_size"
 _OWN = "_aipod"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Request:
-    """A checked first message. `first` is what it carries besides: perhaps already a chunk or `last`."""
+    """A checked first message. `first` is what it carries besides: perhaps already a chunk or `last`.
+
+    Nothing changes but `first`, once.
+    """
 
     job_id: str
     method: str
@@ -37,10 +41,10 @@ class Request:
     def plain(self) -> bool:
         return self.open is None
 
-
-def job_id(ticket: bytes) -> str:
-    """The public name of the job that `ticket` owns."""
-    return hashlib.sha256(ticket).hexdigest()[:32]
+    def take_first(self) -> Raw:
+        """`first`, which is empty from then on: a job in line must not hold a message's worth of memory."""
+        first, self.first = self.first, Raw()
+        return first
 
 
 def parse_request(
@@ -108,8 +112,11 @@ def _version(named: str, kwargs: dict[str, Any]) -> str:
 def _identify(open_: Open | None, headers: Mapping[str, str]) -> str:
     if open_ is None:
         return job_id(secrets.token_bytes(16))  # a throw-away ticket: nobody can come back to it
-    if not TICKET_MIN <= len(open_.ticket) <= TICKET_MAX:
-        raise Refused("BAD_TICKET", f"a ticket of {len(open_.ticket)} bytes; it must have {TICKET_MIN} to {TICKET_MAX}")
+    for ticket in (open_.ticket, *open_.released):
+        if not TICKET_MIN <= len(ticket) <= TICKET_MAX:
+            raise Refused("BAD_TICKET", f"a ticket of {len(ticket)} bytes; it must have {TICKET_MIN} to {TICKET_MAX}")
+    if len(open_.source) > MAX_SOURCE:
+        raise Refused("BAD_MESSAGE", f"open.source has {len(open_.source)} bytes; it must have at most {MAX_SOURCE}")
     name = job_id(open_.ticket)
     if not hmac.compare_digest(headers.get("x-job-id", "").encode(), name.encode()):
         raise Refused("BAD_TICKET", "header x-job-id is not hex(sha256(ticket))[:32]")

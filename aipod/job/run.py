@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 import trio
 
-from aipod.codec import digest
+from aipod.codec import digest, new_hasher
 from aipod.errors import JobFailed, Refused, job_failed, leaves
 from aipod.job.request import Request
 from aipod.results import Result
@@ -175,7 +177,8 @@ async def run_job(
         if job.scope.cancelled_caught and job.answer is None:
             _fail(job, job.stopped())
     except BaseException as exc:
-        known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed | Refused)]  # Refused: the disk is full
+        # Refused: the disk is full, or there is no descriptor left.
+        known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed | Refused)]
         if known:
             _fail(job, job_failed(known[0].reason, known[0].message, known[0].metadata))
         elif isinstance(exc, Exception):
@@ -186,17 +189,29 @@ async def run_job(
             raise
     finally:
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(versions.discard, job.request.job_id)
-            await job.save_log()
-            if job.error is not None:
-                await trio.to_thread.run_sync(_store_failure, job.entry, job.phase, job.error)
+            with _going_on(job):
+                await trio.to_thread.run_sync(versions.discard, job.request.job_id)
+            with _going_on(job):
+                await job.save_log()
+            with _going_on(job):
+                if job.error is not None:
+                    await trio.to_thread.run_sync(_store_failure, job.entry, job.phase, job.error)
         _log_end(job)
         job.ended.set()
         try:
             await job.released.wait()
         finally:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True), _going_on(job):
                 await trio.to_thread.run_sync(job.entry.destroy)
+
+
+@contextlib.contextmanager
+def _going_on(job: Job) -> Iterator[None]:
+    """Whatever a step of a job's end raises is logged, and the next step follows: one job must not end the server."""
+    try:
+        yield
+    except Exception as exc:
+        log.error("job %s: a step of its end failed", job.request.job_id, exc_info=exc)
 
 
 async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: float | None, deadline: float) -> None:
@@ -235,30 +250,52 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: fl
                     raise job_failed("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
             if patience.cancelled_caught:
                 raise job_failed("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
-    # The run is over: from here on a cancel must not undo what it did.
-    with trio.CancelScope(shield=True):
-        if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
-            queue.retire()
-        job.answer = await trio.to_thread.run_sync(_store, job.entry, result)
+    with _result_lost():
+        answer = await trio.to_thread.run_sync(_measure, entry, result)
+        # From here on a cancel must not undo what the run did.
+        with trio.CancelScope(shield=True):
+            if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
+                queue.retire()
+            await trio.to_thread.run_sync(_store, entry, answer)
+            job.answer = answer
     job.enter(Phase.DONE)
 
 
-def _store(entry: Entry, result: Result) -> Answer:
-    """Make the result the job's answer. Blocks."""
-    if result.inline is not None:
-        size, check = len(result.inline), digest(result.inline)
-    else:
-        size, check = entry.measure_result()
-    entry.drop_payload()
-    fields: dict[str, Any] = {"phase": "DONE", "kind": result.kind, "size": size, "digest": check.hex()}
-    if result.inline is not None:
-        fields["inline"] = result.inline.decode("latin-1")
+@contextlib.contextmanager
+def _result_lost() -> Iterator[None]:
+    """Errors of the disk after the run. Not under their own reasons, which may say that trying again is safe."""
     try:
-        entry.record(fields)
-    except Refused as exc:
-        # Not its own reason, which says that trying again is safe: the method has run.
-        raise job_failed("RESULT_NOT_STORED", f"the method has run, its result is lost: {exc.message}") from None
-    return Answer(result.kind, result.inline, size, check)
+        yield
+    except (Refused, OSError) as exc:
+        why = exc.message if isinstance(exc, Refused) else exc.strerror or exc
+        raise job_failed("RESULT_NOT_STORED", f"the method has run, its result is lost: {why}") from exc
+
+
+def cancellable(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """As `pieces`, in a thread of trio's: raises `Cancelled` between two of them once its caller is cancelled."""
+    for piece in pieces:
+        trio.from_thread.check_cancelled()
+        yield piece
+
+
+def _measure(entry: Entry, result: Result) -> Answer:
+    """The answer that the result is. Blocks, for hours if the model has made a file of terabytes."""
+    if result.inline is not None:
+        return Answer(result.kind, result.inline, len(result.inline), digest(result.inline))
+    hasher, size = new_hasher(), 0
+    for piece in cancellable(entry.read_result(0)):
+        hasher.update(piece)
+        size += len(piece)
+    return Answer(result.kind, None, size, hasher.digest())
+
+
+def _store(entry: Entry, answer: Answer) -> None:
+    """Write the answer down. Blocks."""
+    entry.drop_payload()
+    fields: dict[str, Any] = {"phase": "DONE", "kind": answer.kind, "size": answer.size, "digest": answer.digest.hex()}
+    if answer.inline is not None:
+        fields["inline"] = answer.inline.decode("latin-1")
+    entry.record(fields)
 
 
 async def _keep_log(job: Job, tick: float) -> None:
@@ -271,8 +308,8 @@ def _store_failure(entry: Entry, phase: Phase, error: JobFailed) -> None:
     """Write down why there is no answer. Blocks."""
     try:
         entry.record({"phase": phase.name, "reason": error.reason, "message": error.message})
-    except Refused as exc:
-        log.warning("job %s: its outcome could not be stored: %s", entry.id, exc.message)
+    except (Refused, OSError) as exc:
+        log.warning("job %s: its outcome could not be stored: %s", entry.id, exc)
 
 
 def _fail(job: Job, error: JobFailed) -> None:

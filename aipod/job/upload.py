@@ -6,6 +6,7 @@ import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
+from trio.from_thread import check_cancelled
 
 from aipod.codec import StreamDecoder, decode_chunk
 from aipod.config import MIB
@@ -17,6 +18,7 @@ from aipod.wire.ai import Raw
 # What may wait between the network and the disk, per call. One message may exceed it (they are bounded by
 # Config.max_message); after it the stream's window fills and the peer stops.
 INBOX = 4 * MIB
+DIGEST = 16  # bytes
 
 Receive = Callable[[], Awaitable[Raw | None]]
 
@@ -38,7 +40,7 @@ class Inbox:
         while self._bytes > INBOX:
             await self._changed.wait()
         self._messages.append(message)
-        self._bytes += len(message.data) + 64
+        self._bytes += _weight(message)
         self._notify()
 
     def end(self) -> None:
@@ -54,6 +56,13 @@ class Inbox:
         return taken
 
 
+def _weight(message: Raw) -> int:
+    """At least the encoded size, and what a small message costs besides."""
+    if message.open is None and message.state is None and not message._unknown_fields:
+        return len(message.data) + len(message.digest) + 64
+    return len(bytes(message)) + 64  # 60 us: not for every chunk
+
+
 class PlainSink:
     """A plain client's payload: any zstd stream, complete at the half-close."""
 
@@ -64,6 +73,7 @@ class PlainSink:
         self._decoder = StreamDecoder(self._write)
 
     def _write(self, data: bytes) -> None:
+        check_cancelled()  # one message may become gigabytes
         after = self._entry.written + len(data)
         if self._size is not None and after > self._size:
             raise Refused("SIZE_MISMATCH", f"the payload is longer than the {self._size} bytes that were declared")
@@ -108,6 +118,7 @@ class ChunkSink:
         self._entry.checkpoint()
 
     def _chunk(self, message: Raw) -> None:
+        check_cancelled()
         if message.offset != self._entry.written:
             raise Refused(
                 "OFFSET_MISMATCH", f"a chunk at {message.offset}, where {self._entry.written} bytes have arrived"
@@ -148,8 +159,10 @@ async def receive_payload(
     inbox = Inbox()
 
     async def read() -> None:
-        message: Raw | None = request.first
+        message: Raw | None = request.take_first()
         while message is not None:
+            if len(message.digest) not in (0, DIGEST):
+                raise Refused("BAD_MESSAGE", f"a digest of {len(message.digest)} bytes; it must have {DIGEST}, or none")
             await inbox.put(message)
             if not request.plain and message.last:
                 break

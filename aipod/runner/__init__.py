@@ -6,13 +6,13 @@ This package is the only one that starts processes and model threads.
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
+from aipod import worker
 from aipod.errors import JobFailed, job_failed
 from aipod.results import Result
 
@@ -21,16 +21,14 @@ Report = Callable[[float | None, str | None, str | None], None]
 
 
 async def model_failed(exc: BaseException) -> JobFailed:
-    """What to say of whatever the model raised in this process, SystemExit and groups included.
+    """What to say of whatever the model raised in this process, SystemExit, KeyboardInterrupt and groups included.
 
     This is a trio-flavored async function. Raises Cancelled where the run is cancelled: it does not matter how a
     method puts that, as Cancelled, alone or in groups, or as something else.
     """
-    if isinstance(exc, KeyboardInterrupt | GeneratorExit):
-        raise exc
     await trio.lowlevel.checkpoint_if_cancelled()
-    trace = "".join(traceback.format_exception(exc))[-16384:]
-    return job_failed("MODEL_ERROR", str(exc)[:4096], {"type": type(exc).__name__[:200], "trace": trace})
+    text = worker.explain(exc)
+    return job_failed("MODEL_ERROR", text.pop("message"), text)
 
 
 class RunnerBroken(Exception):
@@ -78,7 +76,7 @@ class Runner(Protocol):
         """True once it cannot run jobs any more, however it came to that."""
 
     async def start(self) -> Description:
-        """Load the instance. Raises `JobFailed` (LOAD_FAILED, MODEL_ERROR, WORKER_CRASHED).
+        """Load the instance. Raises `JobFailed` (LOAD_FAILED, MODEL_ERROR, WORKER_CRASHED), `Refused` (OVERLOADED).
 
         Cancelled: nothing is left.
         """
@@ -91,7 +89,10 @@ class Runner(Protocol):
         """
 
     async def shutdown(self) -> None:
-        """Let the instance's `close` hook run, then end it, by force where it takes too long."""
+        """Let the instance's `close` hook run, then end it, by force where it takes too long.
+
+        Raises `JobFailed` for what the hook raises, where this process can see it.
+        """
 
     async def wait(self) -> int | None:
         """Wait for the end; the exit status of a process, None for anything else."""

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import outcome
 import trio
@@ -21,6 +21,7 @@ from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
 from aipod.transport import bridge
 
 log = logging.getLogger("aipod.runner")
+T = TypeVar("T")
 
 # Plain methods that run at once; trio's own default for threads.
 THREADS = 40
@@ -48,21 +49,40 @@ class LoopRunner:
         return self._ended.is_set()
 
     async def start(self) -> Description:
+        deadline = trio.current_time() + self._load_timeout
         try:
-            with trio.move_on_after(self._load_timeout) as patience:
-                cls = await trio.to_thread.run_sync(load_class, self._model)
-                self._instance = await trio.to_thread.run_sync(cls)
+            with trio.CancelScope(deadline=deadline) as patience:
+                cls = await self._load(deadline, load_class, self._model)
+                self._instance = await self._load(deadline, cls)
                 self._instance.version = self._version
                 self._instance.data_dir = self._data_dir
                 for hook in ("load", "warm_up"):
-                    await self._call(hook)
+                    function = getattr(self._instance, hook, None)
+                    if inspect.iscoroutinefunction(function):
+                        await self._call(function)
+                    elif function is not None:
+                        await self._load(deadline, function)
         except LoadError as exc:
             raise job_failed("LOAD_FAILED", str(exc)) from exc
         except BaseException as exc:
             raise await model_failed(exc) from exc
         if patience.cancelled_caught:
+            self._instance = None
             raise job_failed("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
         return Description.of(worker.describe(cls))
+
+    async def _load(self, deadline: float, call: Callable[..., T], *args: Any) -> T:
+        """A part of the load that is plain code: in a thread, which nobody can stop, up to `deadline`.
+
+        Cancelled: it is waited for all the same. Callers that come and go would else start one load after the other.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True, deadline=deadline) as patience:
+            result = await trio.to_thread.run_sync(call, *args, limiter=self._threads, abandon_on_cancel=True)
+        if patience.cancelled_caught:
+            log.error("%s still loads after %g s; its thread goes on", self._model, self._load_timeout)
+            await trio.sleep_forever()  # until the caller's scope ends this: its deadline is the same
+        return result
 
     async def run(self, task: Task, report: Report) -> Result:
         if self.broken:
@@ -90,7 +110,8 @@ class LoopRunner:
         )
         kwargs = json.loads(task.kwargs)
         try:
-            value = await self._call_for(context, task.method, task.payload, kwargs)
+            method = getattr(self._instance, task.method)
+            value = await self._call_for(context, method, task.payload, kwargs)
             keep = functools.partial(settle, payload=task.payload, work_dir=task.work_dir, res=task.res)
             return await trio.to_thread.run_sync(keep, value)
         except BadResult as exc:
@@ -98,7 +119,9 @@ class LoopRunner:
         except BaseException as exc:
             raise await model_failed(exc) from exc
 
-    async def _call_for(self, context: Context, name: str, payload: Path, kwargs: dict[str, Any]) -> Any:
+    async def _call_for(
+        self, context: Context, method: Callable[..., Any], payload: Path, kwargs: dict[str, Any]
+    ) -> Any:
         """Run a method. Cancelled: `context.cancelled` is true before the method is, so that its cleanup sees it.
 
         A plain method's thread, or one that an async method waits for, cannot be stopped: this asks and waits.
@@ -115,18 +138,16 @@ class LoopRunner:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_when_cancelled)
             with inner:
-                result = await outcome.acapture(functools.partial(self._call, name, context, payload, **kwargs))
+                result = await outcome.acapture(functools.partial(self._call, method, context, payload, **kwargs))
             nursery.cancel_scope.cancel()
         return result.unwrap()
 
-    async def _call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
-        function: Callable[..., Any] | None = getattr(self._instance, name, None)
-        if function is None:
-            return None
+    # Else Ctrl-C in a program that serves and computes could be raised in the model's code, as if that had done it.
+    @trio.lowlevel.enable_ki_protection
+    async def _call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(function, *args, **kwargs)
         if not inspect.iscoroutinefunction(function):
-            # A close hook that hangs must not keep the server from ending: its thread ends with the process.
-            return await trio.to_thread.run_sync(call, limiter=self._threads, abandon_on_cancel=name == "close")
+            return await trio.to_thread.run_sync(call, limiter=self._threads)
         if getattr(function, "__aipod__", Options()).flavor == "asyncio":
             # As an outcome: a SystemExit that leaves an asyncio task would end the loop, and with it the server.
             result = await bridge.to_trio(functools.partial(outcome.acapture, call))()
@@ -137,12 +158,21 @@ class LoopRunner:
     async def shutdown(self) -> None:
         try:
             with trio.move_on_after(self._grace) as patience:
-                await self._call("close")
+                await self._close(getattr(self._instance, "close", None))
             if patience.cancelled_caught:
                 log.error("%s.close() took longer than %g s; going on without it", self._model, self._grace)
+        except BaseException as exc:
+            raise await model_failed(exc) from exc
         finally:
             self._instance = None
             self._ended.set()
+
+    async def _close(self, hook: Callable[..., Any] | None) -> None:
+        if inspect.iscoroutinefunction(hook):
+            await self._call(hook)
+        elif hook is not None:
+            # One that hangs must not keep the server from ending: its thread ends with the process.
+            await trio.to_thread.run_sync(hook, limiter=self._threads, abandon_on_cancel=True)
 
     async def wait(self) -> int | None:
         await self._ended.wait()

@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from aipod import worker
-from aipod.errors import JobFailed, job_failed
+from aipod.errors import JobFailed, job_failed, refused_when_exhausted
 from aipod.results import Result
 from aipod.runner import Description, Report, RunnerBroken, Task
 from aipod.spool import Spool
@@ -30,8 +30,17 @@ class ProcessRunner:
     shared = False
 
     def __init__(
-        self, model: str, version: str, data_dir: Path, spool: Spool, *, load_timeout: float, grace: float
+        self,
+        model: str,
+        version: str,
+        data_dir: Path,
+        spool: Spool,
+        *,
+        load_timeout: float,
+        grace: float,
+        files: int = 0,
     ) -> None:
+        """`files`: the worker's own limit of open files; 0 is this process's."""
         self.lock_name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._hello = {
             "op": "load",
@@ -40,6 +49,7 @@ class ProcessRunner:
             "data_dir": str(data_dir),
             "lock": str(spool.worker_lock(self.lock_name)),
             "path": sys.path,
+            "files": files,
         }
         self._spool = spool
         self._load_timeout = load_timeout
@@ -73,9 +83,12 @@ class ProcessRunner:
         return description
 
     async def _spawn(self) -> None:
-        ours, theirs = socket.socketpair()
-        read_end, self._tether = os.pipe()
-        try:
+        with refused_when_exhausted(), contextlib.ExitStack() as stack, contextlib.ExitStack() as on_error:
+            ours, theirs = socket.socketpair()
+            stack.enter_context(theirs)
+            on_error.enter_context(ours)
+            read_end, self._tether = os.pipe()
+            stack.callback(os.close, read_end)
             self._process = await trio.lowlevel.open_process(
                 # -P: not the current directory first; the worker gets this process's sys.path. -u: prints at once.
                 [sys.executable, "-uP", "-Xfaulthandler", "-m", "aipod.worker", str(theirs.fileno()), str(read_end)],
@@ -85,12 +98,7 @@ class ProcessRunner:
                 start_new_session=True,  # Ctrl-C on the terminal is the server's business
                 env={**os.environ, "PYTHONPATH": _python_path()},
             )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(read_end)
+            on_error.pop_all()
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
 
     @property

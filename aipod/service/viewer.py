@@ -12,7 +12,7 @@ from aipod.codec import PONG
 from aipod.job.run import LOG_PIECE, Job
 from aipod.service.status import Ending
 from aipod.transport import bridge
-from aipod.transport.server import request_timeout
+from aipod.transport.server import request_timeout, send_message
 from aipod.wire.ai import Raw, State, StreamInput
 
 
@@ -42,7 +42,7 @@ class Call:
 
     async def send(self, message: Raw) -> None:
         """Send one message. Never cancelled on the good path: half a message would precede the status."""
-        await bridge.inline(self._stream.send_message, message)
+        await bridge.inline(send_message, self._stream, message)
 
     async def finish(self, ending: Ending, trailers: Mapping[str, str]) -> None:
         """Send the trailers; nothing may be sent after."""

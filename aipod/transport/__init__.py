@@ -1,5 +1,7 @@
-"""gRPC over HTTP/2: grpclib and h2, subclassed where their defaults do not survive strangers.
+"""gRPC over HTTP/2: grpclib and h2, subclassed where their defaults do not survive strangers, or are slow.
 
-`http2` is what both sides share, `server` and `channel` are the two sides, `codec` the messages, `bridge` the one
-place where trio and asyncio meet. Nothing outside this package touches a private name of grpclib or h2.
+From the socket inwards: `frames` cuts the byte stream, `protocol` is one connection with the watch over it,
+`connection` writes and keeps the streams, `stream` is one of them, with its `window`, its `inbox` of messages and its
+`turns` at the socket. `server` and `channel` are the two sides, `codec` the messages, `limits` the rates, `bridge` the
+one place where trio and asyncio meet. Nothing outside this package touches a private name of grpclib or h2.
 """

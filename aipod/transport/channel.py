@@ -12,8 +12,10 @@ from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError as H2ProtocolError
 
 from aipod.config import Config
-from aipod.transport.codec import Codec
-from aipod.transport.http2 import H2Protocol, StreamRefused, configuration
+from aipod.transport.codec import Codec, encode_pieces
+from aipod.transport.protocol import H2Protocol, configuration
+from aipod.transport.stream import H2Stream, StreamRefused
+from aipod.transport.tls import client_context
 
 # What sending raises once the call is over; what is received tells why.
 CALL_OVER = (StreamTerminatedError, ProtocolError, H2ProtocolError, asyncio.TimeoutError)
@@ -23,7 +25,7 @@ MOVES = 10
 
 
 class Channel(grpclib.client.Channel):
-    """A connection to one address, made when it is first needed. asyncio-flavored."""
+    """A connection to one address, made when it is first needed. asyncio-flavored. Raises TLSError."""
 
     def __init__(self, target: str, config: Config) -> None:
         host, port, path = split_target(target)
@@ -34,6 +36,7 @@ class Channel(grpclib.client.Channel):
             codec=Codec(),
             status_details_codec=ProtoStatusDetailsCodec(),
             config=configuration(config),
+            ssl=client_context(config),
         )
         self._settings = config
         self._closed = False
@@ -48,7 +51,16 @@ class Channel(grpclib.client.Channel):
         return super()._connected and protocol is not None and not protocol.processor.draining
 
     async def _create_connection(self) -> Any:
-        protocol = await asyncio.wait_for(super()._create_connection(), self._settings.connect_timeout)
+        async with asyncio.timeout(self._settings.connect_timeout):
+            protocol = cast(H2Protocol, await super()._create_connection())
+            # A request goes to nobody but a server that has said so: else it would not be known whether it was seen.
+            try:
+                await protocol.greeted.wait()
+            except BaseException:
+                protocol.connection.abort("no HTTP/2 SETTINGS in time")
+                raise
+        if not protocol.connection.alive:
+            raise ConnectionResetError("the connection was closed before a word of HTTP/2")
         if self._closed:
             protocol.processor.close("closed while it was connecting")
             raise StreamTerminatedError("the client was closed")
@@ -71,6 +83,13 @@ async def open_call(stream: grpclib.client.Stream[Any, Any]) -> None:
         except StreamRefused:
             continue  # it was never opened, so the stream can be used again
     await stream.send_request()
+
+
+async def send_message(stream: grpclib.client.Stream[Any, Any], message: Any, *, end: bool = False) -> None:
+    """Send one message of a call that `open_call` has opened. This is an asyncio-flavored function."""
+    with stream._wrapper:
+        await cast(H2Stream, stream._stream).send_message(encode_pieces(message), end=end)
+        stream._end_done = end
 
 
 def reset(stream: grpclib.client.Stream[Any, Any]) -> None:

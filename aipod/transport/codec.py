@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import betterproto2
 from grpclib.const import Status
 from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError
 
+from aipod.config import KIB
 from aipod.wire.ai import Error, Open, Raw, State, StreamInput
 
 # The widest of our messages has 15 fields, nested ones included twice that; `Open.released` repeats, so a few hundred
@@ -18,6 +19,11 @@ MAX_FIELDS = 512
 # Fields may be added to the schema, so unknown ones are honest too, but betterproto2 keeps them by appending to a bytes
 # object, which is quadratic: 1 MB of two-byte ones block the loop for 45 s, 64 MB in 500 of them for 15 s.
 MAX_UNKNOWN = 64 * 1024
+
+# A payload above it is not copied more than needed; below it that costs less than the care.
+_LARGE = 4 * KIB
+
+M = TypeVar("M", bound=betterproto2.Message)
 
 _NESTED: dict[type, dict[int, type]] = {StreamInput: {3: Raw}, Raw: {4: Open, 5: State}, State: {6: Error}}
 
@@ -31,7 +37,7 @@ def _wire_types(kind: type) -> dict[int, int]:
 _WIRE_TYPES: dict[type, dict[int, int]] = {kind: _wire_types(kind) for kind in (StreamInput, Raw, Open, State, Error)}
 
 
-def check_fields(data: bytes, kind: type, limit: int = MAX_FIELDS) -> int:
+def check_fields(data: bytes | memoryview, kind: type, limit: int = MAX_FIELDS) -> int:
     """How many fields `data` has, those of nested messages included; raises ValueError for more than `limit`.
 
     Walks tags and lengths only; also raises where `data` is no protobuf, a known field has not its wire type, or the
@@ -42,12 +48,35 @@ def check_fields(data: bytes, kind: type, limit: int = MAX_FIELDS) -> int:
     return limit - walk.fields
 
 
+def parse(data: bytes | memoryview, kind: type[M]) -> M:
+    """The message of type `kind` in `data`; raises ValueError as `check_fields`, or whatever betterproto2 raises.
+
+    A large `Raw.data` is cut out first: betterproto2 would copy it three times, and twice again in a StreamInput.
+    """
+    walk = _Walk(data, MAX_FIELDS)
+    walk.message(0, len(data), kind)
+    if len(walk.payloads) == 1 and len(walk.raws) == (kind is StreamInput):
+        start, begin, end = walk.payloads[0]
+        if end - begin > _LARGE:
+            raw_start, raw_begin, raw_end = walk.raws[0] if walk.raws else (0, 0, len(data))
+            raw = Raw.parse(bytes(data[raw_begin:start]) + bytes(data[end:raw_end]))
+            raw.data = bytes(data[begin:end])
+            if kind is Raw:
+                return cast(M, raw)
+            message = kind.parse(bytes(data[:raw_start]) + bytes(data[raw_end:]))
+            cast(StreamInput, message).raw = raw
+            return message
+    return kind.parse(bytes(data))
+
+
 class _Walk:
     """One pass over a message; counts down what it may still have."""
 
-    def __init__(self, data: bytes, fields: int) -> None:
+    def __init__(self, data: bytes | memoryview, fields: int) -> None:
         self._data = data
         self.fields = fields
+        self.payloads: list[tuple[int, int, int]] = []  # every Raw.data: where its tag, its content, what follows begin
+        self.raws: list[tuple[int, int, int]] = []  # every StreamInput.raw, alike
         self._unknown = MAX_UNKNOWN
 
     def message(self, pos: int, end: int, kind: type) -> None:
@@ -64,6 +93,10 @@ class _Walk:
             begin, pos = self._skip(wire_type, pos, end)
             if pos > end:
                 raise ValueError("a field is longer than its message")
+            if number == 1 and kind is Raw:
+                self.payloads.append((start, begin, pos))
+            elif number == 3 and kind is StreamInput:
+                self.raws.append((start, begin, pos))
             if number in nested:
                 self.message(begin, pos, nested[number])
             elif number not in known:
@@ -83,7 +116,7 @@ class _Walk:
         raise ValueError(f"wire type {wire_type} is not in use")
 
 
-def _varint(data: bytes, pos: int, end: int) -> tuple[int, int]:
+def _varint(data: bytes | memoryview, pos: int, end: int) -> tuple[int, int]:
     value = shift = 0
     while pos < end and shift < 64:
         byte = data[pos]
@@ -93,6 +126,26 @@ def _varint(data: bytes, pos: int, end: int) -> tuple[int, int]:
             return value, pos
         shift += 7
     raise ValueError("bad varint")
+
+
+_DATA = b"\x0a"  # tag of Raw.data
+_RAW = b"\x1a"  # tag of StreamInput.raw
+
+
+def encode_pieces(message: Any) -> list[bytes]:
+    """`message` as pieces whose concatenation is its encoding; a large `data` is one of them, not copied."""
+    if isinstance(message, Raw) and len(message.data) > _LARGE:
+        head = _DATA + _length(message.data)
+        return [head, message.data, bytes(dataclasses.replace(message, data=b""))]
+    if isinstance(message, StreamInput) and message.raw is not None and len(message.raw.data) > _LARGE:
+        pieces = encode_pieces(message.raw)
+        size = betterproto2.encode_varint(sum(map(len, pieces)))
+        return [bytes(dataclasses.replace(message, raw=None)) + _RAW + size + pieces[0], *pieces[1:]]
+    return [bytes(message)]
+
+
+def _length(data: bytes) -> bytes:
+    return betterproto2.encode_varint(len(data))
 
 
 class BadMessage(GRPCError):
@@ -113,8 +166,7 @@ class Codec(CodecBase):
         # Both parsers report bad input by whatever the spot raises (EOFError, KeyError, OverflowError, ...).
         try:
             if issubclass(message_type, betterproto2.Message):
-                check_fields(data, message_type)
-                return message_type.parse(data)
-            return message_type.FromString(data)
+                return parse(data, message_type)
+            return message_type.FromString(bytes(data))
         except Exception as exc:
             raise BadMessage(Status.INVALID_ARGUMENT, f"the message cannot be parsed: {exc}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -18,18 +17,16 @@ from h2.errors import ErrorCodes
 from h2.exceptions import StreamClosedError
 
 from aipod.config import Config
-from aipod.transport.codec import Codec
-from aipod.transport.http2 import H2Protocol, H2Stream, PeerStalled
+from aipod.transport.codec import Codec, encode_pieces
+from aipod.transport.headers import Headers, Problem, check_headers, parse_timeout
+from aipod.transport.protocol import STREAM_SLACK, H2Protocol
+from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
+from aipod.transport.tls import server_context
 
 log = logging.getLogger("aipod.transport")
 
-# https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: TimeoutValue is at most 8 digits.
-_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])\Z")
-_UNIT = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-_BASE64 = re.compile(r"[A-Za-z0-9+/,]*={0,2}\Z")
-_ENCODINGS = ("identity", "gzip", "deflate")
-
-Headers = list[tuple[str, str]]
+# Connections that wait to be accepted: hundreds may come at once, and asyncio would listen anew with 100.
+BACKLOG = 1024
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
@@ -46,24 +43,32 @@ class Handler(grpclib.server.Handler):
 
     def accept(self, stream: Any, headers: Headers, release_stream: Callable[[], Any]) -> None:
         streams = self.protocol.processor.streams
-        if self.protocol.processor.draining or len(streams) > self._server.settings.stream_limit:
-            # REFUSED_STREAM says that nothing was done, so the peer may retry (RFC 9113 section 8.7).
+        problem = check_headers(headers)
+        reset = problem.reset if problem is not None else None
+        if reset is None and not self._note_length(stream.id, dict(headers).get("content-length")):
+            reset = ErrorCodes.PROTOCOL_ERROR
+        limit = self._server.settings.stream_limit
+        # A stream is over for its peer before its handler is: it may open the next one.
+        many = len(streams) > limit and self.protocol.h2.open_inbound_streams > limit
+        if self.protocol.processor.draining or many or len(streams) > STREAM_SLACK * limit:
+            # It says that nothing was done, so the peer may retry (RFC 9113 section 8.7).
+            reset = ErrorCodes.REFUSED_STREAM
+        if reset is not None:
             try:
-                stream.reset_nowait(ErrorCodes.REFUSED_STREAM)
+                stream.reset_nowait(reset)
             except StreamClosedError:
                 log.debug("a stream was reset by its peer before it could be refused")
             release_stream()
             return
-        problem = check_headers(headers)
         path = dict(headers).get(":path")
         if problem is None and path not in self.mapping:
             # grpclib's own answer has no content-type, which a strict client takes for no gRPC at all.
-            problem = Status.UNIMPLEMENTED, f"there is no method {path}", []
+            problem = Problem(Status.UNIMPLEMENTED, f"there is no method {path}")
         if problem is not None:
-            work = _reply(stream, *problem)
+            work = _reply(stream, problem)
         else:
             seen = dict(headers)
-            stream.encoding = seen.get("grpc-encoding", "identity")
+            stream.inbox.encoding = seen.get("grpc-encoding", "identity")
             stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
             # The deadline becomes a cancel scope where the call enters trio; grpclib's own reads another clock.
             kept = [(name, value) for name, value in headers if name != "grpc-timeout"]
@@ -84,6 +89,14 @@ class Handler(grpclib.server.Handler):
 
         task.add_done_callback(done)
 
+    def _note_length(self, stream_id: int, length: str | None) -> bool:
+        """Have DATA compared with content-length; False where the request has ended and it says otherwise."""
+        if length is None:
+            return True
+        stream = self.protocol.h2.streams[stream_id]
+        stream._expected_content_length = int(length)
+        return stream.state_machine.state in RECEIVING or int(length) == 0
+
     def cancel(self, stream: Any) -> None:
         task = self._tasks.pop(stream, None)
         if task is not None:
@@ -95,40 +108,10 @@ def _nothing() -> None:
     """Stands in for release_stream, which the task's done callback calls."""
 
 
-def parse_timeout(value: str) -> float:
-    """Seconds in a grpc-timeout header that `check_headers` has let through."""
-    match = _TIMEOUT.match(value)
-    assert match is not None
-    return int(match[1]) * _UNIT[match[2]]
-
-
-def check_headers(headers: Sequence[tuple[str, str]]) -> tuple[Status, str, Headers] | None:
-    """Why a request cannot be served, or None. grpclib would leave some of these without any answer."""
-    seen: dict[str, str] = {}
-    for name, value in headers:
-        seen.setdefault(name, value)
-        if not value.isascii():
-            return Status.INVALID_ARGUMENT, f"header {name} has a value that is not ASCII", []
-        if name.endswith("-bin") and (not _BASE64.match(value) or len(value.rstrip("=")) % 4 == 1):
-            return Status.INVALID_ARGUMENT, f"header {name} is not base64", []
-    if ":method" not in seen or ":path" not in seen:
-        return Status.INVALID_ARGUMENT, "a request without :method or :path", []
-    timeout = seen.get("grpc-timeout")
-    if timeout is not None:
-        if not _TIMEOUT.match(timeout):
-            return Status.INVALID_ARGUMENT, "grpc-timeout is not at most 8 digits and a unit", []
-        if parse_timeout(timeout) == 0:
-            return Status.DEADLINE_EXCEEDED, "the deadline has passed", []
-    if seen.get("grpc-encoding", "identity") not in _ENCODINGS:
-        accepted = [("grpc-accept-encoding", ",".join(_ENCODINGS))]
-        return Status.UNIMPLEMENTED, "grpc-encoding is not one of grpc-accept-encoding", accepted
-    return None
-
-
-async def _reply(stream: H2Stream, status: Status, message: str, extra: Headers) -> None:
+async def _reply(stream: H2Stream, problem: Problem) -> None:
     """A trailers-only response."""
-    headers = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-status", str(status.value))]
-    headers += [("grpc-message", encode_grpc_message(message)), *extra]
+    headers = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-status", str(problem.status.value))]
+    headers += [("grpc-message", encode_grpc_message(problem.message)), *problem.headers]
     try:
         await stream.send_headers(headers, end_stream=True)
         if stream.closable:
@@ -147,14 +130,17 @@ class Server(grpclib.server.Server):
         self._listeners: list[asyncio.AbstractServer] = []
 
     async def listen(self, sockets: Sequence[socket.socket]) -> None:
-        """Accept connections on listening sockets. The sockets stay the caller's."""
+        """Accept connections on listening sockets, with TLS where the settings say so. The sockets stay the caller's.
+
+        Raises TLSError.
+        """
+        tls: dict[str, Any] = {}
+        if (context := server_context(self.settings)) is not None:
+            tls = {"ssl": context, "ssl_handshake_timeout": self.settings.handshake_timeout}
         for sock in sockets:
+            create = self._loop.create_unix_server if sock.family == socket.AF_UNIX else self._loop.create_server
             # A duplicate: asyncio closes what it is given.
-            self._listeners.append(
-                await self._loop.create_server(self._protocol_factory, sock=sock.dup())
-                if sock.family != socket.AF_UNIX
-                else await self._loop.create_unix_server(self._protocol_factory, sock=sock.dup())
-            )
+            self._listeners.append(await create(self._protocol_factory, sock=sock.dup(), backlog=BACKLOG, **tls))
 
     def _protocol_factory(self) -> H2Protocol:
         handler = Handler(self)
@@ -178,16 +164,16 @@ class Server(grpclib.server.Server):
 class ServerProtocol(H2Protocol):
     """A connection that its server knows."""
 
-    transport: Any
-
     def __init__(self, handler: Handler, server: Server) -> None:
         super().__init__(handler, server.settings, client=False)
         self._server = server
 
     def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self._server.protocols.add(self)
         super().connection_made(transport)
+        self._server.protocols.add(self)
+        limit = self._server.settings.max_connections
+        if limit and len(self._server.protocols) > limit:
+            self.connection.abort(f"there are {limit} connections already (--max-connections)")
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._server.protocols.discard(self)
@@ -197,3 +183,13 @@ class ServerProtocol(H2Protocol):
 def request_timeout(stream: grpclib.server.Stream[Any, Any]) -> float | None:
     """Seconds that the caller gave this call; None where it did not say."""
     return cast(H2Stream, stream._stream).timeout
+
+
+def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] | None:
+    """The verified certificate of the caller, as `ssl.SSLSocket.getpeercert` gives it; None without mTLS."""
+    return stream.peer.cert() or None
+
+
+async def send_message(stream: grpclib.server.Stream[Any, Any], message: Any) -> None:
+    """Send one message of a call whose initial metadata was sent. This is an asyncio-flavored function."""
+    await cast(H2Stream, stream._stream).send_message(encode_pieces(message))

@@ -131,6 +131,10 @@ async def test_what_a_method_raises_and_what_cannot_be_sent(its: Fixture) -> Non
         with pytest.raises(JobFailed) as bad:
             await runner.run(its.task("give", kind=kind), ignore)
         assert bad.value.reason == reason
+    for method in ("interrupt", "mute"):
+        with pytest.raises(ModelError) as caught:
+            await runner.run(its.task(method), ignore)
+        assert caught.value.metadata["type"] == {"interrupt": "KeyboardInterrupt", "mute": "Mute"}[method]
     # None of that is the runner's end.
     assert await runner.run(its.task("give", kind="bytes"), ignore) == Result("bytes", b"\xff\x00")
     await runner.shutdown()
@@ -209,10 +213,11 @@ async def test_a_start_that_is_cancelled_leaves_nothing(its: Fixture) -> None:
 
 
 async def test_a_load_that_takes_too_long(its: Fixture) -> None:
-    if its.kind in ("threads", "fake"):
+    if its.kind == "fake":
         pytest.skip("has no such limit")
-    with pytest.raises(JobFailed, match="did not load within 1 s"):
+    with pytest.raises(JobFailed, match="did not load within 1 s") as caught:
         await its.make("Slow", load_timeout=1).start()
+    assert caught.value.reason == "LOAD_FAILED"
 
 
 @pytest.fixture

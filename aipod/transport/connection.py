@@ -1,0 +1,301 @@
+"""What a connection does between its streams and its socket, either side.
+
+H2            a graceful GOAWAY lets open streams finish (h2 would forbid every later send)
+H2Connection  writes in turns; aborts instead of closing a dead peer (close() waits for a write buffer that nobody
+              reads)
+Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_STREAM(NO_ERROR) after a complete
+              response is no error (section 8.1)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import grpclib.protocol as base
+from grpclib.config import Configuration
+from grpclib.exceptions import StreamTerminatedError
+from h2.config import H2Configuration
+from h2.connection import AllowedStreamIDs
+from h2.connection import H2Connection as BaseH2
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    RequestReceived,
+    ResponseReceived,
+    StreamReset,
+    TrailersReceived,
+)
+from h2.exceptions import NoAvailableStreamIDError, ProtocolError
+from h2.stream import H2Stream as BaseH2Stream
+from hyperframe.frame import Frame, GoAwayFrame
+
+from aipod.config import KIB, MIB, Config
+from aipod.transport.headers import Headers, response_is_readable, trailers_are_readable
+from aipod.transport.stream import SMALL, H2Stream
+from aipod.transport.turns import Turns
+from aipod.transport.window import Pool
+
+log = logging.getLogger("aipod.transport")
+
+HEADER_LIST = 64 * KIB
+# Small messages are written behind what the socket has not taken yet, up to here.
+WRITE_BUFFER = 1 * MIB
+# Seconds that a closed connection may take to send what was written last.
+_LINGER = 10.0
+
+
+class H2(BaseH2):
+    """h2's connection, which survives a GOAWAY."""
+
+    told_to_go = False  # the peer has sent GOAWAY: it would ignore a new stream (RFC 9113 section 6.8)
+
+    def __init__(self, config: H2Configuration) -> None:
+        super().__init__(config=config)
+        self._frame_dispatch_table[GoAwayFrame] = self._receive_goaway
+
+    def get_next_available_stream_id(self) -> int:
+        if self.told_to_go:
+            raise NoAvailableStreamIDError("the peer has sent GOAWAY")
+        return super().get_next_available_stream_id()
+
+    def _begin_new_stream(self, stream_id: int, allowed_ids: AllowedStreamIDs) -> BaseH2Stream:
+        stream = super()._begin_new_stream(stream_id, allowed_ids)
+        # For a content-length that is wrong h2 ends the connection; the server looks at it, and ends the stream.
+        vars(stream)["_initialize_content_length"] = _nothing
+        return stream
+
+    @staticmethod
+    def _receive_goaway(frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
+        event = ConnectionTerminated()
+        known = {int(code) for code in ErrorCodes}
+        event.error_code = ErrorCodes(frame.error_code) if frame.error_code in known else frame.error_code
+        event.last_stream_id = frame.last_stream_id
+        event.additional_data = frame.additional_data or None
+        return [], [event]
+
+
+def _nothing(_: object) -> None:
+    """Stands in for what h2 would do."""
+
+
+class H2Connection(base.Connection):
+    """A connection that can be aborted, and whose peer may ping as often as it likes."""
+
+    def __init__(
+        self, h2: H2, transport: asyncio.Transport, *, config: Configuration, settings: Config, client: bool
+    ) -> None:
+        super().__init__(h2, transport, config=config)
+        self.settings = settings
+        self.client = client
+        self.turns = Turns()
+        self.growth = Pool(settings.connection_window)
+        self.long_messages = Pool(settings.message_limit)
+        self.paused_since: float | None = None  # the socket takes nothing since then (monotonic)
+        self._unread = 0  # what the last look found in the write buffer
+        self._arrived = 0  # bytes to give back to the connection's window
+
+    def create_stream(self, *, stream_id: int | None = None, wrapper: Any = None) -> H2Stream:
+        if not self.alive:  # it ended between being chosen and being used
+            raise StreamTerminatedError("the connection has ended")
+        return H2Stream(self, self._connection, self._transport, stream_id=stream_id, wrapper=wrapper)
+
+    @property
+    def alive(self) -> bool:
+        return hasattr(self, "_transport")
+
+    # Receiving
+
+    def arrived(self, size: int) -> None:
+        """DATA of `size` bytes came: its room in the connection's window is given back, in halves of the window."""
+        self._arrived += size
+        if self._arrived * 2 >= self.settings.connection_window:
+            self._connection.increment_flow_control_window(self._arrived)
+            self._arrived = 0
+
+    def credit_stream(self, stream_id: int, size: int) -> None:
+        """The peer may send `size` more bytes on a stream."""
+        stream = self._connection.streams.get(stream_id)
+        if self.alive and stream is not None and stream.open:
+            self._connection.increment_flow_control_window(size, stream_id)
+            self.flush()
+
+    def ack(self, stream_id: int, size: int) -> None:
+        """Nothing: what arrives is given back by `arrived` and by the stream's window."""
+
+    # Sending
+
+    @property
+    def has_room(self) -> bool:
+        """A small message may be written at once."""
+        return not self.alive or self._transport.get_write_buffer_size() < WRITE_BUFFER
+
+    def flush(self) -> None:
+        if not self.is_closing():
+            super().flush()
+
+    def write(self, buffers: list[memoryview]) -> None:
+        """Hand `buffers` to the socket as they are; they must not change any more."""
+        if self.is_closing():
+            return  # writelines() would register the descriptor again, which the next connection may have (3.12, 3.13)
+        if sys.version_info >= (3, 12):
+            self._transport.writelines(buffers)  # sendmsg
+            return
+        small = b""  # before 3.12 writelines joins everything; here only what is small
+        for buffer in buffers:
+            if len(buffer) <= SMALL:
+                small += buffer
+                continue
+            self._transport.write(small)
+            self._transport.write(buffer)
+            small = b""
+        if small:
+            self._transport.write(small)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.turns.pause()
+        self.paused_since = time.monotonic()
+        self._unread = self._transport.get_write_buffer_size()
+
+    def resume_writing(self) -> None:
+        self.paused_since = None
+        super().resume_writing()
+        self.turns.resume()
+
+    def check_stall(self, now: float) -> bool:
+        """Whether the socket has taken nothing for `send_stall` seconds."""
+        if self.paused_since is None or not self.alive:
+            return False
+        unread = self._transport.get_write_buffer_size()
+        if unread < self._unread:
+            self.paused_since = now
+        self._unread = unread
+        return now - self.paused_since > self.settings.send_stall
+
+    def goaway(self, last_stream: int, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
+        """Announce the end. Not h2's close_connection(), which forbids every later frame of open streams."""
+        if not self.is_closing():
+            frame = GoAwayFrame(0)
+            frame.last_stream_id = last_stream
+            frame.error_code = int(code)
+            self._transport.write(frame.serialize())
+
+    def close(self) -> None:
+        if not self.is_closing():
+            # close() waits for the write buffer, which a peer that is gone never reads.
+            asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
+        super().close()
+        # Nobody else wakes those who wait to open a stream on it, or to write.
+        self.write_ready.set()
+        self.stream_close_waiter.set()
+        self.turns.end()
+
+    def abort(self, why: str) -> None:
+        if self.alive:
+            log.info("connection aborted: %s", why)
+            self._transport.abort()
+
+    def _ping(self) -> None:
+        super()._ping()
+        timer = self._close_by_ping_handler
+        if timer is not None and not isinstance(timer, _AbortTimer):
+            timer.cancel()
+            loop = asyncio.get_running_loop()
+            self._close_by_ping_handler = cast(
+                Any, _AbortTimer(loop.call_later(self._config._keepalive_timeout, self.abort, "no answer to PING"))
+            )
+
+
+class _AbortTimer:
+    """Marks a PING timer as ours: grpclib's own would close() and wait for a write buffer that nobody reads."""
+
+    def __init__(self, handle: asyncio.TimerHandle) -> None:
+        self.cancel = handle.cancel
+
+
+class Processor(base.EventsProcessor):
+    """grpclib's event table, without its habit of raising on what it does not know."""
+
+    connection: H2Connection
+    draining = False
+
+    def process(self, event: Event) -> None:
+        handle = getattr(self, "processors", {}).get(event.__class__)
+        if handle is not None:
+            handle(event)
+
+    def process_request_received(self, event: RequestReceived) -> None:
+        if self.connection.client:
+            raise ProtocolError("a server has sent a request")
+        super().process_request_received(event)
+
+    def process_response_received(self, event: ResponseReceived) -> None:
+        stream = cast(H2Stream | None, self.streams.get(event.stream_id or 0))
+        if stream is not None:
+            stream.inbox.encoding = dict(cast(Headers, event.headers)).get("grpc-encoding", "identity")
+        self._take_headers(super().process_response_received, event, response_is_readable(event.headers))
+
+    def process_trailers_received(self, event: TrailersReceived) -> None:
+        self._take_headers(super().process_trailers_received, event, trailers_are_readable(event.headers))
+
+    def _take_headers(self, take: Callable[[Any], None], event: Any, readable: bool) -> None:
+        stream = self.streams.get(event.stream_id)
+        if readable or stream is None:
+            take(event)
+            return
+        self.end_stream(event.stream_id, "the peer has sent headers that are malformed")
+
+    def end_stream(self, stream_id: int, why: str) -> None:
+        """End one stream for an error that is its own."""
+        stream = self.streams[stream_id]
+        self.connection._connection.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
+        stream.__terminated__(why)
+        self.handler.cancel(stream)
+
+    def process_data_received(self, event: DataReceived) -> None:
+        """Nothing: h2 is shown no payload."""
+
+    def process_stream_reset(self, event: StreamReset) -> None:
+        stream = cast(H2Stream | None, self.streams.get(event.stream_id))
+        client = self.connection.client
+        if client and stream is not None and stream.inbox.ended and event.error_code == ErrorCodes.NO_ERROR:
+            stream.finish()
+            return
+        if client and stream is not None and event.error_code == ErrorCodes.REFUSED_STREAM:
+            stream.refuse("refused by the server: not processed")
+            return
+        super().process_stream_reset(event)
+
+    def process_connection_terminated(self, event: ConnectionTerminated) -> None:
+        if event.error_code != ErrorCodes.NO_ERROR:
+            super().process_connection_terminated(event)
+            return
+        self.draining = True
+        cast(H2, self.connection._connection).told_to_go = True
+        self.connection.stream_close_waiter.set()  # those who wait to open a stream go elsewhere
+        for stream_id, stream in list(self.streams.items()):
+            if stream_id > (event.last_stream_id or 0):
+                cast(H2Stream, stream).refuse("refused by GOAWAY: not processed")
+        self.close_if_drained()
+
+    def register(self, stream: base.Stream) -> Any:
+        release = super().register(stream)
+
+        def release_once() -> None:
+            if stream.id in self.streams:
+                cast(H2Stream, stream).inbox.close()
+                release()
+                self.close_if_drained()
+
+        return release_once
+
+    def close_if_drained(self) -> None:
+        if self.draining and not self.streams and self.connection.alive:
+            self.connection.close()

@@ -1,0 +1,113 @@
+"""Headers of a request or response, looked at before grpclib does: it would leave some bad ones without any answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from grpclib.const import Status
+from h2.errors import ErrorCodes
+
+# https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: TimeoutValue is at most 8 digits.
+_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])\Z")
+_UNIT = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+# A value of a header whose name ends in -bin, padded or not; several come joined by commas.
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}\Z")
+_ENCODINGS = ("identity", "gzip", "deflate")
+_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+\Z")
+_LENGTH = re.compile(r"[0-9]{1,18}\Z")
+_PSEUDO = (":method", ":scheme", ":path", ":authority")
+_OF_CONNECTION = {"connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade"}
+
+Headers = list[tuple[str, str]]
+
+
+class Problem(NamedTuple):
+    """Why a request cannot be served, as it is told to the caller."""
+
+    status: Status
+    message: str
+    headers: Headers = []  # noqa: RUF012 - never changed
+    reset: ErrorCodes | None = None  # answered by RST_STREAM alone: it is not even HTTP
+
+
+def parse_timeout(value: str) -> float:
+    """Seconds in a grpc-timeout header that `check_headers` has let through."""
+    match = _TIMEOUT.match(value)
+    assert match is not None
+    return int(match[1]) * _UNIT[match[2]]
+
+
+def check_headers(headers: Sequence[tuple[str, str]]) -> Problem | None:
+    """Why a request cannot be served, or None."""
+    seen: dict[str, str] = {}
+    for name, value in headers:
+        seen.setdefault(name, value)
+        if not value.isascii():
+            return Problem(Status.INVALID_ARGUMENT, f"header {name} has a value that is not ASCII")
+        if not _is_base64(name, value):
+            return Problem(Status.INVALID_ARGUMENT, f"header {name} is not base64")
+        if value != value.strip(" \t") or not value.isprintable():
+            return Problem(
+                Status.INVALID_ARGUMENT, f"header {name} has a value with spaces around it or control characters"
+            )
+    if (malformed := _malformed(headers, seen)) is not None:
+        # RFC 9113 section 8.1.1: an error of this stream; h2 would end the connection, and the other calls on it.
+        return Problem(Status.INVALID_ARGUMENT, malformed, reset=ErrorCodes.PROTOCOL_ERROR)
+    timeout = seen.get("grpc-timeout")
+    if timeout is not None:
+        if not _TIMEOUT.match(timeout):
+            return Problem(Status.INVALID_ARGUMENT, "grpc-timeout is not at most 8 digits and a unit")
+        if parse_timeout(timeout) == 0:
+            return Problem(Status.DEADLINE_EXCEEDED, "the deadline has passed")
+    if seen.get("grpc-encoding", "identity") not in _ENCODINGS:
+        accepted = [("grpc-accept-encoding", ",".join(_ENCODINGS))]
+        return Problem(Status.UNIMPLEMENTED, "grpc-encoding is not one of grpc-accept-encoding", accepted)
+    return None
+
+
+def _malformed(headers: Sequence[tuple[str, str]], seen: dict[str, str]) -> str | None:
+    """Why these are not the headers of a request (RFC 9113 sections 8.2 and 8.3), or None."""
+    pseudo = True
+    for name, _ in headers:
+        if name.startswith(":"):
+            if not pseudo:
+                return f"{name} comes after other headers"
+            if name not in _PSEUDO:
+                return f"{name} is no pseudo-header of a request"
+            continue
+        pseudo = False
+        if not _NAME.match(name):
+            return f"{name!r} is no name of a header"
+        if name in _OF_CONNECTION:
+            return f"{name} belongs to a connection, not to a request"
+    if sum(name.startswith(":") for name, _ in headers) != sum(name in seen for name in _PSEUDO):
+        return "a pseudo-header comes twice"
+    if any(not seen.get(name) for name in (":method", ":scheme", ":path")):
+        return "there is no :method, :scheme or :path"
+    if not _LENGTH.match(seen.get("content-length", "0")):
+        return "content-length is no number"
+    if seen.get("te", "trailers") != "trailers":
+        return "te is not trailers"
+    host = seen.get("host")
+    if (host is None and ":authority" not in seen) or host not in (None, seen.get(":authority", host)):
+        return "there is no :authority or host, or they differ"
+    return None
+
+
+def response_is_readable(headers: Iterable[tuple[Any, Any]]) -> bool:
+    """Whether grpclib can read the headers of a response."""
+    pairs = list(headers)
+    return any(name == ":status" for name, _ in pairs) and all(_is_base64(*pair) for pair in pairs)
+
+
+def trailers_are_readable(headers: Iterable[tuple[Any, Any]]) -> bool:
+    """Whether grpclib can read trailers; they have no pseudo-headers (RFC 9113 section 8.1)."""
+    return all(not name.startswith(":") and _is_base64(name, value) for name, value in headers)
+
+
+def _is_base64(name: str, value: str) -> bool:
+    if not name.endswith("-bin"):
+        return True
+    return all(_BASE64.match(part) and len(part.rstrip("=")) % 4 != 1 for part in value.split(","))

@@ -1,0 +1,231 @@
+"""The messages of one stream, put together from DATA payload (gRPC over HTTP/2: Length-Prefixed-Message)."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import struct
+import threading
+import zlib
+
+from grpclib.const import Status
+
+from aipod.config import KIB, MIB
+from aipod.transport.codec import BadMessage
+from aipod.transport.window import ReceiveWindow
+
+_PREFIX = struct.Struct(">BL")  # compressed flag, length
+PREFIX = _PREFIX.size
+_WBITS = {"gzip": 31, "deflate": 15}
+# Buffers that are kept when their messages have been read: how many a thread, and which sizes (a chunk and its fields).
+_SPARES = 4
+_SPARE_LEAST = 64 * KIB
+_SPARE_MOST = 2 * MIB
+# Messages of a stream that wait to be read; also how many are read without a look at what else there is to do.
+_READY = 64
+# Compressed bytes that are inflated at once: at most a thousand times as many.
+_STEP = 4 * KIB
+
+
+async def let_others_run() -> None:
+    """Let the loop do what else there is. Not asyncio.sleep(0): a trio task may be waiting here."""
+    loop = asyncio.get_running_loop()
+    turn = loop.create_future()
+    loop.call_soon(turn.set_result, None)
+    await turn
+
+
+class _Spares(threading.local):
+    """Buffers of messages that have been read, for the next ones: in the cache still, and not to be zeroed again."""
+
+    def __init__(self) -> None:
+        self._buffers: list[memoryview] = []
+
+    def take(self, size: int) -> memoryview:
+        if size >= _SPARE_LEAST and self._buffers and len(self._buffers[-1]) >= size:
+            return self._buffers.pop()[:size]
+        return memoryview(bytearray(size))
+
+    def give(self, buffer: memoryview) -> None:
+        whole = memoryview(buffer.obj)
+        if _SPARE_LEAST <= len(whole) <= _SPARE_MOST and len(self._buffers) < _SPARES:
+            self._buffers.append(whole)
+
+
+_spares = _Spares()
+
+
+class Inbox:
+    """Collects payload and gives out messages. One task may read; what feeds it never waits."""
+
+    def __init__(self, limit: int, window: ReceiveWindow) -> None:
+        self.window = window
+        self.encoding = "identity"  # the peer's grpc-encoding
+        self.ended = False
+        self._limit = limit
+        self._prefix = bytearray()
+        self._begun = False  # a message is under way, and its prefix is complete
+        self._flag = 0
+        self._missing = 0  # bytes of it still to come
+        self._size = 0  # bytes of it that are in `_body`
+        self._body = memoryview(b"")
+        self._ready: collections.deque[tuple[int, memoryview]] = collections.deque()
+        self._given: memoryview | None = None  # the message that the reader has in hands
+        self._count = [0, 0]  # messages begun, messages taken
+        self._backlog = bytearray()  # payload that is not looked at yet: short messages cost more than their bytes
+        self._unbroken = 0  # messages read without a wait
+        self._problem: BadMessage | None = None
+        self._deaf = False  # what comes is dropped
+        self._waiter: asyncio.Future[None] | None = None
+
+    def arrived(self, length: int, size: int) -> None:
+        """A frame of `length` bytes begins, `size` of them payload. Before `feed`, which may then raise nothing."""
+        self.window.arrived(length, hungry=not self._ready)
+        if length > size:
+            self.window.taken(length - size, hungry=False)
+
+    def feed(self, data: memoryview) -> None:
+        """Take payload; it is copied once. What is wrong with it is for the reader to hear."""
+        done = 0 if self._backlog else self._parse(data)
+        if done < len(data):
+            self._backlog += data[done:]
+
+    def _parse(self, data: memoryview) -> int:
+        """Cut messages out of `data` until enough are ready; how many bytes are done with."""
+        pos, end = 0, len(data)
+        while pos < end and len(self._ready) < _READY:
+            if self._deaf:
+                self.window.taken(end - pos, hungry=True)
+                return end
+            if not self._begun:
+                part = data[pos : pos + PREFIX - len(self._prefix)]
+                self._prefix += part
+                pos += len(part)
+                if len(self._prefix) == PREFIX:
+                    self._begin()
+            else:
+                part = data[pos : pos + self._missing]
+                self._add(part)
+                pos += len(part)
+                if not self._missing:
+                    self._complete()
+        return pos
+
+    def _begin(self) -> None:
+        self._flag, self._missing = _PREFIX.unpack(self._prefix)
+        self._prefix.clear()
+        if self._missing > self._limit:
+            text = f"a message of {self._missing} bytes; the limit is {self._limit}"
+            self._refuse(BadMessage(Status.RESOURCE_EXHAUSTED, text))
+        elif self._flag > 1 or (self._flag == 1 and self.encoding not in _WBITS):
+            text = f"a message with flag {self._flag} where grpc-encoding is {self.encoding}"
+            self._refuse(BadMessage(Status.INTERNAL, text))
+        else:
+            self._begun = True
+            self._count[0] += 1
+            # Memory only for what may come already: a prefix alone must not cost a message.
+            room = self.window.expect(self._count[0], PREFIX + self._missing)
+            self._body = _spares.take(min(self._missing, room))
+            self._size = 0
+            if not self._missing:
+                self._complete()
+
+    def _add(self, part: memoryview) -> None:
+        end = self._size + len(part)
+        if end > len(self._body):  # more room has come since
+            body = _spares.take(min(self._size + self._missing, max(end, 2 * len(self._body))))
+            body[: self._size] = self._body[: self._size]
+            self._body = body
+        self._body[self._size : end] = part
+        self._size = end
+        self._missing -= len(part)
+
+    def _complete(self) -> None:
+        self._ready.append((self._flag, self._body))
+        self._begun = False
+        self._wake()
+
+    def _refuse(self, problem: BadMessage) -> None:
+        self._problem = problem
+        self._deaf = True
+        self.window.taken(PREFIX, hungry=True)
+        self._wake()
+
+    def eof(self) -> None:
+        """The peer has ended its side."""
+        self.ended = True
+        self.window.end()
+        self._wake()
+
+    def close(self) -> None:
+        """Nobody reads any more: drop what there is and what comes."""
+        self._deaf = True
+        self._ready.clear()
+        self._backlog.clear()
+        self._body = memoryview(b"")
+        self._take_back()
+        self.window.close()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self) -> memoryview | None:
+        """The next message, None at the end; it is good until the next call. Raises BadMessage for what is none.
+
+        This is an asyncio-flavored function.
+        """
+        self._take_back()
+        self._unbroken += 1
+        if self._unbroken > _READY:
+            self._unbroken = 0
+            await let_others_run()
+        if len(self._ready) <= _READY // 2 and self._backlog:
+            with memoryview(self._backlog) as backlog:
+                done = self._parse(backlog)
+            del self._backlog[:done]
+        while not self._ready:
+            if self._problem is not None:
+                raise self._problem
+            if self.ended:
+                if self._begun or self._prefix:
+                    raise BadMessage(Status.INTERNAL, "the stream ended inside a message")
+                return None
+            self._unbroken = 0
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        flag, self._given = self._ready.popleft()
+        self._count[1] += 1
+        self.window.done(self._count[1])
+        self.window.taken(PREFIX + len(self._given), hungry=not self._ready)
+        return self._given if flag == 0 else await self._inflate(self._given)
+
+    def _take_back(self) -> None:
+        if self._given is not None:
+            _spares.give(self._given)
+            self._given = None
+
+    async def _inflate(self, body: memoryview) -> memoryview:
+        """The message in a compressed one: bounded, and in steps, between which the loop does what else there is."""
+        decoder, out, seen = zlib.decompressobj(_WBITS[self.encoding]), bytearray(), 0
+        try:
+            for start in range(0, len(body), _STEP):
+                out += decoder.decompress(body[start : start + _STEP], self._limit + 1 - len(out))
+                if decoder.eof or len(out) > self._limit:
+                    break
+                if len(out) - seen > MIB:
+                    seen = len(out)
+                    await let_others_run()
+        except zlib.error as exc:
+            raise BadMessage(Status.INTERNAL, f"a message that is not {self.encoding}: {exc}") from None
+        size, whole = len(out), decoder.eof
+        if whole and size <= self._limit:
+            return memoryview(out)
+        del out, decoder, body  # the traceback of what is raised would hold them
+        if size > self._limit:
+            text = f"a message over the limit of {self._limit} bytes after decompression"
+            raise BadMessage(Status.RESOURCE_EXHAUSTED, text)
+        raise BadMessage(Status.INTERNAL, f"a truncated {self.encoding} message")

@@ -1,0 +1,24 @@
+"""Rates that a peer may reach."""
+
+from __future__ import annotations
+
+import time
+
+
+class Bucket:
+    """A token bucket: `burst` events at once, `rate` a second for ever."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._tokens = float(burst)
+        self._filled_at = time.monotonic()
+
+    def take(self) -> bool:
+        """Count one event; False where it was one too many."""
+        if self._tokens < 1:
+            now = time.monotonic()
+            self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
+            self._filled_at = now
+        self._tokens -= 1
+        return self._tokens >= 0

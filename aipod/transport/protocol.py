@@ -1,0 +1,377 @@
+"""One connection: bytes in, frames out, and the watch over both; hardened for the open network.
+
+All settings go into the first SETTINGS frame; a GOAWAY is sent before a connection is closed for a protocol error; no
+exception of one connection leaves it. Memory per connection: see `window`, plus the write buffer (`WRITE_BUFFER` and a
+frame), plus a frame of `MAX_CONTROL_FRAME`.
+
+Written against grpclib 0.4.9 and h2 4.4: the private names used are listed in tests/test_contract.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import socket
+import threading
+import time
+from typing import cast
+
+import grpclib.protocol as base
+from grpclib.config import Configuration
+from h2.config import H2Configuration
+from h2.connection import ConnectionState
+from h2.errors import ErrorCodes
+from h2.events import PingAckReceived, RemoteSettingsChanged, StreamReset
+from h2.exceptions import InvalidBodyLengthError, ProtocolError
+from h2.settings import SettingCodes, Settings
+from h2.stream import H2Stream as BaseH2Stream
+from h2.stream import StreamInputs
+
+from aipod.config import KIB, MIB, Config
+from aipod.transport.connection import H2, HEADER_LIST, WRITE_BUFFER, H2Connection, Processor
+from aipod.transport.frames import (
+    ACK,
+    HEAD,
+    MAX_CONTROL_FRAME,
+    RST_STREAM,
+    WINDOW_UPDATE,
+    FrameReader,
+    Take,
+    empty_data,
+)
+from aipod.transport.limits import Bucket
+from aipod.transport.stream import MAX_FRAME, RECEIVING, H2Stream
+
+log = logging.getLogger("aipod.transport")
+
+# One read; what is in it is dealt with before the loop does anything else. Payload is cheap (and still in the cache
+# when it is copied into its message: 1 MiB would not be), other frames are not.
+_READ_PAYLOAD = 512 * KIB
+_READ_FRAMES = 16 * KIB
+# Frames that are neither payload nor a request, a second; above it the connection is read more slowly (RFC 9113 section
+# 10.5), but never punished: stock clients may ping as they like.
+_FRAMES_A_SECOND = 1000
+_REST = 0.1  # seconds without reading
+# A peer may open streams before it has seen our SETTINGS. h2 ends the connection above its limit, so h2 gets this
+# many times ours and the server refuses the excess stream by stream.
+STREAM_SLACK = 4
+# Streams that may be reset at once and per second before the peer is told to calm down (CVE-2023-44487, CVE-2025-8671);
+# a client that gives up all its calls at once is no attacker. The figures are nghttp2's.
+_RESETS_AT_ONCE = 1000
+_RESETS_A_SECOND = 33
+# PINGs that measure round trips: their content, and the seconds between them while no window grows (first, most).
+_MEASURE = b"roundtrp"
+_PAUSES = (0.1, 10.0)
+
+
+def configuration(config: Config) -> Configuration:
+    """grpclib's settings for `config`: PINGs in both directions, with and without calls, and never a strike."""
+    return Configuration(
+        _keepalive_time=config.ping_interval,
+        _keepalive_timeout=config.ping_timeout,
+        _keepalive_permit_without_calls=True,
+        _http2_max_pings_without_data=0,
+        # Its default of 300 s would let only one PING in five minutes out (grpclib/protocol.py, _is_need_send_ping).
+        _http2_min_sent_ping_interval_without_data=min(1.0, config.ping_interval),
+        http2_stream_window_size=config.stream_window,
+        http2_connection_window_size=config.connection_window,
+    )
+
+
+def h2_configuration(*, client: bool) -> H2Configuration:
+    # latin-1 never fails to decode: a header value that is not ASCII is then refused with a status, where 'ascii'
+    # raised UnicodeDecodeError out of the connection (it passes through nginx).
+    return H2Configuration(
+        client_side=client,
+        header_encoding="latin-1",
+        # The server looks at them itself (`server.check_headers`): h2 would end the connection, with its other calls.
+        validate_inbound_headers=False,
+        normalize_inbound_headers=False,
+        validate_outbound_headers=False,
+        normalize_outbound_headers=False,
+    )
+
+
+def _keep_heap() -> None:
+    """Have glibc keep up to 64 MiB of freed memory instead of giving each message back to the system and asking anew.
+
+    Its thresholds follow the largest block that was mapped and freed (mallopt(3), M_MMAP_THRESHOLD), and none has to be
+    touched for that. Without it page faults cost more than all else in receiving messages of 1 MiB.
+    """
+    block = bytes(32 * MIB - 64 * KIB)
+    del block
+
+
+_keep_heap()
+
+
+class _Scratch(threading.local):
+    """Where reads of all connections of a thread go: what is read is dealt with before the next one reads."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(_READ_PAYLOAD + HEAD + MAX_CONTROL_FRAME))
+
+
+_scratch = _Scratch()
+
+
+class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
+    """One connection, either side. asyncio calls it; nothing in it waits."""
+
+    connection: H2Connection
+    processor: Processor
+    transport: asyncio.Transport
+
+    def __init__(self, handler: base.AbstractHandler, config: Config, *, client: bool) -> None:
+        grpc = configuration(config)
+        super().__init__(
+            handler, grpc.__for_client__() if client else grpc.__for_server__(), h2_configuration(client=client)
+        )
+        self.settings = config
+        self._rest = b""  # the beginning of a frame
+        self._read_size = _READ_FRAMES
+        self._frames = Bucket(_FRAMES_A_SECOND, _FRAMES_A_SECOND)
+        self._resets = Bucket(_RESETS_A_SECOND, _RESETS_AT_ONCE)
+        self._resting: asyncio.TimerHandle | None = None
+        self._choked = False  # not read from: too much waits to be written
+        self.greeted = asyncio.Event()  # the peer's SETTINGS have come; or nothing more will
+        self._watch: asyncio.TimerHandle | None = None
+        self._measuring = False  # a PING that measures a round trip is under way
+        self._next_ping = self._pause = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            # Whatever protocol number the socket was made with: asyncio and grpclib set it for IPPROTO_TCP alone.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client = self.h2_config.client_side
+        self.h2 = self._open_h2(client)
+        self.connection = H2Connection(
+            self.h2, self.transport, config=self.config, settings=self.settings, client=client
+        )
+        self.connection.flush()
+        self.connection.initialize()
+        self.processor = Processor(self.handler, self.connection)
+        self._reader = FrameReader(self, MAX_FRAME, preface=not client)
+        self._began = self._last_busy = time.monotonic()
+        self._watch_again()
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None and tls.selected_alpn_protocol() != "h2":
+            self.connection.abort("the peer did not choose h2 by ALPN (RFC 9113 section 3.2)")
+
+    def _open_h2(self, client: bool) -> H2:
+        h2 = H2(self.h2_config)
+        values = {
+            SettingCodes.INITIAL_WINDOW_SIZE: self.settings.stream_window,
+            SettingCodes.MAX_FRAME_SIZE: MAX_FRAME,
+            SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST,
+            SettingCodes.MAX_CONCURRENT_STREAMS: self.settings.stream_limit,
+        }
+        if client:
+            values[SettingCodes.ENABLE_PUSH] = 0
+        h2.local_settings = Settings(client=client, initial_values=values)
+        h2.max_inbound_frame_size = MAX_FRAME
+        h2.decoder.max_header_list_size = HEADER_LIST
+        h2.initiate_connection()
+        if not client:
+            allowed = self.settings.stream_limit * STREAM_SLACK
+            h2.local_settings._settings[SettingCodes.MAX_CONCURRENT_STREAMS] = collections.deque([allowed])
+        h2.increment_flow_control_window(self.settings.connection_window - 65535)
+        return h2
+
+    # Reading
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next read goes: behind the beginning of a frame that the last one left."""
+        view = _scratch.view
+        kept = len(self._rest)
+        view[:kept] = self._rest
+        return view[kept : kept + self._read_size]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """`nbytes` have been read."""
+        if not self.connection.alive:
+            return
+        end = len(self._rest) + nbytes
+        view = _scratch.view[:end]
+        # Payload fills a read; a flood of small frames sets the size back (`control`).
+        if nbytes == self._read_size:
+            self._read_size = min(2 * self._read_size, _READ_PAYLOAD)
+        try:
+            left = self._reader.feed(view)
+            self._rest = bytes(view[end - left :])
+            self.connection.flush()
+        except ProtocolError as exc:
+            log.info("protocol error: %s", exc)
+            self._end(exc.error_code)
+        except Exception:
+            log.exception("a frame that the HTTP/2 layer could not handle")
+            self._end(ErrorCodes.INTERNAL_ERROR)
+        else:
+            if self.connection.alive and self.transport.get_write_buffer_size() > 2 * WRITE_BUFFER:
+                # What is answered to frames is not held back by any window: stop reading until the peer reads.
+                self._choked = True
+                self.transport.pause_reading()
+
+    def begin_data(self, stream_id: int, length: int, size: int, end: bool) -> Take | None:
+        """A DATA frame begins: account for it, and say where its payload goes (`frames.Receiver`)."""
+        h2 = self.h2
+        if size == 0 and not end:
+            self._count_frame()
+        stream = cast(H2Stream | None, self.processor.streams.get(stream_id))
+        state = h2.streams.get(stream_id)
+        if stream is None or state is None or state.state_machine.state not in RECEIVING or self._in_headers:
+            # h2 knows what such a frame means; its payload goes nowhere.
+            self._feed(empty_data(stream_id, end))
+            h2._inbound_flow_control_window_manager.window_consumed(length)
+            self.connection.arrived(length)
+            return None
+        h2._inbound_flow_control_window_manager.window_consumed(length)
+        state._inbound_window_manager.window_consumed(length)
+        self.connection.arrived(length)
+        self._measure()
+        if not self._fits(state, size, False):
+            return None
+        stream.inbox.arrived(length, size)
+        return stream.inbox.feed
+
+    def end_data(self, stream_id: int) -> None:
+        """The last DATA frame of a stream is complete."""
+        stream = self.h2.streams.get(stream_id)
+        if stream is None or stream.state_machine.state not in RECEIVING:
+            return  # reset since the frame began
+        if not self._fits(stream, 0, True):
+            return
+        for event in stream.state_machine.process_input(StreamInputs.RECV_END_STREAM):
+            self.processor.process(event)
+        self._reader.closed = not self.connection.alive
+
+    def _fits(self, stream: BaseH2Stream, size: int, end: bool) -> bool:
+        """Whether `size` more bytes agree with a content-length; else the stream ends (RFC 9113 section 8.1.1)."""
+        try:
+            stream._track_content_length(size, end)
+        except InvalidBodyLengthError:
+            self.processor.end_stream(stream.stream_id, "the payload is not as long as content-length says")
+            return False
+        return True
+
+    def _measure(self) -> None:
+        """Send a PING where it is time to: when its answer comes, a round trip has passed (`window`)."""
+        if not self._measuring and time.monotonic() >= self._next_ping:
+            self._measuring = True
+            self.h2.ping(_MEASURE)
+            self.connection.flush()
+
+    def _measured(self) -> None:
+        self._measuring = False
+        grown = [cast(H2Stream, stream).inbox.window.sample() for stream in self.processor.streams.values()]
+        # At once while windows grow; else seldom and seldomer.
+        self._pause = 0.0 if any(grown) else min(max(2 * self._pause, _PAUSES[0]), _PAUSES[1])
+        self._next_ping = time.monotonic() + self._pause
+
+    def control(self, frame: bytes) -> None:
+        """Any other frame, or a piece of the preface."""
+        if len(frame) >= HEAD:
+            kind, flags = frame[3], frame[4]
+            tiny = kind == WINDOW_UPDATE and frame[HEAD:-2] == b"\0\0"
+            if kind > WINDOW_UPDATE or (RST_STREAM <= kind < WINDOW_UPDATE and not flags & ACK) or tiny:
+                self._count_frame()
+        self._feed(frame)
+
+    @property
+    def _in_headers(self) -> bool:
+        return bool(self.h2.incoming_buffer._headers_buffer)
+
+    def _feed(self, data: bytes) -> None:
+        for event in self.h2.receive_data(data):
+            if isinstance(event, RemoteSettingsChanged):
+                self.greeted.set()
+            elif isinstance(event, PingAckReceived) and event.ping_data == _MEASURE:
+                self._measured()
+            if isinstance(event, StreamReset) and not self._resets.take():
+                raise _TooManyResets("too many streams were opened and reset")
+            self.processor.process(event)
+        self._reader.closed = not self.connection.alive
+
+    def _count_frame(self) -> None:
+        self._read_size = _READ_FRAMES
+        if not self._frames.take() and self._resting is None:
+            self.transport.pause_reading()
+            self._resting = asyncio.get_running_loop().call_later(_REST, self._read_again)
+
+    def _read_again(self) -> None:
+        self._resting = None
+        if self.connection.alive and not self._choked:
+            self.transport.resume_reading()
+
+    def _end(self, code: ErrorCodes) -> None:
+        """Send GOAWAY and close."""
+        self._reader.closed = True
+        if self.connection.alive:
+            self.connection.flush()
+            if self.h2.state_machine.state is not ConnectionState.CLOSED:  # else h2 has said it
+                self.connection.goaway(self.h2.highest_inbound_stream_id, code)
+            self.processor.close("protocol error")
+
+    # Writing
+
+    def pause_writing(self) -> None:
+        """The socket takes no more for now."""
+        if self.connection.alive:
+            self.connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        """The socket takes data again."""
+        self.connection.resume_writing()
+        if self._choked:
+            self._choked = False
+            if self._resting is None and self.connection.alive:
+                self.transport.resume_reading()
+
+    # Watching
+
+    def _watch_again(self) -> None:
+        self._watch = asyncio.get_running_loop().call_later(min(1.0, self.settings.send_stall / 4), self._look)
+
+    def _look(self) -> None:
+        """Once a second: whether the peer still does its part."""
+        now, settings = time.monotonic(), self.settings
+        age = now - self._began
+        if self.processor.streams:
+            self._last_busy = now
+        if not self.greeted.is_set() and age > settings.handshake_timeout:
+            self.connection.abort(f"no HTTP/2 SETTINGS within {settings.handshake_timeout:g} s")
+        elif self.connection.check_stall(now):
+            self.connection.abort("the peer does not read")
+        elif 0 < settings.max_age < age - settings.max_age_grace:
+            self.connection.abort("its calls have not ended within max_age and max_age_grace")
+        elif 0 < settings.max_age < age or 0 < settings.max_idle < now - self._last_busy:
+            self.drain()
+        if not self.connection.alive:
+            return
+        for stream in self.processor.streams.values():
+            blocked = cast(H2Stream, stream).blocked_since
+            if blocked is not None and now - blocked > settings.send_stall:
+                cast(H2Stream, stream).stall()
+        self._watch_again()
+
+    def drain(self) -> None:
+        """Send a graceful GOAWAY: open streams finish, then the connection closes."""
+        if self.connection.alive and not self.processor.draining:
+            self.processor.draining = True
+            self.connection.goaway(self.h2.highest_inbound_stream_id)
+            self.processor.close_if_drained()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        for timer in (self._watch, self._resting):
+            if timer is not None:
+                timer.cancel()
+        self._reader.closed = True
+        self.greeted.set()
+        super().connection_lost(exc)
+
+
+class _TooManyResets(ProtocolError):
+    error_code = ErrorCodes.ENHANCE_YOUR_CALM

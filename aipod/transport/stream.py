@@ -1,0 +1,223 @@
+"""One stream: messages in and out, bounded, and given up where the peer takes nothing."""
+
+from __future__ import annotations
+
+import collections
+import struct
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import grpclib.protocol as base
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError, StreamTerminatedError
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError, StreamClosedError
+from h2.stream import StreamState
+
+from aipod.config import KIB, MIB
+from aipod.transport.frames import data_head
+from aipod.transport.inbox import PREFIX, Inbox, let_others_run
+from aipod.transport.window import ReceiveWindow
+
+if TYPE_CHECKING:
+    from aipod.transport.connection import H2Connection
+
+# Per-frame work in Python dominates: 16 KiB frames carry a third of what these do. Larger ones gain nothing, and other
+# streams would wait for them.
+MAX_FRAME = 512 * KIB
+# A message up to it does not wait for its turn behind long ones (a heartbeat has 10 bytes).
+SMALL = 16 * KIB
+# Sent without a look at anything else that the loop has to do.
+_SLICE = 4 * MIB
+
+SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_REMOTE)
+RECEIVING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
+
+
+class PeerStalled(GRPCError):
+    """The peer took no data for `send_stall` seconds."""
+
+
+class StreamRefused(StreamTerminatedError):
+    """The server has done nothing for this call and says so (RFC 9113 section 8.7): it may be made again."""
+
+
+class H2Stream(base.Stream):
+    """A stream that reads bounded messages and gives up on a peer that takes nothing."""
+
+    connection: H2Connection
+    inbox: Inbox
+    timeout: float | None = None  # server: seconds of the call's grpc-timeout
+    finished_by_peer = False  # client: the server has completed its response and wants no more of the request
+    refused = False  # client: the server has said that it has not processed the call
+    blocked_since: float | None = None  # a sender waits for the peer's window since then (monotonic)
+    stalled = False
+    _body: memoryview | None = None  # what the second recv_data of a message gives
+
+    def init_stream(self, stream_id: int, connection: base.Connection) -> None:
+        super().init_stream(stream_id, connection)
+        settings = self.connection.settings
+        window = ReceiveWindow(
+            settings.stream_window,
+            settings.max_window,
+            self.connection.growth,
+            self.connection.long_messages,
+            self._credit,
+        )
+        self.inbox = Inbox(settings.message_limit, window)
+
+    def _credit(self, size: int) -> None:
+        assert self.id is not None
+        self.connection.credit_stream(self.id, size)
+
+    async def send_request(self, headers: Any, end_stream: bool = False, *, _processor: Any) -> Any:
+        try:
+            release = await super().send_request(headers, end_stream, _processor=_processor)
+        except ProtocolError as exc:
+            raise StreamRefused(f"the connection takes no more calls: {exc}") from None
+        if not self.connection.alive:  # it ended while this stream waited to be opened
+            release()
+            raise StreamTerminatedError("the connection ended before the call began")
+        return release
+
+    async def recv_data(self, size: int) -> Any:
+        # grpclib reads a prefix and then a body; both are ready when the first is asked for.
+        if self._body is not None:
+            body, self._body = self._body, None
+            return body
+        message = await self.inbox.read()
+        if message is None:
+            return b""
+        self._body = message
+        return struct.pack(">BL", 0, len(message))
+
+    async def send_message(self, pieces: Sequence[bytes], *, end: bool = False) -> None:
+        """Send one message, given as pieces to be sent one after the other; with `end`, end this side.
+
+        Waits for the peer's window and for this sender's turn. Raises StreamTerminatedError or StreamClosedError when
+        the call is over, PeerStalled when the peer took nothing for `send_stall` seconds. Cancelled before it returns,
+        it may leave a part of the message sent. This is an asyncio-flavored function.
+        """
+        left = sum(map(len, pieces))
+        small = left <= SMALL
+        rest = collections.deque([memoryview(struct.pack(">BL", 0, left)), *(memoryview(piece) for piece in pieces)])
+        left += PREFIX
+        whole = left
+        try:
+            await self._send(rest, left, small=small, end=end)
+        except BaseException:
+            if 0 < sum(map(len, rest)) < whole:
+                self.reset_now(ErrorCodes.CANCEL)  # nothing may follow half a message
+            raise
+
+    async def _send(self, rest: collections.deque[memoryview], left: int, *, small: bool, end: bool) -> None:
+        turns, unbroken = self.connection.turns, 0
+        while True:
+            if not turns.free and not (small and self.connection.has_room):
+                await turns.wait()
+                unbroken = 0
+            try:
+                window = self._window()
+                if window > 0:
+                    size = min(window, left)
+                    self._send_frame(rest, size, end=end and size == left)
+                    left -= size
+                    unbroken += size
+            finally:
+                turns.next()
+            if not left:
+                return
+            if window <= 0:
+                await self._wait_for_window()
+                unbroken = 0
+            elif unbroken > _SLICE:
+                await let_others_run()
+                unbroken = 0
+
+    def _window(self) -> int:
+        """How many bytes the next frame may have. Raises where nothing can be sent any more."""
+        if self.finished_by_peer:
+            raise StreamTerminatedError("the server has finished the call")
+        if not self.connection.alive:
+            raise StreamTerminatedError("the connection has ended")
+        assert self.id is not None
+        stream = self._h2_connection.streams.get(self.id)
+        if stream is None or stream.state_machine.state not in SENDING:
+            raise StreamClosedError(self.id)
+        h2 = self._h2_connection
+        return min(
+            stream.outbound_flow_control_window, h2.outbound_flow_control_window, h2.max_outbound_frame_size, MAX_FRAME
+        )
+
+    def _send_frame(self, rest: collections.deque[memoryview], size: int, *, end: bool) -> None:
+        """One DATA frame with the first `size` bytes of `rest`, which lose them. Nothing is copied that is large."""
+        assert self.id is not None
+        h2 = self._h2_connection
+        stream = h2.streams[self.id]
+        buffers = [memoryview(data_head(size, self.id))]
+        left = size
+        while left:
+            piece = rest.popleft()
+            if len(piece) > left:
+                rest.appendleft(piece[left:])
+                piece = piece[:left]
+            left -= len(piece)
+            buffers.append(piece)
+        stream.outbound_flow_control_window -= size
+        h2.outbound_flow_control_window -= size
+        self.connection.write(buffers)
+        if end:
+            h2.end_stream(self.id)
+            self.connection.flush()
+        self.connection.data_send_process()
+
+    async def _wait_for_window(self) -> None:
+        self.window_updated.clear()
+        self.blocked_since = time.monotonic()
+        try:
+            await self.window_updated.wait()
+        finally:
+            self.blocked_since = None
+        if self.stalled:
+            raise PeerStalled(Status.UNAVAILABLE, "the peer does not take data")
+
+    def stall(self) -> None:
+        """End the stream, and a sender's wait for the window."""
+        self.stalled = True
+        self.window_updated.set()
+        self.reset_now(ErrorCodes.CANCEL)
+
+    def reset_now(self, code: ErrorCodes) -> None:
+        """Send RST_STREAM, where the stream has not ended."""
+        if self.id is not None and self.connection.alive and self.closable:
+            self.reset_nowait(code)
+
+    async def end(self) -> None:
+        if not self.finished_by_peer:
+            await super().end()
+
+    def __ended__(self) -> None:
+        self.inbox.eof()
+        if self.connection.client and self.trailers is None:
+            # Else grpclib waits for them for ever; without a status they are an error that it names.
+            self.headers, self.trailers = self.headers or [], []
+            self.headers_received.set()
+            self.trailers_received.set()
+
+    def __terminated__(self, reason: str) -> None:
+        if self.connection.client and self.inbox.ended:
+            self.finish()  # a proxy that drains closes the connection right behind its last response
+        elif not self.refused:
+            super().__terminated__(reason)
+
+    def finish(self) -> None:
+        """Client: nothing more is sent; the response has arrived whole and can still be read."""
+        self.finished_by_peer = True
+        self.window_updated.set()  # wakes a blocked sender
+
+    def refuse(self, why: str) -> None:
+        """Client: end the call as one that was not processed, whatever becomes of the connection."""
+        self.refused = True
+        if self.wrapper is not None:
+            self.wrapper.cancel(StreamRefused(why))

@@ -1,0 +1,46 @@
+"""h2spec's HTTP/2 and HPACK conformance cases against a real server.
+
+h2spec asks with GET and POST as a browser would, so nearly every answer it sees is an HTTP status without a call.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from tests.conftest import Serve, require
+from tests.test_transport import Peer, honest
+
+# Cases that do not apply to a gRPC server: case id -> why.
+EXCEPTIONS = {
+    "generic/2/2": "waits for DATA in the answer to a GET; a refusal by HTTP status has none",
+    "generic/2/3": "waits for DATA in the answer to a GET; a refusal by HTTP status has none",
+    "http2/4.2/3": "its HEADERS frame is over 16 KiB, but not over the 512 KiB that the server announces",
+    "http2/5.1.2/1": "its requests are answered as fast as they come, so that there are never too many at once",
+}
+
+
+def test_h2spec(serve: Serve, tmp_path: Path) -> None:
+    program = require("h2spec")
+    served = serve("Async")
+    report = tmp_path / "report.xml"
+    options = ["--host", "127.0.0.1", "--port", str(served.port), "--path", "/ai.AI/chaos", "--timeout", "2"]
+    subprocess.run([program, *options, "--junit-report", str(report)], check=False, capture_output=True, timeout=300)
+
+    passed, failed = set(), {}
+    for suite in ET.parse(report).iter("testsuite"):
+        for number, case in enumerate(suite.iter("testcase"), start=1):
+            name = f"{case.get('package')}/{number}"
+            problem = case.find("failure") if case.find("error") is None else case.find("error")
+            if problem is not None:
+                failed[name] = f"{case.get('classname')}: {problem.text}"
+            elif case.find("skipped") is None:
+                passed.add(name)
+
+    assert len(passed) + len(failed) > 130, "it did not come to its end"
+    assert {name: why for name, why in failed.items() if name not in EXCEPTIONS} == {}
+    assert EXCEPTIONS.keys() & passed == set(), "passes now: no exception any more"
+    with Peer(served) as peer:
+        honest(peer)
+    assert "Traceback" not in served.log_text()

@@ -1,0 +1,204 @@
+"""What a model does to its job, its process or its server costs that job only."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc import StatusCode
+
+from aipod.errors import JobFailed, ModelError
+from tests import stranger
+from tests.calls import calls, marked, own, plain
+from tests.conftest import ROOT, Serve, Served, alive, children, left_in, wait_until
+from tests.models_hostile import dig
+
+MODELS = "tests.models_hostile"
+
+
+def served_with(model: str, directory: Path) -> Iterator[Served]:
+    served = Served(f"{MODELS}:{model}", directory, ("--cancel-grace", "1"), "127.0.0.1:0")
+    try:
+        yield served
+        assert served.stop() == 0, served.log_text()
+        assert left_in(served.spool) == []
+        assert [path.name for path in served.data.glob(".*")] == []
+        assert "a bug of aipod" not in served.log_text()
+    finally:
+        served.process.kill()
+        served.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from served_with("InProcess", tmp_path_factory.mktemp("process"))
+
+
+@pytest.fixture(scope="module")
+def on_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from served_with("OnLoop", tmp_path_factory.mktemp("loop"))
+
+
+def serves_on(served: Served) -> None:
+    """It serves, and nothing is left of the jobs before."""
+    assert own(served.address, "chaos", b"abc") == 3
+    wait_until(lambda: set(os.listdir(served.spool)) <= {"app", "spool-id", "workers", ".probe"})
+    assert [path.name for path in served.data.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("remove_entry", "RESULT_NOT_STORED"),
+        ("remove_entry_and_raise", "MODEL_ERROR"),
+        ("replace_journal", "RESULT_NOT_STORED"),
+        ("replace_journal_and_raise", "MODEL_ERROR"),
+        ("mute", "MODEL_ERROR"),
+    ],
+)
+def test_what_a_model_does_to_its_job_is_that_job_s_failure(in_process: Served, method: str, reason: str) -> None:
+    with pytest.raises(JobFailed) as caught:
+        own(in_process.address, method)
+    assert caught.value.reason == reason
+    assert plain(in_process.address, method).info.reason == reason
+    serves_on(in_process)
+
+
+def test_a_result_that_has_a_directory_s_place(in_process: Served) -> None:
+    with pytest.raises(JobFailed):
+        own(in_process.address, "replace_result")
+    serves_on(in_process)
+
+
+def test_a_version_that_is_a_file_is_none(in_process: Served) -> None:
+    assert own(in_process.address, "replace_version") is None
+    serves_on(in_process)
+
+
+def test_directories_deeper_than_python_recurses(serve: Serve) -> None:
+    served = serve(f"{MODELS}:InProcess")
+    with pytest.raises(ModelError):
+        own(served.address, "dig", depth=3000)
+    serves_on(served)
+    assert served.stop() == 0
+    # What a server that was killed has left there.
+    (served.spool / ".trash-1").mkdir()
+    dig(served.spool / ".trash-1", 3000)
+    (served.data / f".new-{(served.spool / 'spool-id').read_text().strip()}.{'0' * 32}").write_text("no directory")
+    serves_on(serve(f"{MODELS}:InProcess"))
+
+
+@pytest.mark.parametrize("kind", ["KeyboardInterrupt", "GeneratorExit", "BaseException", "SystemExit", "Mute"])
+@pytest.mark.parametrize("method", ["with_trio", "with_asyncio", "in_thread"])
+def test_whatever_a_method_on_the_loop_raises(on_loop: Served, method: str, kind: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        own(on_loop.address, method, kind=kind)
+    assert caught.value.metadata["type"] == kind
+    serves_on(on_loop)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("LoadInterrupted", "KeyboardInterrupt"), ("WarmUpInterrupted", "GeneratorExit"), ("LoadMute", "Mute")],
+)
+def test_whatever_a_load_raises(serve: Serve, model: str, kind: str) -> None:
+    served = serve(f"{MODELS}:{model}")
+    for _ in range(2):
+        with pytest.raises(ModelError) as caught:
+            own(served.address, "chaos")
+        assert caught.value.metadata["type"] == kind
+
+
+@pytest.mark.parametrize(("model", "kind"), [("OnLoop", "KeyboardInterrupt"), ("ThreadCloses", "SystemExit")])
+def test_whatever_a_close_raises(serve: Serve, model: str, kind: str) -> None:
+    served = serve(f"{MODELS}:{model}")
+    own(served.address, "chaos")
+    assert served.stop() == 0
+    assert f"{kind}\n" in served.log_text()
+    assert left_in(served.spool) == []
+
+
+def test_a_plain_load_on_the_loop_has_its_time_limit(serve: Serve) -> None:
+    served = serve(f"{MODELS}:LoadHangs", "--load-timeout", "1")
+    with pytest.raises(JobFailed, match="did not load within 1 s") as caught:
+        own(served.address, "chaos")
+    assert caught.value.reason == "LOAD_FAILED"
+    assert "its thread goes on" in served.log_text()
+    assert own(served.address, "chaos") == "loaded"
+    assert served.stop() == 0
+
+
+def test_relative_directories_and_a_model_that_changes_the_current_one(serve: Serve, tmp_path: Path) -> None:
+    spool, data = (os.path.relpath(tmp_path / name, ROOT) for name in ("spool", "data"))
+    served = serve(f"{MODELS}:OnLoop", "--spool", spool, "--data", data)
+    own(served.address, "chdir")
+    serves_on(served)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot limit another process")
+def test_no_descriptor_left(serve: Serve, tmp_path: Path) -> None:
+    served = serve(f"{MODELS}:InProcess")
+    until = tmp_path / "until"
+    with calls() as threads, stranger.open_channel(served.address, ("grpc.enable_retries", 0)) as channel:
+        running = threads.submit(own, served.address, "wait", mark=str(tmp_path / "mark"), until=str(until))
+        marked(tmp_path / "mark")
+        assert stranger.reply_of(stranger.start(channel, "chaos", iter([]))).info.reason == "BAD_MESSAGE"
+        before = resource.prlimit(
+            served.process.pid, resource.RLIMIT_NOFILE, (4, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        )
+        call = stranger.start(channel, "chaos", iter([stranger.first_message("chaos", {})]))
+        refused = stranger.reply_of(call)
+        assert (refused.code, refused.info.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        details = Status.FromString(refused.trailers["grpc-status-details-bin"]).details
+        assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in details)
+        until.touch()
+        with pytest.raises(JobFailed) as caught:
+            running.result()
+        assert caught.value.reason == "RESULT_NOT_STORED"
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, before)
+        assert own(served.address, "chaos", b"abc") == 3
+    assert "a bug of aipod" not in served.log_text()
+    assert served.stop() == 0
+    serves_on(serve(f"{MODELS}:InProcess"))
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot look at another process's limits")
+def test_the_server_raises_its_limit_of_open_files_and_its_workers_do_not(serve: Serve) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
+    try:
+        served = serve(f"{MODELS}:InProcess")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    assert resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE) == (wanted, hard)
+    assert own(served.address, "files") == 600
+
+
+def test_a_worker_that_has_closed_its_descriptors_does_not_outlive_its_server(serve: Serve, tmp_path: Path) -> None:
+    served = serve(f"{MODELS}:InProcess")
+    with calls() as threads:
+        threads.submit(plain, served.address, "close_descriptors", mark=str(tmp_path / "mark"))
+        worker = int(marked(tmp_path / "mark"))
+        assert worker in children(served.process.pid)
+        served.process.kill()
+        served.process.communicate()
+        wait_until(lambda: not alive(worker), seconds=10)
+
+
+def test_a_drain_does_not_wait_until_a_huge_result_is_measured(serve: Serve) -> None:
+    served = serve(f"{MODELS}:InProcess", "--drain", "0.1")
+    with calls() as threads:
+        future = threads.submit(plain, served.address, "sparse")
+        wait_until(lambda: list(served.spool.glob("*/res")))
+        began = time.monotonic()
+        assert served.stop() == 0
+        assert time.monotonic() - began < 10
+        assert future.result().info.reason == "CANCELLED"
+    assert left_in(served.spool) == []

@@ -1,0 +1,105 @@
+"""Who writes next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from aipod.transport.turns import Turns
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(main())  # type: ignore[arg-type]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_senders_take_turns_a_frame_each() -> None:
+    async def main() -> None:
+        turns, written = Turns(), list[str]()
+        turns.pause()
+
+        async def sender(name: str) -> None:
+            for _ in range(3):
+                await turns.wait()
+                written.append(name)
+                turns.pause()  # each frame fills the socket
+                turns.next()
+
+        async with asyncio.TaskGroup() as group:
+            for name in "abc":
+                group.create_task(sender(name))
+            for count in range(1, 10):
+                await settle()
+                turns.resume()
+                await settle()
+                assert len(written) == count
+        assert "".join(written) == "abcabcabc"
+        assert not turns.free
+        turns.resume()
+        assert turns.free
+
+    run(main)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["while it waits", "when it was its turn"])
+def test_a_sender_that_is_cancelled_holds_nobody_up(called: bool) -> None:
+    async def main() -> None:
+        turns = Turns()
+        turns.pause()
+        first, second = asyncio.create_task(turns.wait()), asyncio.create_task(turns.wait())
+        await settle()
+        if called:
+            turns.resume()
+        first.cancel()
+        if not called:
+            await settle()
+            turns.resume()
+        await asyncio.wait_for(second, 5)
+        assert first.cancelled()
+
+    run(main)
+
+
+def test_one_whose_turn_came_when_the_socket_was_full_again_stays_first() -> None:
+    async def main() -> None:
+        turns = Turns()
+        turns.pause()
+        order = []
+
+        async def sender(name: str) -> None:
+            await turns.wait()
+            order.append(name)
+            turns.next()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(sender("a"))
+            group.create_task(sender("b"))
+            await settle()
+            turns.resume()
+            turns.pause()  # before "a" could run
+            await settle()
+            assert order == []
+            turns.resume()
+        assert order == ["a", "b"]
+
+    run(main)
+
+
+def test_the_end_of_the_connection_wakes_all() -> None:
+    async def main() -> None:
+        turns = Turns()
+        turns.pause()
+        waiting = [asyncio.create_task(turns.wait()) for _ in range(3)]
+        await settle()
+        turns.end()
+        await asyncio.wait_for(asyncio.gather(*waiting), 5)
+        assert turns.free
+
+    run(main)

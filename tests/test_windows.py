@@ -1,0 +1,428 @@
+"""Flow control: nothing that one stream does starves another, what a connection can hold is bounded, windows grow.
+
+Over real sockets against real servers; `ReceiveWindow` and `Inbox` alone where an application has to be slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import h2.events
+import h2.settings
+import pytest
+from h2.errors import ErrorCodes
+
+from aipod.codec import Compressor
+from aipod.transport.inbox import Inbox
+from aipod.transport.window import Pool, ReceiveWindow
+from aipod.wire.ai import Raw
+from tests.conftest import Serve, Served, run
+from tests.proxy import open_proxy
+from tests.test_transport import REQUEST, Peer, honest, memory, prefixed
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def payload() -> bytes:
+    """4 MiB that become no smaller, as one zstd frame in one gRPC message."""
+    return prefixed(bytes(Raw(data=Compressor(1).frame(os.urandom(4 * MIB)))))
+
+
+def pump(peer: Peer, parts: dict[int, bytes], *, end: bool = True) -> None:
+    """Send what each stream has to say, a frame each in turn, as the windows let it."""
+    left = {stream: memoryview(data) for stream, data in parts.items()}
+    while left:
+        moved = False
+        for stream, view in list(left.items()):
+            size = min(len(view), peer.h2.local_flow_control_window(stream), peer.h2.max_outbound_frame_size)
+            if size <= 0:
+                continue
+            peer.h2.send_data(stream, view[:size].tobytes(), end_stream=end and size == len(view))
+            left[stream] = view[size:]
+            if size == len(view):
+                del left[stream]
+            moved = True
+            peer.flush()
+        if not moved:
+            assert peer.step(), "the server has closed the connection"
+
+
+def settled(peer: Peer) -> None:
+    """Everything sent has been dealt with, and all that was answered is here."""
+    peer.events.clear()
+    peer.h2.ping(b"settled?")
+    peer.flush()
+    peer.until(lambda: any(isinstance(event, h2.events.PingAckReceived) for event in peer.events))
+
+
+def granted(peer: Peer, streams: list[int], sent: dict[int, int]) -> int:
+    """What the server may be made to hold by these streams: sent and not taken, or allowed to be sent."""
+    return sum(sent[stream] + stream_window(peer, stream) for stream in streams)
+
+
+def stream_window(peer: Peer, stream: int) -> int:
+    return int(peer.h2.streams[stream].outbound_flow_control_window)
+
+
+# --- the window of one stream
+
+
+class Slow:
+    """A window and an inbox whose application takes a message when the test says so."""
+
+    def __init__(self, *, initial: int = 64 * KIB, limit: int = MIB, growth: int = MIB, messages: int = MIB) -> None:
+        self.allowed = initial
+        self.late: int | None = None  # credit on its way to the sender, where it takes a while
+        self.growth, self.messages = Pool(growth), Pool(messages)
+        self.window = ReceiveWindow(initial, limit, self.growth, self.messages, self._credit)
+        self.inbox = Inbox(MIB, self.window)
+
+    def _credit(self, size: int) -> None:
+        assert size > 0
+        if self.late is None:
+            self.allowed += size
+        else:
+            self.late += size
+
+    def send(self, data: bytes, *, frame: int = 16 * KIB) -> int:
+        """As much of `data` as the window lets through; how much that was."""
+        sent = 0
+        while sent < len(data) and self.allowed:
+            piece = data[sent : sent + min(frame, self.allowed)]
+            self.allowed -= len(piece)
+            self.inbox.arrived(len(piece), len(piece))
+            self.inbox.feed(memoryview(piece))
+            sent += len(piece)
+        return sent
+
+    async def take(self) -> int:
+        async with asyncio.timeout(5):
+            message = await self.inbox.read()
+        assert message is not None
+        return len(message)
+
+
+@pytest.mark.parametrize("first", [1, 1000, 15 * KIB, 16 * KIB, 20 * KIB, 60 * KIB])
+@pytest.mark.parametrize("second", [48 * KIB, 60 * KIB, 64 * KIB - 5, 64 * KIB - 4, 65 * KIB, 200 * KIB])
+@pytest.mark.parametrize("frame", [1000, 16 * KIB, 512 * KIB])
+def test_a_message_behind_one_that_was_taken_late_becomes_complete(first: int, second: int, frame: int) -> None:
+    """All that the first window lets through comes before the application takes anything."""
+
+    async def main() -> None:
+        slow = Slow()
+        data = prefixed(bytes(first)) + prefixed(bytes(second))
+        sent = slow.send(data, frame=frame)
+        assert await slow.take() == first
+        while sent < len(data):
+            more = slow.send(data[sent:], frame=frame)
+            assert more, f"stuck: {len(data) - sent} bytes are missing and the window is shut"
+            sent += more
+        assert await slow.take() == second
+
+    run(main)
+
+
+def test_a_slow_application_does_not_make_the_window_grow() -> None:
+    async def main() -> None:
+        slow = Slow()
+        message = prefixed(bytes(8 * KIB))
+        stream, sent = message * 100, 0
+        sent += slow.send(stream)
+        slow.window.sample()  # the first window comes at once, whatever the application does
+        grown = slow.window.size
+        for _ in range(90):
+            await slow.take()
+            sent += slow.send(stream[sent:])
+            assert not slow.window.sample()
+        assert slow.window.size == grown
+
+    run(main)
+
+
+def test_a_fast_application_makes_it_grow_to_its_limit_and_not_beyond() -> None:
+    async def main() -> None:
+        slow = Slow(limit=512 * KIB)
+        slow.late = 0
+        message, begun = prefixed(bytes(1000)), 0
+        for _ in range(100):  # round trips: in each the whole window is used up
+            while slow.allowed:
+                sent = slow.send(message[begun : begun + 100])
+                begun = (begun + sent) % len(message)
+                if begun == 0:
+                    await slow.take()
+            slow.window.sample()
+            slow.allowed, slow.late = slow.late, 0
+        assert slow.window.size == 512 * KIB
+        slow.inbox.close()
+        assert slow.growth.take(MIB), "what it had grown by is for others again"
+
+    run(main)
+
+
+def test_a_long_message_that_is_withdrawn_from_the_line_lets_the_next_one_through() -> None:
+    pool = Pool(100)
+    got: list[str] = []
+    pool.ask(60, lambda: got.append("held"))
+    waits = pool.ask(70, lambda: got.append("waits"))
+    pool.ask(40, lambda: got.append("behind"))
+    assert got == ["held"]
+    pool.withdraw(waits)
+    assert got == ["held", "behind"]
+
+
+# --- streams beside one another
+
+
+@pytest.fixture
+def peer(served: Served) -> Iterator[Peer]:
+    with Peer(served) as peer:
+        yield peer
+        honest(peer)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("server")
+    options = ("--max-message", "5MiB", "--stream-window", "64KiB", "--connection-window", "1MiB", "--tick", "0.1")
+    served = Served("tests.models_under_test:Async", directory, options, "127.0.0.1:0")
+    try:
+        yield served
+        assert served.stop() == 0, served.log_text()
+        assert "Traceback" not in served.log_text()
+    finally:
+        served.process.kill()
+        served.process.communicate()
+
+
+def test_a_message_behind_a_short_one_over_the_wire(serve: Serve) -> None:
+    """Read at once by the server, so that its application takes the first message when the window is used up.
+
+    The upload before makes the server read a megabyte at a time.
+    """
+    served = serve("Async")
+    with Peer(served) as peer:
+        for _ in range(5):
+            before = peer.open(data=REQUEST, end=False)
+            pump(peer, {before: prefixed(bytes(Raw(data=Compressor(1).frame(os.urandom(3 * MIB)))))})
+            assert peer.answer(before).status == 0
+            stream = peer.open(data=b"", end=False)
+            short = REQUEST + prefixed(bytes(Raw(data=Compressor(1).frame(os.urandom(30 * KIB)))))
+            long = Compressor(1).frame(os.urandom(220 * KIB))
+            peer.socket.settimeout(5)
+            # Frames of the first window go out together.
+            data = memoryview(short + prefixed(bytes(Raw(data=long))))
+            size = min(len(data), peer.h2.local_flow_control_window(stream))
+            for start in range(0, size, 16 * KIB):
+                peer.h2.send_data(stream, data[start : min(start + 16 * KIB, size)].tobytes())
+            peer.flush()
+            pump(peer, {stream: data[size:].tobytes()}) if size < len(data) else peer.h2.end_stream(stream)
+            peer.flush()
+            answer = peer.answer(stream)
+            assert (answer.status, answer.result) == (0, b'{"size": %d}' % (250 * KIB))
+
+
+def test_an_upload_that_stops_in_a_message_disturbs_no_other(served: Served, peer: Peer, payload: bytes) -> None:
+    """It holds its room in the pool for long messages; stock grpclib's connection has no window left."""
+    stalled = peer.open(data=REQUEST, end=False)
+    pump(peer, {stalled: payload[: 3 * MIB]}, end=False)
+    for _ in range(20):
+        honest(peer)
+    # Messages within the first window need nothing from the pool; and a long one within what is left of it.
+    small = prefixed(bytes(Raw(data=Compressor(1).frame(os.urandom(48 * KIB)))))
+    others = [peer.open(data=REQUEST, end=False) for _ in range(8)]
+    pump(peer, dict.fromkeys(others, small * 20))
+    # Twenty zstd frames in a row are one payload.
+    assert [peer.answer(stream).result for stream in others] == [b'{"size": %d}' % (20 * 48 * KIB)] * 8
+    pump(peer, {stalled: payload[3 * MIB :]})
+    assert peer.answer(stalled).result == b'{"size": %d}' % (4 * MIB)
+
+
+def test_a_stream_whose_answer_is_not_read_disturbs_no_other(serve: Serve) -> None:
+    served = serve("Plain", "--tick", "0.1")
+    with Peer(served) as peer:
+        acknowledge = peer.h2.acknowledge_received_data
+        unread: list[int] = []
+
+        def of_others(size: int, stream: int) -> None:
+            if stream not in unread and size:
+                acknowledge(size, stream)
+            elif size:
+                peer.h2.increment_flow_control_window(size)
+
+        peer.h2.acknowledge_received_data = of_others  # type: ignore[method-assign]
+        data = prefixed(bytes(Raw(data=Compressor(1).frame(b'{"length": 1000000}'))))
+        unread += [peer.open(("x-func-name", "file"), data=data) for _ in range(3)]
+        peer.until(lambda: all(len(peer.answers[stream].data) == 65535 for stream in unread))
+        for _ in range(20):
+            assert peer.call(("x-func-name", "hello")).status == 0
+        other = peer.call(("x-func-name", "file"), data=data)
+        assert len(other.result) == 1_000_000
+        for stream in unread:
+            assert not peer.answers[stream].ended
+            peer.h2.increment_flow_control_window(2_000_000, stream)
+        peer.flush()
+        assert [len(peer.answer(stream).result) for stream in unread] == [1_000_000] * 3
+
+
+def test_a_heartbeat_does_not_wait_behind_a_long_answer(serve: Serve) -> None:
+    """The slow reader takes 64 MiB in small reads; between its frames come the heartbeats of another job."""
+    served = serve("Plain", "--tick", "0.1", "--instances", "2")
+    with Peer(served) as peer:
+        peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 2**31 - 1})
+        peer.h2.increment_flow_control_window(2**31 - 1 - 65535)
+        peer.flush()
+        sleeper = peer.open(
+            ("x-func-name", "sleep"), data=prefixed(bytes(Raw(data=Compressor(1).frame(b'{"seconds": 4}'))))
+        )
+        long = prefixed(bytes(Raw(data=Compressor(1).frame(b'{"length": 67108864}'))))
+        stream = peer.open(("x-func-name", "file"), data=long)
+        answer, beats, taken = peer.answers[stream], 0, 0
+        while not answer.ended:
+            time.sleep(0.001)
+            peer.step()
+            taken += len(answer.data)
+            answer.data = b""  # else each piece is appended to all before it
+            if MIB < taken < 60 * MIB:
+                beats += len(peer.answers[sleeper].data) // 11
+            peer.answers[sleeper].data = peer.answers[sleeper].data[len(peer.answers[sleeper].data) // 11 * 11 :]
+        assert answer.status == 0
+        assert beats >= 3
+        assert peer.answer(sleeper).status == 0
+
+
+def test_long_messages_take_turns_and_all_arrive(served: Served, peer: Peer, payload: bytes) -> None:
+    """Twenty of 4 MiB at once, where the pool has room for one."""
+    before = memory(served)
+    streams = [peer.open(data=REQUEST, end=False) for _ in range(20)]
+    pump(peer, dict.fromkeys(streams, payload))
+    assert [peer.answer(stream).result for stream in streams] == [b'{"size": %d}' % (4 * MIB)] * 20
+    assert memory(served) - before < 20 * 5 + 64
+
+
+def test_a_long_message_that_gives_up_its_place_lets_the_next_one_through(
+    served: Served, peer: Peer, payload: bytes
+) -> None:
+    """One holds 3 of the 5 MiB and stops; one wants 4 and waits; one behind it wants 1 and could go on."""
+    three, one = payload[: 3 * MIB], prefixed(bytes(Raw(data=Compressor(1).frame(os.urandom(MIB)))))
+    holds, waits, behind = (peer.open(data=REQUEST, end=False) for _ in range(3))
+    pump(peer, {holds: b"\0" + (3 * MIB).to_bytes(4, "big") + three[5 : 2 * MIB]}, end=False)
+    settled(peer)
+    pump(peer, {waits: payload[: 60 * KIB]}, end=False)
+    settled(peer)
+    pump(peer, {behind: one[: 60 * KIB]}, end=False)
+    settled(peer)
+    peer.h2.reset_stream(waits, ErrorCodes.CANCEL)
+    peer.socket.settimeout(5)  # long before --upload-stall would free the room
+    pump(peer, {behind: one[60 * KIB :]})
+    peer.socket.settimeout(30)
+    assert peer.answer(behind).result == b'{"size": %d}' % MIB
+    peer.h2.reset_stream(holds, ErrorCodes.CANCEL)
+
+
+def test_what_a_connection_can_make_the_server_hold(serve: Serve) -> None:
+    """A thousand streams that send all they may of a message that never ends: the sum in window.py's docstring.
+
+    First by the windows that were given, exactly; then by the server's memory, with what a stream costs besides. Then
+    the same again: the memory of the first connection serves the second.
+    """
+    window, growth, limit, number = 64 * KIB, MIB, 2 * MIB, 1000
+    sizes = ("--stream-window", str(window), "--connection-window", str(growth), "--max-message", str(limit))
+    served = serve("Async", *sizes)
+    before = 0.0
+    for _ in range(2):
+        with Peer(served) as peer:
+            honest(peer)
+            streams = [peer.open(data=b"", end=False) for _ in range(number)]
+            settled(peer)
+            before = before or memory(served)
+            sent = fill(peer, streams, limit)
+            assert granted(peer, streams, sent) <= number * window + growth + limit
+            assert sum(sent.values()) >= number * window
+            assert memory(served) - before < 1.25 * (number * window + growth + limit) / MIB + 16
+            for stream in streams:
+                peer.h2.reset_stream(stream, ErrorCodes.CANCEL)
+            peer.flush()
+            honest(peer)
+
+
+def fill(peer: Peer, streams: list[int], limit: int) -> dict[int, int]:
+    """Send a message of `limit` bytes but for its last one on each stream, as far as they may; how much that was."""
+    sent = dict.fromkeys(streams, 0)
+    head = b"\0" + limit.to_bytes(4, "big")
+    while True:
+        progress = 0
+        for stream in streams:
+            size = stream_window(peer, stream)
+            data = head[sent[stream] :] + bytes(size)
+            rest = memoryview(data[: min(size, limit - 1 - sent[stream])])
+            while rest:
+                part = min(len(rest), peer.h2.outbound_flow_control_window, peer.h2.max_outbound_frame_size)
+                if part:
+                    peer.h2.send_data(stream, rest[:part].tobytes())
+                    sent[stream] += part
+                    progress += part
+                    rest = rest[part:]
+                    peer.flush()
+                else:
+                    assert peer.step()
+        settled(peer)
+        if not progress:
+            return sent
+
+
+# --- windows that grow
+
+
+@pytest.mark.parametrize("chunk", [32 * KIB, 512 * KIB])
+def test_a_window_grows_on_a_long_link_and_gives_back(serve: Serve, chunk: int) -> None:
+    """A round trip of 100 ms: 256 KiB would carry 2.5 MiB a second. Short messages, and ones over the first window."""
+    served = serve("Async")
+    with Delayed(served, 0.05) as peer:
+        stream = peer.open(data=REQUEST, end=False)
+        frame = prefixed(bytes(Raw(data=Compressor(1).frame(os.urandom(chunk)))))
+        began = time.monotonic()
+        pump(peer, {stream: frame * (24 * MIB // chunk)}, end=False)
+        took = time.monotonic() - began
+        settled(peer)
+        settled(peer)  # the last credit was on its way
+        assert 2 * MIB <= stream_window(peer, stream) <= 16 * MIB
+        assert took < 24 / 2.5 / 2, "half of what the first window would have taken"
+        peer.h2.end_stream(stream)
+        assert peer.answer(stream).result == b'{"size": %d}' % (24 * MIB)
+        # The next stream begins where every stream begins.
+        assert stream_window(peer, peer.open(data=REQUEST, end=False)) == 256 * KIB - len(REQUEST)
+
+
+class Delayed(Peer):
+    """A peer behind a proxy in a thread, which delays each direction by `seconds`."""
+
+    def __init__(self, served: Served, seconds: float) -> None:
+        self._ready, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._proxy, args=(served.port, seconds))
+        self._thread.start()
+        self._ready.wait()
+        served = type("Through", (), {"port": self._port})  # type: ignore[assignment]
+        super().__init__(served)
+
+    def _proxy(self, port: int, seconds: float) -> None:
+        async def main() -> None:
+            async with open_proxy(port) as proxy:
+                proxy.delay = seconds
+                self._port = proxy.port
+                self._ready.set()
+                while not self._over.is_set():
+                    await asyncio.sleep(0.01)
+
+        run(main, timeout=120)
+
+    def __exit__(self, *args: object) -> None:
+        with contextlib.suppress(OSError):
+            super().__exit__(*args)
+        self._over.set()
+        self._thread.join()
