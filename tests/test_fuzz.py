@@ -430,7 +430,10 @@ class Babbler:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)
         heard = b""
+        greeting = raw_frame(SETTINGS, 0, 0, b"")  # a client asks for nothing before it
         with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            if self.good or not self.at_once:
+                writer.write(greeting)
             while self.good or not self.at_once:
                 more = await reader.read(65536)
                 heard += more
@@ -462,7 +465,7 @@ async def babbled(data: bytes, rng: random.Random) -> None:
     try:
         async with (
             asyncio.timeout(BOUND),
-            aipod.Client(address, config=aipod.Config(silence=1, connect_timeout=1, attempts=1)) as client,
+            aipod.Client(address, config=aipod.Config(silence=0.5, connect_timeout=0.5, attempts=1)) as client,
         ):
             with contextlib.suppress(aipod.AipodError):
                 # RESULT: a changed content type makes bytes of the same answer.

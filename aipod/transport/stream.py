@@ -35,6 +35,10 @@ SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_REMOTE)
 RECEIVING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
 
 
+_RESPONSE = [(":status", "200"), ("content-type", "application/grpc")]
+_NO_STATUS = [("grpc-status", str(Status.UNKNOWN.value)), ("grpc-message", "the response ended without a status")]
+
+
 class PeerStalled(GRPCError):
     """The peer took no data for `send_stall` seconds."""
 
@@ -200,8 +204,8 @@ class H2Stream(base.Stream):
     def __ended__(self) -> None:
         self.inbox.eof()
         if self.connection.client and self.trailers is None:
-            # Else grpclib waits for them for ever; without a status they are an error that it names.
-            self.headers, self.trailers = self.headers or [], []
+            # Else grpclib waits for them for ever.
+            self.headers, self.trailers = self.headers or [*_RESPONSE, *_NO_STATUS], _NO_STATUS
             self.headers_received.set()
             self.trailers_received.set()
 
