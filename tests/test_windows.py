@@ -334,7 +334,7 @@ def test_what_a_connection_can_make_the_server_hold(serve: Serve) -> None:
     window, growth, limit, number = 64 * KIB, MIB, 2 * MIB, 1000
     sizes = ("--stream-window", str(window), "--connection-window", str(growth), "--max-message", str(limit))
     served = serve("Async", *sizes)
-    before = 0.0
+    before, allowed = 0.0, 1.25 * (number * window + growth + limit) / MIB + 16
     for _ in range(2):
         with Peer(served) as peer:
             honest(peer)
@@ -344,7 +344,8 @@ def test_what_a_connection_can_make_the_server_hold(serve: Serve) -> None:
             sent = fill(peer, streams, limit)
             assert granted(peer, streams, sent) <= number * window + growth + limit
             assert sum(sent.values()) >= number * window
-            assert memory(served) - before < 1.25 * (number * window + growth + limit) / MIB + 16
+            assert memory(served) - before < allowed
+            allowed += 24  # of 65 that a leak would take: streams of the first connection wait for the collector
             for stream in streams:
                 peer.h2.reset_stream(stream, ErrorCodes.CANCEL)
             peer.flush()
