@@ -39,6 +39,7 @@ METHODS: list[tuple[Any, str, tuple[str, ...]]] = [
     (base.Stream, "__init__", ("connection", "h2_connection", "transport", "stream_id", "wrapper")),
     (base.Stream, "send_request", ("headers", "end_stream", "_processor")),
     (base.Stream, "send_headers", ("headers", "end_stream")),
+    (base.Stream, "send_data", ("data", "end_stream")),
     (base.Stream, "init_stream", ("stream_id", "connection")),
     (base.Stream, "recv_data", ("size",)),
     (base.Stream, "end", ()),

@@ -16,9 +16,9 @@ from aipod.config import KIB
 
 _HEAD = struct.Struct(">HBBBL")  # length (24 bits), type, flags, stream
 HEAD = _HEAD.size
-DATA, RST_STREAM, PING, WINDOW_UPDATE = 0x0, 0x3, 0x6, 0x8
+DATA, HEADERS, WINDOW_UPDATE = 0x0, 0x1, 0x8
 _KNOWN = 0xA  # types up to it mean something to h2
-END_STREAM, ACK, PADDED = 0x1, 0x1, 0x8
+END_STREAM, PADDED = 0x1, 0x8
 _PREFACE = 24  # bytes
 
 # Headers are the longest of the others, and a list of them is bounded by as much (`connection.HEADER_LIST`).

@@ -31,10 +31,9 @@ from h2.stream import StreamInputs
 from aipod.config import KIB, MIB, Config
 from aipod.transport.connection import H2, HEADER_LIST, WRITE_BUFFER, H2Connection, Processor
 from aipod.transport.frames import (
-    ACK,
     HEAD,
+    HEADERS,
     MAX_CONTROL_FRAME,
-    RST_STREAM,
     WINDOW_UPDATE,
     FrameReader,
     Take,
@@ -273,12 +272,15 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
 
     def control(self, frame: bytes) -> None:
         """Any other frame, or a piece of the preface."""
-        if len(frame) >= HEAD:
-            kind, flags = frame[3], frame[4]
-            tiny = kind == WINDOW_UPDATE and frame[HEAD:-2] == b"\0\0"
-            if kind > WINDOW_UPDATE or (RST_STREAM <= kind < WINDOW_UPDATE and not flags & ACK) or tiny:
-                self._count_frame()
+        if len(frame) >= HEAD and frame[3] != HEADERS and not self._is_credit(frame):
+            self._count_frame()
         self._feed(frame)
+
+    def _is_credit(self, frame: bytes) -> bool:
+        """Whether it is a WINDOW_UPDATE that somebody can use: an honest peer sends as many as it gets data."""
+        stream_id = int.from_bytes(frame[5:HEAD], "big")
+        wanted = stream_id == 0 or stream_id in self.processor.streams
+        return frame[3] == WINDOW_UPDATE and wanted and frame[HEAD : HEAD + 2] != b"\0\0"
 
     @property
     def _in_headers(self) -> bool:

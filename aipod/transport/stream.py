@@ -100,18 +100,23 @@ class H2Stream(base.Stream):
         """Send one message, given as pieces to be sent one after the other; with `end`, end this side.
 
         Waits for the peer's window and for this sender's turn. Raises StreamTerminatedError or StreamClosedError when
-        the call is over, PeerStalled when the peer took nothing for `send_stall` seconds. Cancelled before it returns,
-        it may leave a part of the message sent. This is an asyncio-flavored function.
+        the call is over, PeerStalled when the peer took nothing for `send_stall` seconds. Cancelled in the middle of the
+        message, it resets the stream. This is an asyncio-flavored function.
         """
-        left = sum(map(len, pieces))
-        small = left <= SMALL
-        rest = collections.deque([memoryview(struct.pack(">BL", 0, left)), *(memoryview(piece) for piece in pieces)])
-        left += PREFIX
-        whole = left
+        size = sum(map(len, pieces))
+        prefix = struct.pack(">BL", 0, size)
+        await self._send_whole([prefix, *pieces], PREFIX + size, end=end)
+
+    async def send_data(self, data: bytes, end_stream: bool = False) -> None:
+        """What grpclib's own stubs send by: a message with its prefix. Else as `send_message`."""
+        await self._send_whole([data], len(data), end=end_stream)
+
+    async def _send_whole(self, pieces: Sequence[bytes], size: int, *, end: bool) -> None:
+        rest = collections.deque(memoryview(piece) for piece in pieces)
         try:
-            await self._send(rest, left, small=small, end=end)
+            await self._send(rest, size, small=size <= SMALL, end=end)
         except BaseException:
-            if 0 < sum(map(len, rest)) < whole:
+            if 0 < sum(map(len, rest)) < size:
                 self.reset_now(ErrorCodes.CANCEL)  # nothing may follow half a message
             raise
 
