@@ -100,8 +100,8 @@ class H2Stream(base.Stream):
         """Send one message, given as pieces to be sent one after the other; with `end`, end this side.
 
         Waits for the peer's window and for this sender's turn. Raises StreamTerminatedError or StreamClosedError when
-        the call is over, PeerStalled when the peer took nothing for `send_stall` seconds. Cancelled in the middle of the
-        message, it resets the stream. This is an asyncio-flavored function.
+        the call is over, PeerStalled when the peer took nothing for `send_stall` seconds. Cancelled in the middle of
+        the message, it resets the stream. This is an asyncio-flavored function.
         """
         size = sum(map(len, pieces))
         prefix = struct.pack(">BL", 0, size)
