@@ -16,8 +16,8 @@ from h2.events import StreamEnded
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
-from aipod.config import Config
-from aipod.transport.channel import Channel, open_call, read_status, reset
+from aipod.config import MIB, Config
+from aipod.transport.channel import Channel, open_call, read_status, reset, send_message
 from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import Raw
 from tests.conftest import run
@@ -132,5 +132,51 @@ def test_a_call_that_waits_for_a_stream_moves_to_a_new_connection_when_its_own_i
                 assert waiting._stream.connection is not first._stream.connection
                 reset(first)
                 reset(waiting)
+
+    run(main)
+
+
+def test_senders_wait_for_a_peer_that_does_not_read() -> None:
+    """Python 3.12 up to .8 and 3.13 up to .1 do not pause who writes by writelines() (CVE-2024-12254)."""
+
+    async def main() -> None:
+        goes_on, ended = asyncio.Event(), asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            h2 = H2Connection(H2Configuration(client_side=False))
+            h2.local_settings = Settings(
+                client=False,
+                initial_values={SettingCodes.INITIAL_WINDOW_SIZE: 2**24, SettingCodes.MAX_FRAME_SIZE: 2**20},
+            )
+            h2.initiate_connection()
+            h2.increment_flow_control_window(2**30)
+            writer.write(h2.data_to_send())
+            await goes_on.wait()
+            while await reader.read(2**20):
+                pass
+            writer.close()
+            await writer.wait_closed()
+            ended.set()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            channel = Channel(f"{host}:{port}", Config())
+            async with contextlib.AsyncExitStack() as stack:
+                calls = [await stack.enter_async_context(new_call(channel)) for _ in range(50)]
+                for call in calls:
+                    await open_call(call)
+                async with asyncio.TaskGroup() as group:
+                    for call in calls:
+                        group.create_task(send_message(call, Raw(data=bytes(MIB))))
+                    for _ in range(100):
+                        await asyncio.sleep(0)
+                    connection = channel._protocol.connection
+                    assert connection.paused_since is not None
+                    assert connection._transport.get_write_buffer_size() < MIB
+                    goes_on.set()
+                for call in calls:
+                    reset(call)
+            channel.close()
+            await ended.wait()
 
     run(main)

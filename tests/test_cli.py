@@ -361,6 +361,19 @@ def test_a_server_that_is_killed_is_status_3(serve: Serve, tmp_path: Path) -> No
     assert err.decode().splitlines()[-1].startswith("aipod: CONNECTION_LOST: ")
 
 
+def test_a_call_that_was_stopped_for_longer_than_its_silence_goes_on(to: tuple[str, str], tmp_path: Path) -> None:
+    """Ctrl-Z, and `fg` later: it was not the server that was silent."""
+    file = tmp_path / "file"
+    file.write_bytes(b"answer")
+    with start("call", *to, "slow_echo", str(file), "-k", "seconds=3", "--silence", "1") as process:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=30) == (b"answer", b"")
+        assert process.returncode == 0
+
+
 @pytest.mark.parametrize("where", ["running", "stdin"])
 def test_ctrl_c_is_status_130_and_cancels_the_job(
     served: Served, to: tuple[str, str], tmp_path: Path, where: str

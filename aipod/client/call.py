@@ -26,6 +26,8 @@ from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
 _AHEAD = 1
+# Seconds after `silence` to read what came while this process did not run (Ctrl-Z, a virtual machine that was paused).
+_CATCH_UP = 1.0
 # Seconds to wait for the trailers behind a complete answer.
 TRAILERS = 1.0
 T = TypeVar("T")
@@ -165,6 +167,7 @@ class Attempt:
         One timer for the whole call: a task or a timer for each message would cost more than reading it.
         """
         silence = self._config.silence
+        late = False  # the time is over, but this process may have been stopped meanwhile
         watcher = asyncio.create_task(self._watch(), name="aipod-watch")
         waiting: set[asyncio.Task[Any]] = {watcher, uploader}
         try:
@@ -172,9 +175,10 @@ class Attempt:
                 left = silence
                 if self._listening is not None:  # else this side is busy, with a slow disk perhaps
                     left += self._listening - time.monotonic()
-                if left <= 0:
+                if left <= 0 and late:
                     raise NoAnswer(f"no heartbeat for {silence:g} s")
-                await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                late = left <= 0
+                await asyncio.wait(waiting, timeout=_CATCH_UP if late else left, return_when=asyncio.FIRST_COMPLETED)
                 if uploader.done():
                     waiting.discard(uploader)
                     _raise_local(uploader)

@@ -47,6 +47,8 @@ log = logging.getLogger("aipod.transport")
 HEADER_LIST = 64 * KIB
 # Small messages are written behind what the socket has not taken yet, up to here.
 WRITE_BUFFER = 1 * MIB
+# Where asyncio pauses those who write.
+_HIGH_WATER = 64 * KIB
 # Seconds that a closed connection may take to send what was written last.
 _LINGER = 10.0
 
@@ -146,6 +148,9 @@ class H2Connection(base.Connection):
             return  # writelines() would register the descriptor again, which the next connection may have (3.12, 3.13)
         if sys.version_info >= (3, 12):
             self._transport.writelines(buffers)  # sendmsg
+            if self.paused_since is None and self._transport.get_write_buffer_size() > _HIGH_WATER:
+                # Up to 3.12.8 and 3.13.1 writelines() does not pause its protocol (CVE-2024-12254); this does.
+                self._transport.set_write_buffer_limits(_HIGH_WATER)
             return
         small = b""  # before 3.12 writelines joins everything; here only what is small
         for buffer in buffers:
