@@ -128,6 +128,7 @@ class Server(grpclib.server.Server):
         self.settings = config
         self.protocols: set[ServerProtocol] = set()
         self._listeners: list[asyncio.AbstractServer] = []
+        self._stopped = False
 
     async def listen(self, sockets: Sequence[socket.socket]) -> None:
         """Accept connections on listening sockets, with TLS where the settings say so. The sockets stay the caller's.
@@ -143,12 +144,15 @@ class Server(grpclib.server.Server):
             self._listeners.append(await create(self._protocol_factory, sock=sock.dup(), backlog=BACKLOG, **tls))
 
     def _protocol_factory(self) -> H2Protocol:
+        if self._stopped:  # accepted in the moment in which its listener was closed: asyncio would stumble over it
+            raise ConnectionAbortedError("the server listens no more")
         handler = Handler(self)
         handler.protocol = ServerProtocol(handler, self)
         return handler.protocol
 
     def stop_listening(self) -> None:
         """Accept no more connections, and tell the open ones to bring no more requests (GOAWAY)."""
+        self._stopped = True
         for listener in self._listeners:
             listener.close()
         for protocol in list(self.protocols):
