@@ -19,6 +19,11 @@ EXCEPTIONS = {
     "http2/4.2/3": "its HEADERS frame is over 16 KiB, but not over the 512 KiB that the server announces",
     "http2/5.1.2/1": "its requests are answered as fast as they come, so that there are never too many at once",
 }
+# Cases whose end depends on what comes first.
+SOMETIMES = {
+    "http2/4.2/1": "its frame is as long as the server announces, and longer than the stream's window (RFC 9113 section"
+    " 6.9.1): a flow-control error, unless its request has been refused before it comes",
+}
 
 
 def test_h2spec(serve: Serve, tmp_path: Path) -> None:
@@ -39,7 +44,7 @@ def test_h2spec(serve: Serve, tmp_path: Path) -> None:
                 passed.add(name)
 
     assert len(passed) + len(failed) > 130, "it did not come to its end"
-    assert {name: why for name, why in failed.items() if name not in EXCEPTIONS} == {}
+    assert {name: why for name, why in failed.items() if name not in EXCEPTIONS | SOMETIMES} == {}
     assert EXCEPTIONS.keys() & passed == set(), "passes now: no exception any more"
     with Peer(served) as peer:
         honest(peer)
