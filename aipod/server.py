@@ -171,16 +171,19 @@ async def _listening(config: Config, services: list[object], sockets: list[socke
     """grpclib's server on `sockets`; leaving drops what connections there still are."""
 
     async def start() -> Server:
-        server = Server(with_reflection(services), config)
+        server = Server(with_reflection(services), config, spawner)
         await server.listen(sockets)
         return server
 
-    server = await bridge.to_trio(start)()
-    try:
-        yield server
-    finally:
-        server.stop_listening()
-        server.abort()
+    async with trio.open_nursery() as calls:
+        spawner = bridge.Spawner(calls)
+        server = await bridge.to_trio(start)()
+        try:
+            yield server
+        finally:
+            server.stop_listening()
+            server.abort()
+            calls.cancel_scope.cancel()
 
 
 @contextlib.contextmanager

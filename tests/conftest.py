@@ -85,9 +85,10 @@ def alive(pid: int) -> bool:
 
 
 def left_in(spool: Path) -> list[str]:
-    """What is in a spool besides what is always there."""
+    """What is in a spool besides what is always there. Not by rglob: it raises when a directory goes meanwhile."""
     fixed = {"app", "spool-id", "workers", ".probe"}
-    return sorted(str(path.relative_to(spool)) for path in spool.rglob("*") if path.name not in fixed)
+    found = (Path(base, name) for base, directories, files in os.walk(spool) for name in (*directories, *files))
+    return sorted(str(path.relative_to(spool)) for path in found if path.name not in fixed)
 
 
 def peak_memory(pid: int) -> float:

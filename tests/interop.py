@@ -89,12 +89,12 @@ async def behave(side: Side) -> None:
 
 def serve_aipod(settings: dict[str, Any]) -> None:
     import trio
-    from grpclib.const import Cardinality, Handler, Status
+    from grpclib.const import Cardinality, Status
     from multidict import MultiDict
 
     from aipod.config import Config
     from aipod.transport import bridge
-    from aipod.transport.server import PEER_GONE, Server, request_timeout, send_message
+    from aipod.transport.server import PEER_GONE, Server, TrioHandler, request_timeout, send_message
     from aipod.transport.stream import H2Stream
     from aipod.wire.ai import Raw
 
@@ -129,8 +129,8 @@ def serve_aipod(settings: dict[str, Any]) -> None:
             await side.finish(Status.DEADLINE_EXCEEDED.value, "too late", [])
 
     class Service:
-        def __mapping__(self) -> dict[str, Handler]:
-            return {PATH: Handler(bridge.to_asyncio(chaos), Cardinality.STREAM_STREAM, Raw, Raw)}
+        def __mapping__(self) -> dict[str, TrioHandler]:
+            return {PATH: TrioHandler(chaos, Cardinality.STREAM_STREAM, Raw, Raw)}
 
     def inside(server: Server, loop: Any) -> dict[str, int]:
         gc.collect()
@@ -158,10 +158,10 @@ def serve_aipod(settings: dict[str, Any]) -> None:
 
     async def main() -> None:
         config = Config(**settings)
-        async with bridge.open_loop() as loop:
+        async with bridge.open_loop() as loop, trio.open_nursery() as calls:
 
             async def start() -> tuple[Server, int]:
-                server = Server([Service()], config)
+                server = Server([Service()], config, bridge.Spawner(calls))
                 with socket.create_server(("127.0.0.1", 0), backlog=1024) as sock:
                     await server.listen([sock])
                     return server, sock.getsockname()[1]

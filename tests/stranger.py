@@ -54,13 +54,13 @@ OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def _message_classes() -> tuple[Any, Any]:
+def _message_classes() -> tuple[Any, ...]:
     files = descriptor_pb2.FileDescriptorSet.FromString((ROOT / "aipod" / "wire" / "ai.binpb").read_bytes()).file
     classes = message_factory.GetMessages(files, descriptor_pool.DescriptorPool())
-    return classes["ai.Raw"], classes["ai.StreamInput"]
+    return tuple(classes[f"ai.{name}"] for name in ("Raw", "StreamInput", "Open", "State", "Error"))
 
 
-Raw, StreamInput = _message_classes()
+Raw, StreamInput, Open, State, Error = _message_classes()
 
 
 def compressed(kwargs: Any) -> bytes:

@@ -102,6 +102,7 @@ ATTRIBUTES: list[tuple[Any, str, Any]] = [
     (grpclib.client.Handler, "connection_lost", False),
     (grpclib.client.Stream, "_send_request_done", False),
     (grpclib.client.Stream, "_end_done", False),
+    (grpclib.server.Stream, "_send_trailing_metadata_done", False),
     (grpclib.client.Stream, "_cancel_done", False),
     (grpclib.client.Stream, "_recv_trailing_metadata_done", False),
 ]
@@ -111,7 +112,8 @@ INSTANCE = {
     "_connection", "_transport", "_config", "_h2_connection", "_stream", "_wrapper", "_tasks", "_cancelled",
     "_mapping", "_codec", "_status_details_codec", "_loop", "_settings", "_frame_dispatch_table", "_timers",
     "_timer_handle_cancelled", "_connected", "_headers_buffer", "_inbound_flow_control_window_manager",
-    "_inbound_window_manager", "_expected_content_length",
+    "_inbound_window_manager", "_expected_content_length", "_main_loop_one", "_io_task", "_q_recv", "_run", "_raise",
+    "_scope",
 }  # fmt: skip
 CONFIGURATION = {field.name for field in dataclasses.fields(grpclib.config.Configuration)}
 
@@ -210,11 +212,20 @@ def test_a_stream_of_h2_has_what_frames_are_accounted_in() -> None:
 def test_trio_asyncio_has_what_the_bridge_uses() -> None:
     """In a process of its own: importing trio_asyncio changes asyncio for all of this one."""
     code = """
-import heapq, inspect, trio, trio_asyncio
+import heapq, inspect, socket, trio, trio_asyncio
 async def main():
     async with trio_asyncio.open_loop() as loop:
         assert isinstance(loop._timers, list), "_timers"
         assert list(inspect.signature(loop._timer_handle_cancelled).parameters) == ["handle"]
+        assert list(inspect.signature(loop._main_loop_one).parameters) == ["no_wait"]
+        assert list(inspect.signature(loop._io_task).parameters) == ["fd", "handle", "wait_ready"]
+        assert isinstance(loop._q_recv, trio.MemoryReceiveChannel)
+        with socket.socket() as sock:
+            reader = loop._add_reader(sock, print)
+            assert isinstance(reader._scope, trio.CancelScope)
+            assert callable(reader._run) and callable(reader._raise) and reader._cancelled is False
+            loop._remove_reader(sock)
+            assert reader._cancelled is True
         handle = loop.call_later(5, print)
         assert hasattr(handle, "cancelled"), "a timer that says whether it is cancelled"
         handle.cancel()

@@ -368,7 +368,8 @@ def test_an_early_end_while_the_client_still_sends(pair: Pair) -> None:
 
 @pytest.mark.parametrize("path", ["/ai.AI/nothing", "/ai.Nothing/chaos"], ids=["method", "service"])
 def test_what_is_not_there_is_unimplemented(pair: Pair, path: str) -> None:
-    assert pair.call([Ask(1, 1)], path=path).code == grpc.StatusCode.UNIMPLEMENTED.value[0]
+    # Without a message: grpcio's asyncio face may lose the status of a call that ends while it sends (grpc/grpc#36066).
+    assert pair.call([], path=path).code == grpc.StatusCode.UNIMPLEMENTED.value[0]
     assert pair.call([Ask(1, 1)]).code == OK
 
 

@@ -1,10 +1,11 @@
-"""The codec of gRPC messages: what comes in is bounded before betterproto2 sees it."""
+"""The codec of gRPC messages: bounded, and as betterproto2 and protobuf have it."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 from grpclib.health.v1.health_pb2 import HealthCheckRequest
 
-from aipod.transport.codec import MAX_FIELDS, MAX_UNKNOWN, Codec, check_fields
+from aipod.transport.codec import MAX_FIELDS, MAX_UNKNOWN, Codec, count_fields, encode_pieces
 from aipod.wire.ai import Error, Op, Open, Phase, Raw, State, StreamInput
+from tests import stranger
 
 MESSAGES = [
     Raw(),
@@ -63,8 +65,8 @@ def test_messages_of_protobuf_s_own_runtime_pass_as_well() -> None:
 
 def test_fields_are_counted_nested_ones_included() -> None:
     message = StreamInput(version="7", raw=Raw(data=b"x", open=Open(ticket=b"t", epoch=1), last=True))
-    assert check_fields(bytes(message), StreamInput) == 2 + 3 + 2
-    assert check_fields(b"", Raw) == 0
+    assert count_fields(bytes(message), StreamInput) == 2 + 3 + 2
+    assert count_fields(b"", Raw) == 0
 
 
 @pytest.mark.parametrize("message", MESSAGES)
@@ -72,10 +74,10 @@ def test_cut_anywhere_a_message_is_refused_or_has_fewer_fields(message: Any) -> 
     whole = bytes(message)
     for end in range(len(whole)):
         try:
-            fewer = check_fields(whole[:end], type(message))
+            fewer = count_fields(whole[:end], type(message))
         except ValueError:
             continue
-        assert fewer < check_fields(whole, type(message))
+        assert fewer < count_fields(whole, type(message))
 
 
 @pytest.mark.parametrize("tail", [b"\x80", b"\xff" * 11, b"\x0f", b"\x0b\x0c", b"\x0a\x05abcd", b"\x0d123", b"\x09123"])
@@ -119,13 +121,77 @@ def test_long_unknown_fields_are_refused_at_once_too() -> None:
     assert "unknown" in refusal(data, Raw)
     assert time.monotonic() - began < 0.2  # betterproto2 takes 10 s for it
     assert "unknown" in refusal(field(4, field(15, bytes(MAX_UNKNOWN // 2))) * 3, Raw)
-    assert check_fields(field(15, bytes(MAX_UNKNOWN - 4)), Raw) == 1
+    assert count_fields(field(15, bytes(MAX_UNKNOWN - 4)), Raw) == 1
+
+
+def random_message(rng: random.Random, kind: type, nested: int = 0) -> Any:
+    """Any fields with any values, defaults and extremes among them."""
+    values: dict[str, Any] = {}
+    for each in dataclasses.fields(kind):
+        meta = each.metadata["betterproto"]
+        if rng.random() < 0.3 or (meta.proto_type == "message" and rng.random() < nested / 4):
+            continue
+        one: dict[str, Callable[[], Any]] = {
+            "bytes": lambda: rng.randbytes(rng.choice([0, 1, 127, 128, 300, 5000])),
+            "string": lambda: rng.choice(["", "x", "é😀", "\0", "y" * 200]),
+            "uint64": lambda: rng.choice([0, 1, 127, 128, 1 << 40, (1 << 64) - 1]),
+            "uint32": lambda: rng.choice([0, 1, 300, (1 << 32) - 1]),
+            "bool": lambda: rng.random() < 0.5,
+            "float": lambda: rng.choice([0.0, 0.5, -1.25, float("inf")]),
+            "enum": lambda: Phase(rng.randrange(8)) if kind is State else Op(rng.randrange(5)),
+            "message": lambda number=meta.number: random_message(rng, NESTED[kind, number], nested + 1),  # type: ignore[misc]
+        }
+        value = one[meta.proto_type]
+        values[each.name] = [value() for _ in range(rng.randrange(4))] if meta.repeated else value()
+    return kind(**values)
+
+
+NESTED = {(StreamInput, 3): Raw, (Raw, 4): Open, (Raw, 5): State, (State, 6): Error}
+
+
+@pytest.mark.parametrize("kind", [StreamInput, Raw, Open, State, Error])
+def test_any_message_is_as_betterproto2_and_protobuf_have_it(kind: type) -> None:
+    rng = random.Random(kind.__name__)
+    theirs = getattr(stranger, kind.__name__)
+    for _ in range(500):
+        message = random_message(rng, kind)
+        pieces = encode_pieces(message)
+        data = b"".join(pieces)
+        assert data == bytes(message)
+        assert Codec().decode(data, kind) == Codec().decode(memoryview(data), kind) == kind.parse(data) == message
+        parsed = theirs.FromString(data)
+        assert Codec().decode(parsed.SerializeToString(), kind) == message
+        assert max(map(len, pieces)) <= max(5000, 4 * 1024 + 400)
+
+
+def test_what_is_large_is_sent_from_where_it_lies() -> None:
+    data = bytes(100_000)
+    for message in (Raw(data=data, last=True), StreamInput(version="7", raw=Raw(data=data, offset=5))):
+        assert any(piece is data for piece in encode_pieces(message))
+
+
+def test_a_message_in_two_parts_is_put_together_and_of_two_values_the_last_one_counts() -> None:
+    data = field(4, field(1, b"t") + field(3, 5)) + field(2, 7) + field(4, field(3, 6) + field(9, b"r")) + field(2, 8)
+    wanted = Raw(offset=8, open=Open(ticket=b"t", epoch=6, released=[b"r"]))
+    assert Codec().decode(data, Raw) == wanted
+    assert stranger.Raw.FromString(data).SerializeToString() == bytes(wanted)
+
+
+def test_numbers_too_long_are_cut_as_protobuf_cuts_them() -> None:
+    data = b"\x10" + b"\xff" * 9 + b"\x7f" + field(5, field(10, (1 << 32) + 5))
+    theirs = stranger.Raw.FromString(data)
+    ours = Codec().decode(data, Raw)
+    assert (ours.offset, ours.state.ttl) == (theirs.offset, theirs.state.ttl) == ((1 << 64) - 1, 5)
+
+
+def test_text_that_is_no_utf_8_is_refused() -> None:
+    assert "utf-8" in refusal(field(2, b"\xff"), StreamInput)
 
 
 def test_the_limit_of_fields_is_exact() -> None:
-    assert check_fields(field(2, 1) * MAX_FIELDS, Raw) == MAX_FIELDS
+    assert count_fields(field(2, 1) * MAX_FIELDS, Raw) == MAX_FIELDS
     with pytest.raises(ValueError, match="too many"):
-        check_fields(field(2, 1) * (MAX_FIELDS + 1), Raw)
+        count_fields(field(2, 1) * (MAX_FIELDS + 1), Raw)
 
 
 def test_fuzz_what_is_decoded_has_the_types_of_the_schema_and_can_be_encoded() -> None:

@@ -23,8 +23,7 @@ from aipod.runner import Description
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
 from aipod.spool import Spool
-from aipod.transport import bridge
-from aipod.transport.server import PEER_GONE
+from aipod.transport.server import PEER_GONE, TrioHandler
 from aipod.versions import Versions
 from aipod.wire.ai import Raw, StreamInput
 
@@ -53,9 +52,7 @@ class AI:
 
     def __mapping__(self) -> dict[str, Handler]:
         return {
-            f"/ai.AI/{rpc}": Handler(
-                bridge.to_asyncio(functools.partial(self._serve, rpc)), Cardinality.STREAM_STREAM, kind, Raw
-            )
+            f"/ai.AI/{rpc}": TrioHandler(functools.partial(self._serve, rpc), Cardinality.STREAM_STREAM, kind, Raw)
             for rpc, kind in RPCS.items()
         }
 

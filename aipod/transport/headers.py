@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grpclib.const import Status
@@ -65,6 +65,15 @@ def check_headers(headers: Sequence[tuple[str, str]]) -> Problem | None:
         accepted = [("grpc-accept-encoding", ",".join(_ENCODINGS))]
         return Problem(Status.UNIMPLEMENTED, "grpc-encoding is not one of grpc-accept-encoding", accepted)
     return None
+
+
+def is_grpc(headers: Mapping[str, str]) -> bool:
+    """Whether these are the headers of a gRPC request with protobuf messages; else HTTP knows an answer."""
+    return (
+        headers[":method"] == "POST"
+        and headers.get("te") == "trailers"
+        and headers.get("content-type") in ("application/grpc", "application/grpc+proto")
+    )
 
 
 def _malformed(headers: Sequence[tuple[str, str]], seen: dict[str, str]) -> str | None:

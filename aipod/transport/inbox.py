@@ -7,6 +7,8 @@ import collections
 import struct
 import threading
 import zlib
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from grpclib.const import Status
 
@@ -35,6 +37,13 @@ async def let_others_run() -> None:
     await turn
 
 
+class Event(Protocol):
+    """asyncio.Event or trio.Event."""
+
+    def set(self) -> None: ...
+    async def wait(self) -> Any: ...
+
+
 class _Spares(threading.local):
     """Buffers of messages that have been read, for the next ones: in the cache still, and not to be zeroed again."""
 
@@ -56,7 +65,12 @@ _spares = _Spares()
 
 
 class Inbox:
-    """Collects payload and gives out messages. One task may read; what feeds it never waits."""
+    """Collects payload and gives out messages. One task may read; what feeds it never waits.
+
+    `new_event` makes what the reader waits for: in trio an event of asyncio's costs several turns of the loop.
+    """
+
+    new_event: Callable[[], Event] = asyncio.Event
 
     def __init__(self, limit: int, window: ReceiveWindow) -> None:
         self.window = window
@@ -76,7 +90,7 @@ class Inbox:
         self._unbroken = 0  # messages read without a wait
         self._problem: BadMessage | None = None
         self._deaf = False  # what comes is dropped
-        self._waiter: asyncio.Future[None] | None = None
+        self._arrival: Event | None = None  # of what the reader waits for
 
     def arrived(self, length: int, size: int) -> None:
         """A frame of `length` bytes begins, `size` of them payload. Before `feed`, which may then raise nothing."""
@@ -167,13 +181,14 @@ class Inbox:
         self.window.close()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._arrival is not None:
+            self._arrival.set()
 
     async def read(self) -> memoryview | None:
         """The next message, None at the end; it is good until the next call. Raises BadMessage for what is none.
 
-        This is an asyncio-flavored function.
+        This is an asyncio-flavored function; a trio-flavored one, but for large compressed messages and long runs of
+        messages, where `new_event` makes trio's events.
         """
         self._take_back()
         self._unbroken += 1
@@ -192,11 +207,11 @@ class Inbox:
                     raise BadMessage(Status.INTERNAL, "the stream ended inside a message")
                 return None
             self._unbroken = 0
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._arrival = self.new_event()
             try:
-                await self._waiter
+                await self._arrival.wait()
             finally:
-                self._waiter = None
+                self._arrival = None
         flag, self._given = self._ready.popleft()
         self._count[1] += 1
         self.window.done(self._count[1])

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
+import grpclib.const
 import grpclib.server
+import trio
 from grpclib.const import Status
 from grpclib.encoding.proto import ProtoStatusDetailsCodec
-from grpclib.exceptions import StreamTerminatedError
-from grpclib.metadata import encode_grpc_message
+from grpclib.exceptions import GRPCError, StreamTerminatedError
+from grpclib.metadata import decode_metadata, encode_grpc_message
 from h2.errors import ErrorCodes
 from h2.exceptions import StreamClosedError
 
 from aipod.config import Config
+from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
-from aipod.transport.headers import Headers, Problem, check_headers, parse_timeout
+from aipod.transport.headers import Headers, Problem, check_headers, is_grpc, parse_timeout
 from aipod.transport.protocol import STREAM_SLACK, H2Protocol
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import server_context
@@ -32,10 +36,16 @@ BACKLOG = 1024
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
 
 
+class TrioHandler(grpclib.const.Handler):
+    """A method whose function is trio-flavored: it gets a trio task of its own, which is cancelled with the call."""
+
+
 class Handler(grpclib.server.Handler):
     """Starts a task per request, after looking at its headers; every request gets an answer."""
 
     protocol: H2Protocol
+    _tasks: dict[Any, Any]  # asyncio tasks, and cancel scopes of trio tasks
+    _cancelled: set[Any]
 
     def __init__(self, server: Server) -> None:
         super().__init__(server._mapping, server._codec, server._status_details_codec, server.__dispatch__)
@@ -60,34 +70,71 @@ class Handler(grpclib.server.Handler):
                 log.debug("a stream was reset by its peer before it could be refused")
             release_stream()
             return
-        path = dict(headers).get(":path")
-        if problem is None and path not in self.mapping:
+        seen = dict(headers)
+        handler = self.mapping.get(seen.get(":path", ""))
+        if problem is None and handler is None:
             # grpclib's own answer has no content-type, which a strict client takes for no gRPC at all.
-            problem = Problem(Status.UNIMPLEMENTED, f"there is no method {path}")
+            problem = Problem(Status.UNIMPLEMENTED, f"there is no method {seen.get(':path')}")
         if problem is not None:
-            work = _reply(stream, problem)
-        else:
-            seen = dict(headers)
-            stream.inbox.encoding = seen.get("grpc-encoding", "identity")
-            stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
-            # The deadline becomes a cancel scope where the call enters trio; grpclib's own reads another clock.
-            kept = [(name, value) for name, value in headers if name != "grpc-timeout"]
-            work = grpclib.server.request_handler(
-                self.mapping, stream, kept, self.codec, self.status_details_codec, self.dispatch, _nothing
-            )
+            self._start(stream, release_stream, _reply(stream, problem))
+            return
+        stream.inbox.encoding = seen.get("grpc-encoding", "identity")
+        stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
+        if isinstance(handler, TrioHandler) and is_grpc(seen):
+            self._start_trio(stream, release_stream, handler, headers)
+            return
+        # The deadline becomes a cancel scope where the call enters trio; grpclib's own reads another clock.
+        kept = [(name, value) for name, value in headers if name != "grpc-timeout"]
+        work = grpclib.server.request_handler(
+            self.mapping, stream, kept, self.codec, self.status_details_codec, self.dispatch, _nothing
+        )
+        self._start(stream, release_stream, work)
+
+    def _start(self, stream: H2Stream, release_stream: Callable[[], Any], work: Coroutine[Any, Any, None]) -> None:
+        """Do `work` in an asyncio task."""
         task = self.loop.create_task(work)
         self._tasks[stream] = task
 
         def done(task: Any) -> None:
             # Also for a task that was cancelled before its first step, whose own `finally` never runs: its window
             # would be lost to the connection.
-            self._tasks.pop(stream, None)
-            self._cancelled.discard(task)
-            release_stream()
-            if not task.cancelled() and task.exception() is not None:
-                log.error("a request handler failed", exc_info=task.exception())
+            self._ended(stream, task, release_stream, None if task.cancelled() else task.exception())
 
         task.add_done_callback(done)
+
+    def _start_trio(
+        self, stream: H2Stream, release_stream: Callable[[], Any], handler: TrioHandler, headers: Headers
+    ) -> None:
+        """Have the handler serve the call in a trio task."""
+        assert self._server.spawner is not None, "a server with trio-flavored methods has a spawner"
+        stream.inbox.new_event = trio.Event
+        call = grpclib.server.Stream[Any, Any](
+            stream,
+            dict(headers)[":path"],
+            *(handler.cardinality, handler.request_type, handler.reply_type),
+            codec=self.codec,
+            status_details_codec=self.status_details_codec,
+            dispatch=self.dispatch,
+        )
+        call.metadata = decode_metadata(headers)
+
+        def ended(error: Exception | None) -> None:
+            stream.reset_now(ErrorCodes.INTERNAL_ERROR)  # unless it was ended as it should be
+            if error is not None and scope.cancel_called:
+                log.info("a call that was given up ended with: %r", error)
+                error = None
+            self._ended(stream, scope, release_stream, error)
+
+        scope = self._tasks[stream] = self._server.spawner.start(_serve, handler, call, on_end=ended)
+
+    def _ended(
+        self, stream: H2Stream, task: Any, release_stream: Callable[[], Any], error: BaseException | None
+    ) -> None:
+        self._tasks.pop(stream, None)
+        self._cancelled.discard(task)
+        release_stream()
+        if error is not None:
+            log.error("a request handler failed", exc_info=error)
 
     def _note_length(self, stream_id: int, length: str | None) -> bool:
         """Have DATA compared with content-length; False where the request has ended and it says otherwise."""
@@ -108,6 +155,16 @@ def _nothing() -> None:
     """Stands in for release_stream, which the task's done callback calls."""
 
 
+async def _serve(handler: TrioHandler, call: grpclib.server.Stream[Any, Any]) -> None:
+    """Have `handler` serve a call; a GRPCError that it lets through becomes the status. Trio-flavored."""
+    try:
+        await handler.func(call)
+    except GRPCError as exc:
+        if not call._send_trailing_metadata_done and cast(H2Stream, call._stream).closable:
+            status = {"status": exc.status, "status_message": exc.message, "status_details": exc.details}
+            await inline(functools.partial(call.send_trailing_metadata, **status))
+
+
 async def _reply(stream: H2Stream, problem: Problem) -> None:
     """A trailers-only response."""
     headers = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-status", str(problem.status.value))]
@@ -121,10 +178,11 @@ async def _reply(stream: H2Stream, problem: Problem) -> None:
 
 
 class Server(grpclib.server.Server):
-    """grpclib's server with hardened connections. asyncio-flavored, like everything it calls."""
+    """grpclib's server with hardened connections. asyncio-flavored, but for what its TrioHandlers do in `spawner`."""
 
-    def __init__(self, services: Sequence[Any], config: Config) -> None:
+    def __init__(self, services: Sequence[Any], config: Config, spawner: Spawner | None = None) -> None:
         super().__init__(services, codec=Codec(), status_details_codec=ProtoStatusDetailsCodec())
+        self.spawner = spawner
         self.settings = config
         self.protocols: set[ServerProtocol] = set()
         self._listeners: list[asyncio.AbstractServer] = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpclib.protocol as base
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, StreamTerminatedError
+from h2.connection import ConnectionState
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError, StreamClosedError
 from h2.stream import StreamState
@@ -84,6 +85,11 @@ class H2Stream(base.Stream):
             release()
             raise StreamTerminatedError("the connection ended before the call began")
         return release
+
+    async def send_headers(self, headers: Any, end_stream: bool = False) -> None:
+        if self._h2_connection.state_machine.state is ConnectionState.CLOSED:  # h2 would take it for our error
+            raise StreamTerminatedError("the connection has ended")
+        await super().send_headers(headers, end_stream)
 
     async def recv_data(self, size: int) -> Any:
         # grpclib reads a prefix and then a body; both are ready when the first is asked for.

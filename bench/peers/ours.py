@@ -10,7 +10,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import grpclib.client
-from grpclib.const import Cardinality, Handler, Status
+from grpclib.const import Cardinality, Status
 
 from aipod.config import Config
 from aipod.transport import protocol
@@ -34,12 +34,12 @@ async def server_send(call: Call, data: bytes) -> None:
 
 
 class Service:
-    def __mapping__(self) -> dict[str, Handler]:
-        from aipod.transport import bridge
+    def __mapping__(self) -> dict[str, Any]:
+        from aipod.transport.server import TrioHandler
 
         return {
-            common.UP: Handler(bridge.to_asyncio(self._up), Cardinality.STREAM_STREAM, Raw, Raw),
-            common.DOWN: Handler(bridge.to_asyncio(self._down), Cardinality.STREAM_STREAM, Raw, Raw),
+            common.UP: TrioHandler(self._up, Cardinality.STREAM_STREAM, Raw, Raw),
+            common.DOWN: TrioHandler(self._down, Cardinality.STREAM_STREAM, Raw, Raw),
         }
 
     async def _up(self, stream: Any) -> None:
@@ -87,10 +87,10 @@ async def _serve() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen(128)
-        async with bridge.open_loop():
+        async with bridge.open_loop(), trio.open_nursery() as calls:
 
             async def start() -> Server:
-                server = Server([Service()], Config())
+                server = Server([Service()], Config(), bridge.Spawner(calls))
                 await server.listen([sock])
                 return server
 
