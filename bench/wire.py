@@ -40,7 +40,7 @@ GIB = 1 << 30
 MESSAGE = MIB
 SLOWEST = 600  # seconds of one run; a peer that hangs ends the benchmark
 # Peers that are extras, and what they import.
-NEEDS = {"flight": "pyarrow", "grpcio_aio": "grpc"}
+NEEDS = {"flight": "pyarrow", "grpcio_aio": "grpc", "grpcio_sync": "grpc"}
 PACKAGES = ("grpclib", "h2", "trio", "trio-asyncio", "betterproto2", "protobuf", "grpcio", "pyarrow")
 
 Run = dict[str, Any]
@@ -71,6 +71,7 @@ class Comparison:
 
 OURS, OURS_16 = _same("ours"), _same("ours", "--frame=16384")
 GRPCIO, GRPCIO_STOCK, GRPCLIB = _same("grpcio_aio"), _same("grpcio_aio", "--stock"), _same("grpclib_stock")
+GRPCIO_SYNC = _same("grpcio_sync")
 
 # Stock grpcio and grpclib announce frames of 16 KiB and send what the other side allows: to our server 512 KiB.
 ROWS: dict[str, list[Comparison]] = {
@@ -81,6 +82,8 @@ ROWS: dict[str, list[Comparison]] = {
     "stock": [
         Comparison("stock", "send", Way("grpcio_aio", "ours", ("--stock",)), GRPCIO_STOCK),
         Comparison("stock", "send", Way("grpcio_aio", "ours", ("--stock",), ("--frame=16384",)), GRPCIO_STOCK),
+        Comparison("stock", "send", Way("grpcio_sync", "ours"), GRPCIO_SYNC),
+        Comparison("stock", "send", Way("grpcio_sync", "ours", (), ("--frame=16384",)), GRPCIO_SYNC),
         Comparison("stock", "send", Way("grpclib_stock", "ours", (), ("--frame=16384",)), GRPCLIB),
     ],
     "small": [Comparison("small", "small", OURS, peer) for peer in (GRPCLIB, GRPCIO_STOCK)],

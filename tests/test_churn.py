@@ -212,8 +212,9 @@ def look(served: Served) -> dict[str, int]:
 
 def test_a_server_is_as_it_was_after_calls_that_ended_in_every_way(served: Served) -> None:
     pid = served.process.pid
-    # What is made once, and then kept: threads, compressors, free lists of the allocator.
-    run(lambda: churn(served.address, 600), timeout=120)
+    # What is made once, and then kept: threads, compressors, free lists, an arena of the allocator's for each thread
+    # (Python 3.13: 72 MB after 600 calls, 103 MB after 6000, 105 MB after 10000).
+    run(lambda: churn(served.address, max(600, CALLS // 2)), timeout=120 + CALLS / 10)
     wait_until(lambda: not jobs(served))
     before = look(served)
     assert before["streams"] == before["stream objects"] == before["jobs"] == before["handlers"] == 1

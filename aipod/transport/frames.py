@@ -18,7 +18,7 @@ _HEAD = struct.Struct(">HBBBL")  # length (24 bits), type, flags, stream
 HEAD = _HEAD.size
 DATA, HEADERS, WINDOW_UPDATE = 0x0, 0x1, 0x8
 _KNOWN = 0xA  # types up to it mean something to h2
-END_STREAM, PADDED = 0x1, 0x8
+END_STREAM, _END_HEADERS, PADDED = 0x1, 0x4, 0x8
 _PREFACE = 24  # bytes
 
 # Headers are the longest of the others, and a list of them is bounded by as much (`connection.HEADER_LIST`).
@@ -48,6 +48,11 @@ def empty_data(stream_id: int, end: bool) -> bytes:
 def data_head(size: int, stream_id: int) -> bytes:
     """The head of a DATA frame with `size` bytes of payload."""
     return _HEAD.pack(size >> 8, size & 0xFF, DATA, 0, stream_id)
+
+
+def headers_head(size: int, stream_id: int, *, end: bool) -> bytes:
+    """The head of a HEADERS frame with a whole header block of `size` bytes."""
+    return _HEAD.pack(size >> 8, size & 0xFF, HEADERS, _END_HEADERS | (END_STREAM if end else 0), stream_id)
 
 
 class FrameReader:

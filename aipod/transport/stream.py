@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import grpclib.protocol as base
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, StreamTerminatedError
-from h2.connection import ConnectionState
+from h2.connection import ConnectionInputs, ConnectionState
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError, StreamClosedError
-from h2.stream import StreamState
+from h2.stream import StreamInputs, StreamState
 
 from aipod.config import KIB, MIB
-from aipod.transport.frames import data_head
+from aipod.transport.frames import data_head, headers_head
 from aipod.transport.inbox import PREFIX, Inbox, let_others_run
 from aipod.transport.window import ReceiveWindow
 
@@ -36,6 +36,12 @@ SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_REMOTE)
 RECEIVING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
 
 
+# What nearly every call's response begins and ends with, coded once, as literals that enter no table (RFC 7541 section
+# 6.2.2; 0x88 and the name 31 are in the static one): h2 takes a tenth of a small call's time for the two.
+_CODED = {
+    ((":status", "200"), ("content-type", "application/grpc+proto")): b"\x88\x0f\x10\x16application/grpc+proto",
+    (("grpc-status", "0"),): b"\x00\x0bgrpc-status\x010",
+}
 _RESPONSE = [(":status", "200"), ("content-type", "application/grpc")]
 _NO_STATUS = [("grpc-status", str(Status.UNKNOWN.value)), ("grpc-message", "the response ended without a status")]
 
@@ -89,7 +95,20 @@ class H2Stream(base.Stream):
     async def send_headers(self, headers: Any, end_stream: bool = False) -> None:
         if self._h2_connection.state_machine.state is ConnectionState.CLOSED:  # h2 would take it for our error
             raise StreamTerminatedError("the connection has ended")
-        await super().send_headers(headers, end_stream)
+        block = _CODED.get(tuple(headers))
+        if block is None:
+            return await super().send_headers(headers, end_stream)
+        await self.connection.write_ready.wait()
+        assert self.id is not None
+        stream = self._h2_connection.streams.get(self.id)
+        if stream is None:
+            raise StreamClosedError(self.id)
+        self._h2_connection.state_machine.process_input(ConnectionInputs.SEND_HEADERS)
+        stream.state_machine.process_input(StreamInputs.SEND_HEADERS)
+        if end_stream:
+            stream.state_machine.process_input(StreamInputs.SEND_END_STREAM)
+        self._transport.write(headers_head(len(block), self.id, end=end_stream) + block)
+        self.connection.headers_send_process()
 
     async def recv_data(self, size: int) -> Any:
         # grpclib reads a prefix and then a body; both are ready when the first is asked for.
