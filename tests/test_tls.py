@@ -68,6 +68,13 @@ def test_a_job_goes_through_tls(serve: Serve, files: Files) -> None:
     assert echo(served, data, config(tls_ca=files.ca)) == data
 
 
+def test_tls_over_a_unix_socket(serve: Serve, files: Files, strange: Files, tmp_path: Path) -> None:
+    served = serve("Plain", "--tls-cert", files.server, bind=f"unix:{tmp_path}/s")
+    assert echo(served, b"x", config(tls_ca=files.ca)) == b"x"
+    with pytest.raises(aipod.Unreachable, match="certificate verify failed"):
+        echo(served, b"x", config(tls_ca=strange.ca))
+
+
 def test_with_an_authority_the_server_wants_a_certificate(serve: Serve, files: Files, strange: Files) -> None:
     served = serve("Plain", "--tls-cert", files.server, "--tls-ca", files.ca)
     assert echo(served, b"x" * MIB, config(tls_ca=files.ca, tls_cert=files.client)) == b"x" * MIB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any, cast
 
 import grpclib.client
@@ -29,13 +30,16 @@ class Channel(grpclib.client.Channel):
 
     def __init__(self, target: str, config: Config) -> None:
         host, port, path = split_target(target)
+        grpc = configuration(config)
+        if path is not None:  # with TLS the other end of a unix socket is "localhost", as for gRPC's C core
+            grpc = dataclasses.replace(grpc, ssl_target_name_override="localhost")
         super().__init__(
             host,
             port,
             path=path,
             codec=Codec(),
             status_details_codec=ProtoStatusDetailsCodec(),
-            config=configuration(config),
+            config=grpc,
             ssl=client_context(config),
         )
         self._settings = config
