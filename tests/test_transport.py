@@ -22,8 +22,8 @@ from h2.errors import ErrorCodes
 from hyperframe.frame import PriorityFrame, SettingsFrame
 
 import aipod
-from aipod.codec import PONG, Compressor, StreamDecoder, digest
-from aipod.wire.ai import Phase, Raw, State
+from aipod.codec import PONG, Compressor, StreamDecoder, digest, job_id
+from aipod.wire.ai import Open, Phase, Raw, State
 from tests.conftest import Serve, Served, left_in, run
 
 MIB = 1024 * 1024
@@ -280,6 +280,17 @@ def test_what_is_no_grpc_request_gets_an_http_status(
 
 
 # --- frames and connections
+
+
+def test_a_peer_that_never_ends_its_side_gets_its_answer_and_is_told_to_stop(peer: Peer) -> None:
+    """RST_STREAM(NO_ERROR) behind a complete response: RFC 9113 section 8.1."""
+    ticket = os.urandom(16)
+    request = Raw(data=Compressor(1).frame(b"{}"), open=Open(ticket=ticket, epoch=1, size=0), last=True)
+    stream = peer.open(("x-job-id", job_id(ticket)), data=prefixed(bytes(request)), end=False)
+    answer = peer.answers[stream]
+    peer.until(lambda: answer.reset is not None)
+    assert (answer.status, answer.reset) == (0, ErrorCodes.NO_ERROR)
+    honest(peer)
 
 
 def test_unknown_frames_and_settings_are_ignored(peer: Peer) -> None:

@@ -119,7 +119,9 @@ class Handler(grpclib.server.Handler):
         call.metadata = decode_metadata(headers)
 
         def ended(error: Exception | None) -> None:
-            stream.reset_now(ErrorCodes.INTERNAL_ERROR)  # unless it was ended as it should be
+            # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
+            whole = call._send_trailing_metadata_done
+            stream.reset_now(ErrorCodes.NO_ERROR if whole else ErrorCodes.INTERNAL_ERROR)
             if error is not None and scope.cancel_called:
                 log.info("a call that was given up ended with: %r", error)
                 error = None
