@@ -1,7 +1,7 @@
 """The server's life: spool, pool, listeners, then a drain.
 
 This is trio; `transport.bridge` hosts grpclib's asyncio server in it. The nurseries, from the outside in: the pool's
-(instances that shut down), the jobs', and, in grpclib's tasks, one per call.
+(instances that shut down), the jobs', the calls', and one in each call.
 """
 
 from __future__ import annotations

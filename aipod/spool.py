@@ -34,7 +34,7 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ class Entry:
         with contextlib.suppress(FileNotFoundError):
             self.payload.unlink()
 
-    def read_result(self, offset: int) -> Iterator[bytes]:
+    def read_result(self, offset: int) -> Generator[bytes, None, None]:
         """The bytes of `res` from `offset` on, in pieces of at most `READ`."""
         with self.result.open("rb", buffering=0) as file:
             file.seek(offset)

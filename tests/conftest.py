@@ -42,8 +42,12 @@ def run(main: Callable[[], Awaitable[T]], *, timeout: float = 60) -> T:
     """
 
     async def bounded() -> T:
-        async with asyncio.timeout(timeout):
-            return await main()
+        try:
+            async with asyncio.timeout(timeout):
+                return await main()
+        finally:
+            for _ in range(10):  # what was closed or aborted last ends in the loop's next turns
+                await asyncio.sleep(0)
 
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         return runner.run(bounded())

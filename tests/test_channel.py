@@ -16,6 +16,7 @@ from h2.events import StreamEnded
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
+import aipod
 from aipod.config import MIB, Config
 from aipod.transport.channel import Channel, open_call, read_status, reset, send_message
 from aipod.transport.stream import StreamRefused
@@ -132,6 +133,30 @@ def test_a_call_that_waits_for_a_stream_moves_to_a_new_connection_when_its_own_i
                 assert waiting._stream.connection is not first._stream.connection
                 reset(first)
                 reset(waiting)
+
+    run(main)
+
+
+def test_a_server_that_takes_no_calls_is_not_waited_for() -> None:
+    async def main() -> None:
+        ended = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            h2 = H2Connection(H2Configuration(client_side=False))
+            h2.local_settings = Settings(client=False, initial_values={SettingCodes.MAX_CONCURRENT_STREAMS: 0})
+            h2.initiate_connection()
+            writer.write(h2.data_to_send())
+            await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            ended.set()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            async with aipod.Client(f"{host}:{port}", config=Config(attempts=2)) as client:
+                with pytest.raises(aipod.Unreachable):
+                    await client.predict(b"x")
+            await ended.wait()
 
     run(main)
 

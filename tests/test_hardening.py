@@ -416,6 +416,51 @@ def test_a_header_list_over_the_limit_ends_the_connection_or_the_call(served: Se
         assert bare.ending() in (ErrorCodes.ENHANCE_YOUR_CALM, ErrorCodes.PROTOCOL_ERROR, ErrorCodes.COMPRESSION_ERROR)
 
 
+def test_a_header_block_that_never_ends(served: Served) -> None:
+    """h2 counts CONTINUATION frames, but would keep 64 of them of any length."""
+    before = memory(served)
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            bare = stack.enter_context(Bare(served))
+            bare.send(raw_frame(HEADERS_FRAME, 0, 1, b""))
+            bare.send(raw_frame(CONTINUATION, 0, 1, bytes(60_000)) * 10)
+            assert bare.ending() == ErrorCodes.ENHANCE_YOUR_CALM
+    assert memory(served) - before < 10
+
+
+def references(bare: Bare, count: int) -> bytes:
+    """The headers of a request, and `count` one-byte references to an entry of the table, which they make."""
+    block = b"".join(b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in HEADERS)
+    return block + b"\x40\x01x\x01y" + b"\xbe" * count
+
+
+def test_requests_with_many_headers_are_refused_and_slowed(served: Served) -> None:
+    """One-byte references make long lists cheap for who sends them."""
+    before = memory(served)
+    with Beside(served) as beside, Bare(served) as bare:
+        for stream in range(1, 200, 2):
+            bare.send(raw_frame(HEADERS_FRAME, END_HEADERS, stream, references(bare, 300)))
+        statuses, decoder = set(), hpack.Decoder()
+        for kind, _, stream, body in bare.frames():
+            if kind == HEADERS_FRAME:
+                statuses.add(dict(decoder.decode(body)).get("grpc-status"))
+                if stream == 199:
+                    break
+    assert statuses == {"8"}
+    assert beside.longest < LATE
+    assert memory(served) - before < 20
+
+
+def test_much_credit_beside_a_thousand_calls(served: Served) -> None:
+    """grpclib wakes every stream for each WINDOW_UPDATE of the connection's window."""
+    with Beside(served) as beside, Bare(served) as bare:
+        bare.send(b"".join(bare.headers(stream) for stream in range(1, 1000, 2)))
+        bare.send(raw_frame(WINDOW_UPDATE, 0, 0, (1 << 16).to_bytes(4)) * 3000)
+        bare.send(raw_frame(PING, 0, 0, b"the last"))
+        assert any(kind == PING and body == b"the last" for kind, _, _, body in bare.frames())
+    assert beside.longest < LATE
+
+
 # --- streams opened and reset
 
 

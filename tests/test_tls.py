@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json
 import os
 import socket
 import ssl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
+from grpclib.const import Cardinality
 
 import aipod
 from aipod.config import Config
+from aipod.transport.channel import Channel, open_call, read_status
 from aipod.transport.tls import TLSError, client_context, server_context
+from aipod.wire.ai import Raw
 from tests.conftest import ROOT, Serve, Served, run
 
 MIB = 1024 * 1024
@@ -82,6 +88,68 @@ def test_with_an_authority_the_server_wants_a_certificate(serve: Serve, files: F
         with pytest.raises((aipod.Unreachable, aipod.ConnectionLost)):
             echo(served, b"x", config(tls_ca=files.ca, tls_cert=own))
     assert echo(served, b"x", config(tls_ca=files.ca, tls_cert=files.client)) == b"x"
+
+
+WHO = """
+import json, socket, sys, trio
+from grpclib.const import Cardinality
+from aipod.config import Config
+from aipod.transport import bridge
+from aipod.transport.server import Server, TrioHandler, peer_certificate, send_message
+from aipod.wire.ai import Raw
+
+class Service:
+    def __mapping__(self):
+        return {"/who/who": TrioHandler(self.who, Cardinality.STREAM_STREAM, Raw, Raw)}
+
+    async def who(self, stream):
+        await bridge.inline(stream.send_initial_metadata)
+        await bridge.inline(send_message, stream, Raw(data=json.dumps(peer_certificate(stream)).encode()))
+        await bridge.inline(stream.send_trailing_metadata)
+
+async def main():
+    async with bridge.open_loop(), trio.open_nursery() as calls:
+        sock = socket.create_server(("127.0.0.1", 0))
+
+        async def start():
+            server = Server([Service()], Config(tls_cert=sys.argv[1], tls_ca=sys.argv[2]), bridge.Spawner(calls))
+            await server.listen([sock])
+            return server
+
+        server = await bridge.to_trio(start)()
+        print(sock.getsockname()[1], flush=True)
+        await trio.to_thread.run_sync(sys.stdin.read)
+        server.stop_listening()
+        server.abort()
+        calls.cancel_scope.cancel()
+
+trio.run(main)
+"""
+
+
+def test_the_certificate_of_the_caller_is_handed_up(files: Files) -> None:
+    async def main(address: str) -> Any:
+        channel = Channel(address, config(tls_ca=files.ca, tls_cert=files.client))
+        async with channel.request("/who/who", Cardinality.STREAM_STREAM, Raw, Raw) as stream:
+            await open_call(stream)
+            await stream.end()
+            message = await stream.recv_message()
+            await read_status(stream)
+        protocol = channel._protocol
+        channel.close()
+        while not protocol.handler.connection_lost:
+            await asyncio.sleep(0.01)
+        return json.loads(message.data)
+
+    command = [sys.executable, "-c", WHO, files.server, files.ca]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        try:
+            port = int(server.stdout.readline())  # type: ignore[union-attr]
+            certificate = run(lambda: main(f"127.0.0.1:{port}"))
+        finally:
+            server.stdin.close()  # type: ignore[union-attr]
+    assert ["email", "client@example.org"] in certificate["subjectAltName"]
+    assert server.returncode == 0
 
 
 def test_a_client_does_not_talk_to_a_server_that_is_another(serve: Serve, files: Files, strange: Files) -> None:

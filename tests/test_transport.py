@@ -269,6 +269,8 @@ def test_headers_that_are_well_are_let_through(peer: Peer) -> None:
     [
         ([(":method", "GET")], "", "405"),
         ([("content-type", "text/html")], "", "415"),
+        ([("content-type", "application/grpc+")], "", "415"),
+        ([("content-type", "application/grpc+json")], "", "415"),
         ([], "content-type", "415"),
         ([], "te", "400"),
     ],
@@ -277,6 +279,28 @@ def test_what_is_no_grpc_request_gets_an_http_status(
     peer: Peer, extra: list[tuple[str, str]], drop: str, status: str
 ) -> None:
     assert peer.call(*extra, drop=drop).headers[":status"] == status
+    honest(peer)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("grpc-timeout", ("1S", "x")), ("content-length", ("5", "x")), ("grpc-encoding", ("gzip", "identity"))],
+)
+def test_a_header_that_comes_twice_costs_its_own_call(peer: Peer, name: str, values: tuple[str, str]) -> None:
+    other = peer.open(data=REQUEST[:4], end=False)
+    assert peer.call(*((name, value) for value in values)).reset == ErrorCodes.PROTOCOL_ERROR
+    peer.h2.send_data(other, REQUEST[4:], end_stream=True)
+    peer.flush()
+    assert peer.answer(other).status == 0
+
+
+def test_a_header_table_made_smaller_is_said_in_the_next_block(peer: Peer) -> None:
+    """RFC 7541 section 4.2: a peer's decoder ends the connection where it is not."""
+    honest(peer)
+    for size in (100, 0, 4096):
+        peer.h2.update_settings({h2.settings.SettingCodes.HEADER_TABLE_SIZE: size})
+        honest(peer)
+        honest(peer)
 
 
 # --- frames and connections
@@ -323,7 +347,7 @@ def test_the_first_settings_frame_says_everything(peer: Peer) -> None:
     assert settings[codes.MAX_CONCURRENT_STREAMS] == 1000
     assert settings[codes.INITIAL_WINDOW_SIZE] == 256 * 1024
     assert settings[codes.MAX_FRAME_SIZE] == 512 * 1024
-    assert settings[codes.MAX_HEADER_LIST_SIZE] == 64 * 1024
+    assert settings[codes.MAX_HEADER_LIST_SIZE] == 16 * 1024
 
 
 def test_the_server_pings_without_calls_and_drops_a_peer_that_never_answers(serve: Serve) -> None:

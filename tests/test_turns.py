@@ -67,6 +67,23 @@ def test_a_sender_that_is_cancelled_holds_nobody_up(called: bool) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("then", ["resume", "end"])
+def test_a_sender_that_is_cancelled_and_has_not_run_since_is_passed_over(then: str) -> None:
+    async def main() -> None:
+        turns = Turns()
+        turns.pause()
+        first, second = asyncio.create_task(turns.wait()), asyncio.create_task(turns.wait())
+        await settle()
+        first.cancel()
+        turns.resume() if then == "resume" else turns.end()
+        await asyncio.wait_for(second, 5)
+        await settle()
+        assert first.cancelled()
+        assert turns.free
+
+    run(main)
+
+
 def test_one_whose_turn_came_when_the_socket_was_full_again_stays_first() -> None:
     async def main() -> None:
         turns = Turns()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from aipod.transport.window import Pool, ReceiveWindow
+from aipod.transport.window import Budget, ReceiveWindow
 
 KIB = 1024
 FIRST, MOST = 64 * KIB, 1024 * KIB
@@ -15,7 +15,7 @@ FIRST, MOST = 64 * KIB, 1024 * KIB
 class Peer:
     """The sending end of one stream, which sends as much as it may."""
 
-    def __init__(self, growth: Pool, messages: Pool) -> None:
+    def __init__(self, growth: Budget, messages: Budget) -> None:
         self.may_send = FIRST
         self.window = ReceiveWindow(FIRST, MOST, growth, messages, self._credited)
         self.held = 0
@@ -51,11 +51,11 @@ class Peer:
 
 
 @pytest.fixture
-def pools() -> tuple[Pool, Pool]:
-    return Pool(4 * MOST), Pool(2 * MOST)
+def pools() -> tuple[Budget, Budget]:
+    return Budget(4 * MOST), Budget(2 * MOST)
 
 
-def test_a_window_that_is_used_up_in_a_round_trip_grows_to_its_most(pools: tuple[Pool, Pool]) -> None:
+def test_a_window_that_is_used_up_in_a_round_trip_grows_to_its_most(pools: tuple[Budget, Budget]) -> None:
     peer = Peer(*pools)
     sizes = []
     for _ in range(10):
@@ -69,7 +69,7 @@ def test_a_window_that_is_used_up_in_a_round_trip_grows_to_its_most(pools: tuple
     assert sizes[-1] == MOST
 
 
-def test_a_window_does_not_grow_where_the_application_is_slow_or_the_peer_is(pools: tuple[Pool, Pool]) -> None:
+def test_a_window_does_not_grow_where_the_application_is_slow_or_the_peer_is(pools: tuple[Budget, Budget]) -> None:
     slow = Peer(*pools)
     slow.send(slow.may_send)
     slow.window.sample()  # the first window comes at once, whatever the application does
@@ -87,7 +87,7 @@ def test_a_window_does_not_grow_where_the_application_is_slow_or_the_peer_is(poo
         assert not trickle.window.sample()
 
 
-def test_room_is_given_back_in_large_pieces(pools: tuple[Pool, Pool]) -> None:
+def test_room_is_given_back_in_large_pieces(pools: tuple[Budget, Budget]) -> None:
     peer = Peer(*pools)
     credits = []
     peer.window._credit = credits.append
@@ -98,14 +98,14 @@ def test_room_is_given_back_in_large_pieces(pools: tuple[Pool, Pool]) -> None:
 
 
 @pytest.mark.parametrize("size", [FIRST - 5, FIRST, FIRST + 1, 10 * FIRST, 2 * MOST])
-def test_a_message_of_any_length_fits(pools: tuple[Pool, Pool], size: int) -> None:
+def test_a_message_of_any_length_fits(pools: tuple[Budget, Budget], size: int) -> None:
     peer = Peer(*pools)
     for _ in range(5):
         assert peer.send_message(size)
         peer.take_message(size)
 
 
-def test_a_long_message_whose_beginning_used_up_the_window_gets_its_room_at_once(pools: tuple[Pool, Pool]) -> None:
+def test_a_long_message_whose_beginning_used_up_the_window_gets_its_room_at_once(pools: tuple[Budget, Budget]) -> None:
     peer = Peer(*pools)
     peer.send(FIRST)
     assert peer.may_send == 0
@@ -114,7 +114,7 @@ def test_a_long_message_whose_beginning_used_up_the_window_gets_its_room_at_once
 
 
 def test_long_messages_wait_for_one_another_and_all_come_through() -> None:
-    growth, messages = Pool(0), Pool(MOST)
+    growth, messages = Budget(0), Budget(MOST)
     peers = [Peer(growth, messages) for _ in range(5)]
     done = [peer.send_message(600 * KIB) for peer in peers]
     assert done == [True, False, False, False, False]  # 600 KiB twice are more than the pool has
@@ -127,7 +127,7 @@ def test_long_messages_wait_for_one_another_and_all_come_through() -> None:
             assert following.may_send >= 600 * KIB - following.held
 
 
-def test_a_stream_that_ends_gives_back_what_it_had(pools: tuple[Pool, Pool]) -> None:
+def test_a_stream_that_ends_gives_back_what_it_had(pools: tuple[Budget, Budget]) -> None:
     growth, messages = pools
     waiting = Peer(growth, messages)
     first = Peer(growth, messages)
@@ -149,7 +149,7 @@ def test_a_stream_that_ends_gives_back_what_it_had(pools: tuple[Pool, Pool]) -> 
 @pytest.mark.parametrize("seed", range(10))
 def test_no_order_of_events_makes_a_connection_hold_more_than_its_bounds(seed: int) -> None:
     rng = random.Random(seed)
-    growth, messages = Pool(2 * MOST), Pool(2 * MOST)
+    growth, messages = Budget(2 * MOST), Budget(2 * MOST)
     peers: list[Peer] = []
     bound = 30 * FIRST + 2 * MOST + 2 * MOST
     for _ in range(3000):

@@ -19,7 +19,7 @@ from h2.errors import ErrorCodes
 
 from aipod.codec import Compressor
 from aipod.transport.inbox import Inbox
-from aipod.transport.window import Pool, ReceiveWindow
+from aipod.transport.window import Budget, ReceiveWindow
 from aipod.wire.ai import Raw
 from tests.conftest import Serve, Served, run
 from tests.proxy import open_proxy
@@ -79,7 +79,7 @@ class Slow:
     def __init__(self, *, initial: int = 64 * KIB, limit: int = MIB, growth: int = MIB, messages: int = MIB) -> None:
         self.allowed = initial
         self.late: int | None = None  # credit on its way to the sender, where it takes a while
-        self.growth, self.messages = Pool(growth), Pool(messages)
+        self.growth, self.messages = Budget(growth), Budget(messages)
         self.window = ReceiveWindow(initial, limit, self.growth, self.messages, self._credit)
         self.inbox = Inbox(MIB, self.window)
 
@@ -166,7 +166,7 @@ def test_a_fast_application_makes_it_grow_to_its_limit_and_not_beyond() -> None:
 
 
 def test_a_long_message_that_is_withdrawn_from_the_line_lets_the_next_one_through() -> None:
-    pool = Pool(100)
+    pool = Budget(100)
     got: list[str] = []
     pool.ask(60, lambda: got.append("held"))
     waits = pool.ask(70, lambda: got.append("waits"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
 import trio
 
@@ -13,12 +14,14 @@ from aipod.job.run import Answer, cancellable
 from aipod.spool import Entry
 from aipod.wire.ai import Raw
 
+Messages = Generator[Raw, None, None]
+
 # `plain_pieces` may exceed its limit by what one step of the compressor gives (a piece of READ bytes, incompressible);
 # the message's own fields come on top.
 _SLACK = CHUNK + CHUNK // 2
 
 
-def own_messages(entry: Entry, answer: Answer, have: int, level: int) -> Iterator[Raw]:
+def own_messages(entry: Entry, answer: Answer, have: int, level: int) -> Messages:
     """The result from byte `have` on, in chunks of one zstd frame each; the last one says so. Blocks."""
     compressor = Compressor(level)
     offset = min(have, answer.size)
@@ -30,7 +33,7 @@ def own_messages(entry: Entry, answer: Answer, have: int, level: int) -> Iterato
         yield Raw(offset=offset, last=True)
 
 
-def plain_messages(entry: Entry, answer: Answer, level: int, max_message: int) -> Iterator[Raw]:
+def plain_messages(entry: Entry, answer: Answer, level: int, max_message: int) -> Messages:
     """The result as the first version sent it. Blocks. Raises `JobFailed(RESULT_NOT_TEXT)` before the first message."""
     if answer.inline is not None and answer.kind == "json":
         # The usual small answer: a stream compressor would hold a megabyte for each of a thousand jobs.
@@ -62,8 +65,8 @@ def _pieces(entry: Entry, answer: Answer, offset: int) -> Iterator[bytes]:
     return cancellable(entry.read_result(offset))
 
 
-async def send_all(messages: Iterator[Raw], send: Callable[[Raw], Awaitable[None]]) -> None:
-    """Make messages in a thread while earlier ones are sent. This is a trio-flavored async function."""
+async def send_all(messages: Messages, send: Callable[[Raw], Awaitable[None]]) -> None:
+    """Make messages in a thread while earlier ones are sent, and close them. This is a trio-flavored async function."""
     # Two: one that is being sent, one ready; with the one in the making that is 3 MiB for a result in chunks.
     ready, todo = trio.open_memory_channel[Raw](1)
 
@@ -72,7 +75,8 @@ async def send_all(messages: Iterator[Raw], send: Callable[[Raw], Awaitable[None
             while (message := await trio.to_thread.run_sync(next, messages, None)) is not None:
                 await ready.send(message)
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(make)
-        async for message in todo:
-            await send(message)
+    with contextlib.closing(messages):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make)
+            async for message in todo:
+                await send(message)

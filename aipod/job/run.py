@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -271,11 +271,15 @@ def _result_lost() -> Iterator[None]:
         raise job_failed("RESULT_NOT_STORED", f"the method has run, its result is lost: {why}") from exc
 
 
-def cancellable(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """As `pieces`, in a thread of trio's: raises `Cancelled` between two of them once its caller is cancelled."""
-    for piece in pieces:
-        trio.from_thread.check_cancelled()
-        yield piece
+def cancellable(pieces: Generator[bytes, None, None]) -> Iterator[bytes]:
+    """As `pieces`, in a thread of trio's: raises `Cancelled` between two of them once its caller is cancelled.
+
+    Closes them then: an exception's traceback would keep their file open.
+    """
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            trio.from_thread.check_cancelled()
+            yield piece
 
 
 def _measure(entry: Entry, result: Result) -> Answer:

@@ -10,10 +10,11 @@ from typing import Any
 
 import trio
 from grpclib.const import Cardinality, Handler
+from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 
 from aipod.config import Config
-from aipod.errors import Refused, job_failed, leaves
+from aipod.errors import AipodError, Refused, job_failed, leaves
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request, parse_request
 from aipod.job.run import Job, run_job
@@ -91,9 +92,12 @@ class AI:
         try:
             await self._converse(rpc, call, scope)
         except (Exception, BaseExceptionGroup) as exc:
-            if not all(isinstance(leaf, PEER_GONE) for leaf in leaves(exc)):
+            rest = [leaf for leaf in leaves(exc) if not isinstance(leaf, trio.Cancelled)]
+            if not all(isinstance(leaf, (*PEER_GONE, AipodError, GRPCError)) for leaf in rest):
                 raise
-            log.info("a call of %s was left by its peer: %s", rpc, exc)
+            log.info("a call of %s was left by its peer: %s", rpc, rest or "cancelled")
+            if isinstance(exc, BaseExceptionGroup) and (cancelled := exc.split(trio.Cancelled)[0]) is not None:
+                raise cancelled from None
         finally:
             del self._active[scope]
             if not self._active:

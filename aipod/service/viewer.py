@@ -73,8 +73,11 @@ class Writer:
         self.done.set()
 
     async def send(self, message: Raw) -> None:
-        """Hand over a message of the answer."""
-        await self._send.send(message)
+        """Hand over a message of the answer. Never returns where `run` has failed: its error ends the call."""
+        try:
+            await self._send.send(message)
+        except trio.BrokenResourceError:
+            await trio.sleep_forever()
 
     def beat(self, state: State | None) -> bool:
         """A heartbeat, unless the peer has not even taken what came before it. False where it was skipped."""

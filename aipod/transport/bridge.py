@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import heapq
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -24,9 +25,10 @@ grpclib.utils._current_task = asyncio.current_task
 log = logging.getLogger("aipod.transport")
 T = TypeVar("T")
 
-# Callbacks that are run, and reads of one descriptor, without a look at what else trio has to do.
+# Callbacks that are run, and reads of one descriptor and the seconds that they take, before trio has its turn again.
 _CALLBACKS = 32
 _READS = 4
+_READING = 0.001
 
 
 @contextlib.asynccontextmanager
@@ -90,12 +92,15 @@ def _read_on(loop: Any) -> None:
                         if handle._cancelled:
                             break
                         raise
+                    began = time.monotonic()
                     for _ in range(_READS):
                         if handle._cancelled:
                             break
                         handle._run()
                         if not loop._q_recv.statistics().tasks_waiting_receive:
                             await loop.synchronize()
+                            break
+                        if time.monotonic() - began > _READING:
                             break
             except Exception as exc:
                 handle._raise(exc)
@@ -125,6 +130,13 @@ class Spawner:
                         await fn(*args)
             except Exception as exc:
                 error = exc
+            except BaseExceptionGroup as group:  # the nursery is cancelled, and something went wrong besides
+                cancelled, other = group.split(trio.Cancelled)
+                if not isinstance(other, Exception):
+                    raise
+                error = other
+                if cancelled is not None:
+                    raise cancelled from None
             finally:
                 on_end(error)
 

@@ -33,6 +33,12 @@ _UINT64 = (1 << 64) - 1
 # Wire types (https://protobuf.dev/programming-guides/encoding/#structure).
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
 
+_WIRE_TYPES = {
+    **dict.fromkeys(("uint32", "uint64", "bool", "enum"), _VARINT),
+    **dict.fromkeys(("bytes", "string", "message"), _LEN),
+    "float": _I32,
+}
+
 M = TypeVar("M", bound=betterproto2.Message)
 
 
@@ -54,7 +60,7 @@ def _layout(message: type) -> list[_Field]:
     layout = []
     for field in dataclasses.fields(message):
         meta = field.metadata["betterproto"]
-        wire_type = {"bytes": _LEN, "string": _LEN, "message": _LEN, "float": _I32}.get(meta.proto_type, _VARINT)
+        wire_type = _WIRE_TYPES[meta.proto_type]
         hint = hints[field.name]
         of = next((kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type)), None)
         tag = betterproto2.encode_varint(meta.number << 3 | wire_type)
@@ -117,27 +123,20 @@ def parse(data: bytes | memoryview, kind: type[M]) -> M:
     return _Parser(data).message(0, len(data), kind, {})
 
 
-def count_fields(data: bytes | memoryview, kind: type) -> int:
-    """How many fields `data` has, those of nested messages included. Raises ValueError as `parse`."""
-    parser = _Parser(data)
-    parser.message(0, len(data), kind, {})
-    return MAX_FIELDS - parser.fields
-
-
 class _Parser:
     """One pass over a message; counts down what it may still have."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = data
-        self.fields = MAX_FIELDS
+        self._fields = MAX_FIELDS
         self._unknown = MAX_UNKNOWN
 
     def message(self, pos: int, end: int, kind: type[M], values: dict[str, Any]) -> M:
         """The message between `pos` and `end`, on top of `values`."""
         known = _BY_NUMBER[kind]
         while pos < end:
-            self.fields -= 1
-            if self.fields < 0:
+            self._fields -= 1
+            if self._fields < 0:
                 raise ValueError("too many fields in one message")
             start = pos
             tag, pos = _varint(self._data, pos, end)
@@ -185,9 +184,10 @@ class _Parser:
                 return self.message(begin, end, field.of, parts)
             case "float":
                 return _FLOAT.unpack(self._data[begin:end])[0]
-            case _:  # uint32 or an enum
-                number &= 0xFFFFFFFF
-                return field.of(number) if field.kind == "enum" else number
+            case "enum":
+                return field.of(number & 0xFFFFFFFF)
+            case _:
+                return number & 0xFFFFFFFF
 
 
 def _varint(data: bytes | memoryview, pos: int, end: int) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from h2.events import (
     ResponseReceived,
     StreamReset,
     TrailersReceived,
+    WindowUpdated,
 )
 from h2.exceptions import NoAvailableStreamIDError, ProtocolError
 from h2.stream import H2Stream as BaseH2Stream
@@ -40,11 +41,12 @@ from aipod.config import KIB, MIB, Config
 from aipod.transport.headers import Headers, response_is_readable, trailers_are_readable
 from aipod.transport.stream import SMALL, H2Stream
 from aipod.transport.turns import Turns
-from aipod.transport.window import Pool
+from aipod.transport.window import Budget
 
 log = logging.getLogger("aipod.transport")
 
-HEADER_LIST = 64 * KIB
+# What gRPC's C core takes at most; 40 bytes of it can come as one byte.
+HEADER_LIST = 16 * KIB
 # Small messages are written behind what the socket has not taken yet, up to here.
 WRITE_BUFFER = 1 * MIB
 # Where asyncio pauses those who write.
@@ -97,10 +99,11 @@ class H2Connection(base.Connection):
         self.settings = settings
         self.client = client
         self.turns = Turns()
-        self.growth = Pool(settings.connection_window)
-        self.long_messages = Pool(settings.message_limit)
+        self.growth = Budget(settings.connection_window)
+        self.long_messages = Budget(settings.message_limit)
         self.paused_since: float | None = None  # the socket takes nothing since then (monotonic)
         self._unread = 0  # what the last look found in the write buffer
+        self.owed = 0  # WINDOW_UPDATE frames that the peer may send for what it got
         self._arrived = 0  # bytes to give back to the connection's window
 
     def create_stream(self, *, stream_id: int | None = None, wrapper: Any = None) -> H2Stream:
@@ -175,7 +178,7 @@ class H2Connection(base.Connection):
         self.turns.resume()
 
     def check_stall(self, now: float) -> bool:
-        """Whether the socket has taken nothing for `send_stall` seconds."""
+        """Whether what waits for the socket has not become less for `send_stall` seconds."""
         if self.paused_since is None or not self.alive:
             return False
         unread = self._transport.get_write_buffer_size()
@@ -230,6 +233,7 @@ class Processor(base.EventsProcessor):
 
     connection: H2Connection
     draining = False
+    _credited = False  # the connection's window has grown
 
     def process(self, event: Event) -> None:
         handle = getattr(self, "processors", {}).get(event.__class__)
@@ -255,14 +259,27 @@ class Processor(base.EventsProcessor):
         if readable or stream is None:
             take(event)
             return
-        self.end_stream(event.stream_id, "the peer has sent headers that are malformed")
+        self.reset_stream(event.stream_id, "the peer has sent headers that are malformed")
 
-    def end_stream(self, stream_id: int, why: str) -> None:
+    def reset_stream(self, stream_id: int, why: str) -> None:
         """End one stream for an error that is its own."""
         stream = self.streams[stream_id]
         self.connection._connection.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
         stream.__terminated__(why)
         self.handler.cancel(stream)
+
+    def process_window_updated(self, event: WindowUpdated) -> None:
+        if event.stream_id == 0:
+            self._credited = True
+        else:
+            super().process_window_updated(event)
+
+    def wake_senders(self) -> None:
+        """At the end of a read: there may have been much credit for the connection in it, and many streams wait."""
+        if self._credited:
+            self._credited = False
+            for stream in self.streams.values():
+                stream.window_updated.set()
 
     def process_data_received(self, event: DataReceived) -> None:
         """Nothing: h2 is shown no payload."""

@@ -21,7 +21,7 @@ _KNOWN = 0xA  # types up to it mean something to h2
 END_STREAM, _END_HEADERS, PADDED = 0x1, 0x4, 0x8
 _PREFACE = 24  # bytes
 
-# Headers are the longest of the others, and a list of them is bounded by as much (`connection.HEADER_LIST`).
+# Headers are the longest of the others; with their CONTINUATIONs they may have as much in all.
 MAX_CONTROL_FRAME = 64 * KIB
 
 Take = Callable[[memoryview], None]

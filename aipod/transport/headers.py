@@ -18,7 +18,11 @@ _ENCODINGS = ("identity", "gzip", "deflate")
 _NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+\Z")
 _LENGTH = re.compile(r"[0-9]{1,18}\Z")
 _PSEUDO = (":method", ":scheme", ":path", ":authority")
+_ONCE = {*_PSEUDO, "host", "te", "content-type", "content-length", "grpc-timeout", "grpc-encoding"}
 _OF_CONNECTION = {"connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade"}
+
+# They are kept for as long as their call.
+MAX_HEADERS = 100
 
 Headers = list[tuple[str, str]]
 
@@ -30,6 +34,7 @@ class Problem(NamedTuple):
     message: str
     headers: Headers = []  # noqa: RUF012 - never changed
     reset: ErrorCodes | None = None  # answered by RST_STREAM alone: it is not even HTTP
+    http: int = 200
 
 
 def parse_timeout(value: str) -> float:
@@ -41,6 +46,8 @@ def parse_timeout(value: str) -> float:
 
 def check_headers(headers: Sequence[tuple[str, str]]) -> Problem | None:
     """Why a request cannot be served, or None."""
+    if len(headers) > MAX_HEADERS:
+        return Problem(Status.RESOURCE_EXHAUSTED, f"more than {MAX_HEADERS} headers")
     seen: dict[str, str] = {}
     for name, value in headers:
         seen.setdefault(name, value)
@@ -55,6 +62,8 @@ def check_headers(headers: Sequence[tuple[str, str]]) -> Problem | None:
     if (malformed := _malformed(headers, seen)) is not None:
         # RFC 9113 section 8.1.1: an error of this stream; h2 would end the connection, and the other calls on it.
         return Problem(Status.INVALID_ARGUMENT, malformed, reset=ErrorCodes.PROTOCOL_ERROR)
+    if (refusal := _no_grpc(seen)) is not None:
+        return refusal
     timeout = seen.get("grpc-timeout")
     if timeout is not None:
         if not _TIMEOUT.match(timeout):
@@ -67,13 +76,15 @@ def check_headers(headers: Sequence[tuple[str, str]]) -> Problem | None:
     return None
 
 
-def is_grpc(headers: Mapping[str, str]) -> bool:
-    """Whether these are the headers of a gRPC request with protobuf messages; else HTTP knows an answer."""
-    return (
-        headers[":method"] == "POST"
-        and headers.get("te") == "trailers"
-        and headers.get("content-type") in ("application/grpc", "application/grpc+proto")
-    )
+def _no_grpc(headers: Mapping[str, str]) -> Problem | None:
+    """Why these are not the headers of a gRPC request with protobuf messages, for those who speak HTTP; or None."""
+    if headers[":method"] != "POST":
+        return Problem(Status.UNKNOWN, "the method is not POST", http=405)
+    if headers.get("content-type") not in ("application/grpc", "application/grpc+proto"):
+        return Problem(Status.UNKNOWN, "content-type is not application/grpc or application/grpc+proto", http=415)
+    if headers.get("te") != "trailers":
+        return Problem(Status.UNKNOWN, "there is no te: trailers", http=400)
+    return None
 
 
 def _malformed(headers: Sequence[tuple[str, str]], seen: dict[str, str]) -> str | None:
@@ -91,8 +102,8 @@ def _malformed(headers: Sequence[tuple[str, str]], seen: dict[str, str]) -> str 
             return f"{name!r} is no name of a header"
         if name in _OF_CONNECTION:
             return f"{name} belongs to a connection, not to a request"
-    if sum(name.startswith(":") for name, _ in headers) != sum(name in seen for name in _PSEUDO):
-        return "a pseudo-header comes twice"
+    if sum(name in _ONCE for name, _ in headers) != sum(name in seen for name in _ONCE):
+        return "a header comes twice that may come once"
     if any(not seen.get(name) for name in (":method", ":scheme", ":path")):
         return "there is no :method, :scheme or :path"
     if not _LENGTH.match(seen.get("content-length", "0")):

@@ -33,8 +33,13 @@ async def let_others_run() -> None:
     """Let the loop do what else there is. Not asyncio.sleep(0): a trio task may be waiting here."""
     loop = asyncio.get_running_loop()
     turn = loop.create_future()
-    loop.call_soon(turn.set_result, None)
+    loop.call_soon(_end, turn)
     await turn
+
+
+def _end(turn: asyncio.Future[None]) -> None:
+    if not turn.done():  # cancelled
+        turn.set_result(None)
 
 
 class Event(Protocol):

@@ -1,8 +1,8 @@
 """One connection: bytes in, frames out, and the watch over both; hardened for the open network.
 
 All settings go into the first SETTINGS frame; a GOAWAY is sent before a connection is closed for a protocol error; no
-exception of one connection leaves it. Memory per connection: see `window`, plus the write buffer (`WRITE_BUFFER` and a
-frame), plus a frame of `MAX_CONTROL_FRAME`.
+exception of one connection leaves it. Memory per connection: see `window`, plus the write buffer (twice `WRITE_BUFFER`,
+and the answers to one read), plus a frame of `MAX_CONTROL_FRAME`.
 
 Written against grpclib 0.4.9 and h2 4.4: the private names used are listed in tests/test_contract.py.
 """
@@ -51,7 +51,9 @@ _READ_FRAMES = 16 * KIB
 # Frames that are neither payload nor a request, a second; above it the connection is read more slowly (RFC 9113 section
 # 10.5), but never punished: stock clients may ping as they like.
 _FRAMES_A_SECOND = 1000
-_REST = 0.1  # seconds without reading
+_REST = 0.1  # seconds without reading, at least; at most one
+# What a request that is refused counts for: it costs as much as a hundred of those frames, and an honest peer has few.
+REFUSED = 50
 # A peer may open streams before it has seen our SETTINGS. h2 ends the connection above its limit, so h2 gets this
 # many times ours and the server refuses the excess stream by stream.
 STREAM_SLACK = 4
@@ -84,7 +86,7 @@ def h2_configuration(*, client: bool) -> H2Configuration:
     return H2Configuration(
         client_side=client,
         header_encoding="latin-1",
-        # The server looks at them itself (`server.check_headers`): h2 would end the connection, with its other calls.
+        # The server looks at them itself (`headers.check_headers`): h2 would end the connection, with its other calls.
         validate_inbound_headers=False,
         normalize_inbound_headers=False,
         validate_outbound_headers=False,
@@ -133,6 +135,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self._frames = Bucket(_FRAMES_A_SECOND, _FRAMES_A_SECOND)
         self._resets = Bucket(_RESETS_A_SECOND, _RESETS_AT_ONCE)
         self._resting: asyncio.TimerHandle | None = None
+        self._block = 0  # bytes of the header block under way
         self._choked = False  # not read from: too much waits to be written
         self.greeted = asyncio.Event()  # the peer's SETTINGS have come; or nothing more will
         self._watch: asyncio.TimerHandle | None = None
@@ -201,6 +204,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         try:
             left = self._reader.feed(view)
             self._rest = bytes(view[end - left :])
+            self.processor.wake_senders()
             self.connection.flush()
         except ProtocolError as exc:
             log.info("protocol error: %s", exc)
@@ -218,7 +222,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         """A DATA frame begins: account for it, and say where its payload goes (`frames.Receiver`)."""
         h2 = self.h2
         if size == 0 and not end:
-            self._count_frame()
+            self.count_frames()
         stream = cast(H2Stream | None, self.processor.streams.get(stream_id))
         state = h2.streams.get(stream_id)
         if stream is None or state is None or state.state_machine.state not in RECEIVING or self._in_headers:
@@ -252,7 +256,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         try:
             stream._track_content_length(size, end)
         except InvalidBodyLengthError:
-            self.processor.end_stream(stream.stream_id, "the payload is not as long as content-length says")
+            self.processor.reset_stream(stream.stream_id, "the payload is not as long as content-length says")
             return False
         return True
 
@@ -272,15 +276,23 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
 
     def control(self, frame: bytes) -> None:
         """Any other frame, or a piece of the preface."""
+        self._read_size = _READ_FRAMES
         if len(frame) >= HEAD and frame[3] != HEADERS and not self._is_credit(frame):
-            self._count_frame()
+            self.count_frames()
+        # h2 bounds the frames of a header block, not their bytes.
+        self._block = self._block + len(frame) if self._in_headers else len(frame)
+        if self._block > MAX_CONTROL_FRAME + HEAD:
+            raise _HeadersTooLong("a header block in too many bytes")
         self._feed(frame)
 
     def _is_credit(self, frame: bytes) -> bool:
-        """Whether it is a WINDOW_UPDATE that somebody can use: an honest peer sends as many as it gets data."""
+        """Whether it is a WINDOW_UPDATE that somebody can use: an honest peer sends at most two for each DATA frame."""
         stream_id = int.from_bytes(frame[5:HEAD], "big")
         wanted = stream_id == 0 or stream_id in self.processor.streams
-        return frame[3] == WINDOW_UPDATE and wanted and frame[HEAD : HEAD + 2] != b"\0\0"
+        if frame[3] != WINDOW_UPDATE or not wanted or frame[HEAD : HEAD + 2] == b"\0\0" or not self.connection.owed:
+            return False
+        self.connection.owed -= 1
+        return True
 
     @property
     def _in_headers(self) -> bool:
@@ -297,11 +309,13 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
             self.processor.process(event)
         self._reader.closed = not self.connection.alive
 
-    def _count_frame(self) -> None:
+    def count_frames(self, count: int = 1) -> None:
+        """Count frames that are no payload; where they are too many, read nothing for a while."""
         self._read_size = _READ_FRAMES
-        if not self._frames.take() and self._resting is None:
+        if not self._frames.take(count) and self._resting is None:
             self.transport.pause_reading()
-            self._resting = asyncio.get_running_loop().call_later(_REST, self._read_again)
+            rest = max(_REST, self._frames.debt)
+            self._resting = asyncio.get_running_loop().call_later(rest, self._read_again)
 
     def _read_again(self) -> None:
         self._resting = None
@@ -376,4 +390,8 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
 
 
 class _TooManyResets(ProtocolError):
+    error_code = ErrorCodes.ENHANCE_YOUR_CALM
+
+
+class _HeadersTooLong(ProtocolError):
     error_code = ErrorCodes.ENHANCE_YOUR_CALM

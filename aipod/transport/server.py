@@ -22,8 +22,8 @@ from h2.exceptions import StreamClosedError
 from aipod.config import Config
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
-from aipod.transport.headers import Headers, Problem, check_headers, is_grpc, parse_timeout
-from aipod.transport.protocol import STREAM_SLACK, H2Protocol
+from aipod.transport.headers import Headers, Problem, check_headers, parse_timeout
+from aipod.transport.protocol import REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import server_context
 
@@ -63,6 +63,8 @@ class Handler(grpclib.server.Handler):
         if self.protocol.processor.draining or many or len(streams) > STREAM_SLACK * limit:
             # It says that nothing was done, so the peer may retry (RFC 9113 section 8.7).
             reset = ErrorCodes.REFUSED_STREAM
+        if problem is not None or reset is not None:
+            self.protocol.count_frames(REFUSED)
         if reset is not None:
             try:
                 stream.reset_nowait(reset)
@@ -80,7 +82,7 @@ class Handler(grpclib.server.Handler):
             return
         stream.inbox.encoding = seen.get("grpc-encoding", "identity")
         stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
-        if isinstance(handler, TrioHandler) and is_grpc(seen):
+        if isinstance(handler, TrioHandler):
             self._start_trio(stream, release_stream, handler, headers)
             return
         # The deadline becomes a cancel scope where the call enters trio; grpclib's own reads another clock.
@@ -122,9 +124,6 @@ class Handler(grpclib.server.Handler):
             # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
             whole = call._send_trailing_metadata_done
             stream.reset_now(ErrorCodes.NO_ERROR if whole else ErrorCodes.INTERNAL_ERROR)
-            if error is not None and scope.cancel_called:
-                log.info("a call that was given up ended with: %r", error)
-                error = None
             self._ended(stream, scope, release_stream, error)
 
         scope = self._tasks[stream] = self._server.spawner.start(_serve, handler, call, on_end=ended)
@@ -169,14 +168,15 @@ async def _serve(handler: TrioHandler, call: grpclib.server.Stream[Any, Any]) ->
 
 async def _reply(stream: H2Stream, problem: Problem) -> None:
     """A trailers-only response."""
-    headers = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-status", str(problem.status.value))]
+    headers = [(":status", str(problem.http)), ("content-type", "application/grpc")]
+    headers += [("grpc-status", str(problem.status.value))]
     headers += [("grpc-message", encode_grpc_message(problem.message)), *problem.headers]
     try:
         await stream.send_headers(headers, end_stream=True)
         if stream.closable:
             stream.reset_nowait()
-    except StreamClosedError:
-        log.debug("a bad request was reset by its peer before it was answered")
+    except PEER_GONE:
+        log.debug("the peer of a bad request was gone before it was answered")
 
 
 class Server(grpclib.server.Server):
@@ -234,6 +234,9 @@ class ServerProtocol(H2Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if self._server._stopped:
+            self.connection.abort("its handshake was over when the server listened no more")
+            return
         self._server.protocols.add(self)
         limit = self._server.settings.max_connections
         if limit and len(self._server.protocols) > limit:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MAX_FRAME = 512 * KIB
 # A message up to it does not wait for its turn behind long ones (a heartbeat has 10 bytes).
 SMALL = 16 * KIB
+# WINDOW_UPDATE frames that a peer may have saved up before they count as frames like others.
+_MOST_OWED = 10_000
 # Sent without a look at anything else that the loop has to do.
 _SLICE = 4 * MIB
 
@@ -83,6 +85,8 @@ class H2Stream(base.Stream):
         self.connection.credit_stream(self.id, size)
 
     async def send_request(self, headers: Any, end_stream: bool = False, *, _processor: Any) -> Any:
+        if self._h2_connection.remote_settings.max_concurrent_streams == 0:
+            raise StreamRefused("the server takes no calls on this connection")
         try:
             release = await super().send_request(headers, end_stream, _processor=_processor)
         except ProtocolError as exc:
@@ -93,17 +97,18 @@ class H2Stream(base.Stream):
         return release
 
     async def send_headers(self, headers: Any, end_stream: bool = False) -> None:
-        if self._h2_connection.state_machine.state is ConnectionState.CLOSED:  # h2 would take it for our error
+        await self.connection.write_ready.wait()
+        h2 = self._h2_connection
+        if h2.state_machine.state is ConnectionState.CLOSED:  # h2 would take it for our error
             raise StreamTerminatedError("the connection has ended")
         block = _CODED.get(tuple(headers))
-        if block is None:
+        if block is None or h2.encoder.table_size_changes:  # a new size must be said first (RFC 7541 section 4.2)
             return await super().send_headers(headers, end_stream)
-        await self.connection.write_ready.wait()
         assert self.id is not None
-        stream = self._h2_connection.streams.get(self.id)
+        stream = h2.streams.get(self.id)
         if stream is None:
             raise StreamClosedError(self.id)
-        self._h2_connection.state_machine.process_input(ConnectionInputs.SEND_HEADERS)
+        h2.state_machine.process_input(ConnectionInputs.SEND_HEADERS)
         stream.state_machine.process_input(StreamInputs.SEND_HEADERS)
         if end_stream:
             stream.state_machine.process_input(StreamInputs.SEND_END_STREAM)
@@ -200,6 +205,7 @@ class H2Stream(base.Stream):
             buffers.append(piece)
         stream.outbound_flow_control_window -= size
         h2.outbound_flow_control_window -= size
+        self.connection.owed = min(self.connection.owed + 2, _MOST_OWED)
         self.connection.write(buffers)
         if end:
             h2.end_stream(self.id)

@@ -32,7 +32,7 @@ class Turns:
         """The connection is over: nobody waits for it any more."""
         self._ended = True
         while self._waiting:
-            self._waiting.popleft().set_result(None)
+            _give(self._waiting.popleft())
 
     async def wait(self) -> None:
         """Wait for one's turn to write one frame; whoever got it calls `next` afterwards, whatever happened.
@@ -48,7 +48,7 @@ class Turns:
             except BaseException:
                 if turn in self._waiting:
                     self._waiting.remove(turn)
-                else:
+                elif not turn.cancelled():
                     self.next()
                 raise
             if self._writable or self._ended:
@@ -57,5 +57,14 @@ class Turns:
 
     def next(self) -> None:
         """Let the next one write, if the socket takes it."""
-        if self._writable and self._waiting:
-            self._waiting.popleft().set_result(None)
+        while self._writable and self._waiting:
+            if _give(self._waiting.popleft()):
+                return
+
+
+def _give(turn: asyncio.Future[None]) -> bool:
+    """False where the waiter is cancelled: it leaves the queue when it runs again, which may be later than this."""
+    if turn.done():
+        return False
+    turn.set_result(None)
+    return True

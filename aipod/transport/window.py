@@ -23,7 +23,7 @@ _LOW = 8
 
 
 class Grant:
-    """Bytes asked of a Pool, in turn; `granted` once they were given."""
+    """Bytes asked of a Budget, in turn; `granted` once they were given."""
 
     def __init__(self, size: int, on_granted: Callable[[], None]) -> None:
         self.size = size
@@ -31,7 +31,7 @@ class Grant:
         self.on_granted = on_granted
 
 
-class Pool:
+class Budget:
     """Bytes that are shared by the streams of a connection, given to one request after the other."""
 
     def __init__(self, size: int) -> None:
@@ -75,7 +75,9 @@ class Pool:
 class ReceiveWindow:
     """The window of one stream. `credit` sends a WINDOW_UPDATE."""
 
-    def __init__(self, initial: int, limit: int, growth: Pool, messages: Pool, credit: Callable[[int], None]) -> None:
+    def __init__(
+        self, initial: int, limit: int, growth: Budget, messages: Budget, credit: Callable[[int], None]
+    ) -> None:
         self.size = initial
         self._initial = initial
         self._limit = limit

@@ -83,8 +83,7 @@ async def _serve() -> None:
     from aipod.transport import bridge
     from aipod.transport.server import Server
 
-    # With its protocol named, as aipod.server's sockets: without, neither asyncio nor grpclib sets TCP_NODELAY.
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
+    with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen(128)
         async with bridge.open_loop(), trio.open_nursery() as calls:
