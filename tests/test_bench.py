@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from bench.peers import common
 from bench.wire import NEEDS, ROWS
 from tests.conftest import ROOT, missing
+
+LONG = int(os.environ.get("AIPOD_TEST_LONG", "1"))
 
 MIB = 1 << 20
 
@@ -31,7 +34,7 @@ def require_peers(*rows: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["up", "down", "stock", "small"])
+@pytest.mark.parametrize("row", ["up", "down", "small", *(["stock"] if LONG > 1 else [])])
 def test_each_row_is_measured(row: str, tmp_path: Path) -> None:
     require_peers(row)
     out = tmp_path / "wire.json"

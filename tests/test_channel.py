@@ -139,9 +139,10 @@ def test_a_call_that_waits_for_a_stream_moves_to_a_new_connection_when_its_own_i
 
 def test_a_server_that_takes_no_calls_is_not_waited_for() -> None:
     async def main() -> None:
-        ended = asyncio.Event()
+        served: list[asyncio.Task[None] | None] = []
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            served.append(asyncio.current_task())
             h2 = H2Connection(H2Configuration(client_side=False))
             h2.local_settings = Settings(client=False, initial_values={SettingCodes.MAX_CONCURRENT_STREAMS: 0})
             h2.initiate_connection()
@@ -149,14 +150,13 @@ def test_a_server_that_takes_no_calls_is_not_waited_for() -> None:
             await reader.read()
             writer.close()
             await writer.wait_closed()
-            ended.set()
 
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             host, port = server.sockets[0].getsockname()
             async with aipod.Client(f"{host}:{port}", config=Config(attempts=2)) as client:
                 with pytest.raises(aipod.Unreachable):
                     await client.predict(b"x")
-            await ended.wait()
+            await asyncio.gather(*filter(None, served))
 
     run(main)
 

@@ -23,6 +23,10 @@ EXCEPTIONS = {
 SOMETIMES = {
     "http2/4.2/1": "its frame is as long as the server announces, and longer than the stream's window (RFC 9113 section"
     " 6.9.1): a flow-control error, unless its request has been refused before it comes",
+    **dict.fromkeys(
+        ("http2/8.1.2.6/1", "http2/8.1.2.6/2"),
+        "its request is no gRPC and may be refused before the payload comes that is not as long as content-length says",
+    ),
 }
 
 
@@ -30,7 +34,7 @@ def test_h2spec(serve: Serve, tmp_path: Path) -> None:
     program = require("h2spec")
     served = serve("Async")
     report = tmp_path / "report.xml"
-    options = ["--host", "127.0.0.1", "--port", str(served.port), "--path", "/ai.AI/chaos", "--timeout", "4"]
+    options = ["--host", "127.0.0.1", "--port", str(served.port), "--path", "/ai.AI/chaos", "--timeout", "3"]
     subprocess.run([program, *options, "--junit-report", str(report)], check=False, capture_output=True, timeout=300)
 
     passed, failed = set(), {}
