@@ -229,7 +229,7 @@ async def main():
         handle = loop.call_later(5, print)
         assert hasattr(handle, "cancelled"), "a timer that says whether it is cancelled"
         handle.cancel()
-for name in ("open_loop", "trio_as_aio", "aio_as_trio", "allow_asyncio"):
+for name in ("open_loop", "aio_as_trio", "allow_asyncio"):
     assert callable(getattr(trio_asyncio, name)), name
 trio.run(main)
 """

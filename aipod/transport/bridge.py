@@ -63,7 +63,7 @@ def _purge_timers(loop: Any) -> None:
 
 
 def _batch_callbacks(loop: Any) -> None:
-    """trio-asyncio runs one callback for each turn of trio's scheduler (20 us): run all that wait, up to a bound."""
+    """trio-asyncio runs one callback for each turn of trio's scheduler: run all that wait, up to a bound."""
     run_one = loop._main_loop_one
     queue = loop._q_recv
 
@@ -77,7 +77,7 @@ def _batch_callbacks(loop: Any) -> None:
 
 
 def _read_on(loop: Any) -> None:
-    """trio-asyncio waits for its queue and for epoll after each read (60 us): go on while more is there, up to a bound.
+    """trio-asyncio waits for its queue and for epoll after each read: go on while more is there, up to a bound.
 
     What a read has left for the loop to do comes first.
     """

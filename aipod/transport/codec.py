@@ -1,8 +1,8 @@
 """Messages to bytes and back, bounded and checked as they are parsed.
 
 The dataclasses are betterproto2's; their bytes are made and read here, in one pass: for a message of 1 KiB betterproto2
-takes ten times as long, for one of 1 MiB it copies the payload five times, and unknown fields cost it quadratic time
-(1 MB of them blocks the loop for 45 s).
+takes three to five times as long, for one of 1 MiB it copies the payload five times, and unknown fields cost it
+quadratic time (1 MB of them blocks the loop for 45 s).
 """
 
 from __future__ import annotations
