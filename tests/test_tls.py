@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -135,10 +136,7 @@ def test_the_certificate_of_the_caller_is_handed_up(files: Files) -> None:
             await stream.end()
             message = await stream.recv_message()
             await read_status(stream)
-        protocol = channel._protocol
-        channel.close()
-        while not protocol.handler.connection_lost:
-            await asyncio.sleep(0.01)
+        await channel.aclose()
         return json.loads(message.data)
 
     command = [sys.executable, "-c", WHO, files.server, files.ca]
@@ -150,6 +148,22 @@ def test_the_certificate_of_the_caller_is_handed_up(files: Files) -> None:
             server.stdin.close()  # type: ignore[union-attr]
     assert ["email", "client@example.org"] in certificate["subjectAltName"]
     assert server.returncode == 0
+
+
+def test_a_client_that_leaves_waits_for_a_goodbye_but_not_for_long(serve: Serve, files: Files) -> None:
+    served = serve("Plain", "--tls-cert", files.server)
+
+    async def main() -> bool:
+        async with aipod.Client(served.address, config=config(tls_ca=files.ca)) as client:
+            await client.chaos(metadata=[("x-func-name", "echo")])
+            protocol: Any = client._channel._protocol  # type: ignore[union-attr]
+            served.process.send_signal(signal.SIGSTOP)
+        return bool(protocol.ended.is_set())
+
+    try:
+        assert run(main)
+    finally:
+        served.process.send_signal(signal.SIGCONT)
 
 
 def test_a_client_does_not_talk_to_a_server_that_is_another(serve: Serve, files: Files, strange: Files) -> None:

@@ -58,4 +58,4 @@ async def _check(service: str, to: str, timeout: float, config: Config, metadata
     except (OSError, TimeoutError, StreamTerminatedError) as exc:
         raise Unreachable(f"no server answers at {to}: {exc or 'timed out'}") from None
     finally:
-        channel.close()
+        await channel.aclose()

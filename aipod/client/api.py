@@ -53,14 +53,23 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        channel = self._let_go()
+        if channel is not None:
+            await channel.aclose()
 
     def close(self) -> None:
-        """Close the connection; calls under way end as lost ones. The next call opens a new one."""
+        """Close the connection; calls under way end as lost ones. The next call opens a new one.
+
+        Leaving `async with` also waits until the socket is closed, a second at most.
+        """
+        channel = self._let_go()
+        if channel is not None:
+            channel.close()
+
+    def _let_go(self) -> Channel | None:
         self._closes += 1
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        channel, self._channel = self._channel, None
+        return channel
 
     async def chaos(
         self,

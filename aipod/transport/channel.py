@@ -23,6 +23,8 @@ CALL_OVER = (StreamTerminatedError, ProtocolError, H2ProtocolError, asyncio.Time
 
 # Connections in a row that may be told to go while a call waits for its turn; more mean a server that takes none.
 MOVES = 10
+# Seconds that the peer has to say goodbye.
+_GOODBYE = 1.0
 
 
 class Channel(grpclib.client.Channel):
@@ -74,6 +76,19 @@ class Channel(grpclib.client.Channel):
         """Close the connection; calls under way raise StreamTerminatedError. For good, unlike grpclib's."""
         self._closed = True
         super().close()
+
+    async def aclose(self) -> None:
+        """`close`, and wait until the socket is closed, which with TLS takes an answer: for a second at most."""
+        protocol = cast(H2Protocol | None, self._protocol)
+        self.close()
+        if protocol is None:
+            return
+        try:
+            async with asyncio.timeout(_GOODBYE):
+                await protocol.ended.wait()
+        except TimeoutError:
+            protocol.transport.abort()
+            await protocol.ended.wait()
 
 
 async def open_call(stream: grpclib.client.Stream[Any, Any]) -> None:

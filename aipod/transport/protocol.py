@@ -138,6 +138,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self._block = 0  # bytes of the header block under way
         self._choked = False  # not read from: too much waits to be written
         self.greeted = asyncio.Event()  # the peer's SETTINGS have come; or nothing more will
+        self.ended = asyncio.Event()  # the socket is closed
         self._watch: asyncio.TimerHandle | None = None
         self._measuring = False  # a PING that measures a round trip is under way
         self._next_ping = self._pause = 0.0
@@ -386,6 +387,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
                 timer.cancel()
         self._reader.closed = True
         self.greeted.set()
+        self.ended.set()
         super().connection_lost(exc)
 
 
