@@ -7,6 +7,7 @@ on failure is `aipod: REASON: text`; a traceback comes only with --debug.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import signal
 import sys
@@ -45,7 +46,21 @@ def _debug_option() -> Any:
     )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, params=[_debug_option()])
+class _Commands(click.Group):
+    """Imports a command when it is needed: a server has no use for a client and a progress bar."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["call", "demo", "health", "serve"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands and cmd_name in self.list_commands(ctx):
+            command = getattr(importlib.import_module(f"aipod.cli.{cmd_name}"), cmd_name)
+            command.params.append(_debug_option())  # accepted before and after the command's name
+            self.add_command(command)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, params=[_debug_option()])
 @click.version_option(__version__, prog_name="aipod")
 def cli() -> None:
     """Large inputs to Python model code and the answer back, over one gRPC stream.
@@ -53,18 +68,6 @@ def cli() -> None:
     Every option of a command is also AIPOD_<NAME> in the environment; those of serve and call are also keys in table
     [aipod] of a TOML file (--config). Command line, then environment, then file, then default.
     """
-
-
-def _register() -> None:
-    # Imported here, so that `import aipod.cli` stays cheap; `call` never loads trio: `serve` does when it runs.
-    from aipod.cli.call import call
-    from aipod.cli.demo import demo
-    from aipod.cli.health import health
-    from aipod.cli.serve import serve
-
-    for command in (serve, call, health, demo):
-        command.params.append(_debug_option())  # accepted before and after the command's name
-        cli.add_command(command)
 
 
 def end_on_signals() -> None:
@@ -82,7 +85,6 @@ def run(arguments: list[str]) -> int:
     flags = Flags()
     warnings.showwarning = _note
     try:
-        _register()
         status = cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
         return status if isinstance(status, int) else OK
     except click.exceptions.Exit as exc:
