@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from aipod.config import Config
     from aipod.errors import (
         AipodError,
-        ConnectionLost,
+        Interrupted,
         JobCancelled,
         JobFailed,
+        JobLost,
         ModelError,
         Refused,
         Unreachable,
@@ -48,10 +49,11 @@ __all__ = [
     "AipodError",
     "Client",
     "Config",
-    "ConnectionLost",
     "Context",
+    "Interrupted",
     "JobCancelled",
     "JobFailed",
+    "JobLost",
     "Model",
     "ModelError",
     "Refused",
@@ -65,9 +67,10 @@ _HOME = {
     **dict.fromkeys(
         (
             "AipodError",
-            "ConnectionLost",
+            "Interrupted",
             "JobCancelled",
             "JobFailed",
+            "JobLost",
             "ModelError",
             "Refused",
             "Unreachable",

@@ -6,8 +6,9 @@
       JobFailed                  the job ended without a result; the method may have run
         ModelError               the model raised
         JobCancelled             it was cancelled, or its time was up
+        Interrupted              its server or worker was killed while the method ran
       Unreachable                no connection, or none that lasted, before the request was complete
-      ConnectionLost             lost after the request was complete: the method may have run
+      JobLost                    out of sight after the request was complete: the method may have run
 
 The server raises `Refused` and `JobFailed` with a reason from `TABLE`; `service` turns them into a gRPC status with a
 google.rpc.ErrorInfo, and the client turns that back. Error model: https://google.aip.dev/193
@@ -60,10 +61,14 @@ TABLE: Mapping[str, Row] = {
     "BAD_VERSION": Row(Code.INVALID_ARGUMENT),
     "BAD_MESSAGE": Row(Code.INVALID_ARGUMENT),
     "UNKNOWN_METHOD": Row(Code.UNIMPLEMENTED),
-    "UNSUPPORTED_OP": Row(Code.UNIMPLEMENTED),
-    "JOB_EXISTS": Row(Code.ABORTED),
     "NOT_FOUND": Row(Code.NOT_FOUND),
+    # RESUME found no job, and from now on none can start under that ticket
+    "NOT_STARTED": Row(Code.NOT_FOUND),
     "WRONG_SPOOL": Row(Code.FAILED_PRECONDITION),
+    "OTHER_REQUEST": Row(Code.FAILED_PRECONDITION),
+    "SUPERSEDED": Row(Code.ABORTED),
+    "BUSY": Row(Code.UNAVAILABLE, retry_after=0.5),
+    "DAMAGED": Row(Code.DATA_LOSS),
     "DRAINING": Row(Code.UNAVAILABLE, retry_after=1.0),
     # the payload
     "BAD_CHUNK": Row(Code.INVALID_ARGUMENT),
@@ -85,6 +90,8 @@ TABLE: Mapping[str, Row] = {
     "RESULT_NOT_STORED": Row(Code.INTERNAL),
     "CANCELLED": Row(Code.CANCELLED),
     "DEADLINE_EXCEEDED": Row(Code.DEADLINE_EXCEEDED),
+    "INTERRUPTED": Row(Code.INTERNAL),
+    "RELEASED": Row(Code.NOT_FOUND),
     "INTERNAL": Row(Code.INTERNAL),
 }
 
@@ -133,6 +140,10 @@ class JobCancelled(JobFailed):
     """The job was cancelled, or its time was up, before it had a result."""
 
 
+class Interrupted(JobFailed):
+    """The server or the worker was killed while the method ran; it is not run again unasked."""
+
+
 class Unreachable(AipodError):
     """No server answered, or the connection was lost before the request was complete: the method did not run."""
 
@@ -140,11 +151,11 @@ class Unreachable(AipodError):
         super().__init__("UNREACHABLE", message)
 
 
-class ConnectionLost(AipodError):
-    """The connection was lost after the request was complete: the method may have run."""
+class JobLost(AipodError):
+    """The job went out of sight after its request was complete: the method may have run."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("CONNECTION_LOST", message)
+        super().__init__("JOB_LOST", message)
 
 
 def job_failed(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> JobFailed:
@@ -153,6 +164,7 @@ def job_failed(reason: str, message: str, metadata: Mapping[str, str] | None = N
         "MODEL_ERROR": ModelError,
         "CANCELLED": JobCancelled,
         "DEADLINE_EXCEEDED": JobCancelled,
+        "INTERRUPTED": Interrupted,
     }
     return kinds.get(reason, JobFailed)(reason, message, metadata)
 

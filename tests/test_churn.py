@@ -133,7 +133,7 @@ class Caller:
                 self.client.close()
             else:
                 self.client._channel._protocol.transport.abort()
-            with pytest.raises(aipod.ConnectionLost):
+            with pytest.raises(aipod.JobLost):
                 await task
 
     async def close(self) -> None:

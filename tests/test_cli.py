@@ -358,7 +358,7 @@ def test_a_server_that_is_killed_is_status_3(serve: Serve, tmp_path: Path) -> No
         served.process.communicate()
         _, err = process.communicate(timeout=30)
     assert process.returncode == 3
-    assert err.decode().splitlines()[-1].startswith("aipod: CONNECTION_LOST: ")
+    assert err.decode().splitlines()[-1].startswith("aipod: JOB_LOST: ")
 
 
 def test_a_call_that_was_stopped_for_longer_than_its_silence_goes_on(to: tuple[str, str], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tests.proxy import Fault, open_proxy
 # have been sent while a proxy has carried 6 MB at most.
 PAYLOAD = os.urandom(13_000_000)
 ANSWER = {"size": len(PAYLOAD), "sha256": hashlib.sha256(PAYLOAD).hexdigest()}
-LOST = (aipod.ConnectionLost, aipod.Unreachable)
+LOST = (aipod.JobLost, aipod.Unreachable)
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +149,9 @@ def test_cut_after_last_is_lost_at_once_and_the_job_is_cancelled(served: Served,
             call = asyncio.create_task(client.chaos(b"x", mark=str(mark), metadata=named("patient")))
             await until(mark.exists)
             proxy.cut()
-            with pytest.raises(aipod.ConnectionLost, match="may have run") as caught:
+            with pytest.raises(aipod.JobLost, match="may have run") as caught:
                 await call
-            assert caught.value.reason == "CONNECTION_LOST"
+            assert caught.value.reason == "JOB_LOST"
             return proxy.connections
 
     assert run(main) == 1
@@ -164,7 +164,7 @@ def test_cut_while_the_answer_arrives_is_lost_and_leaves_no_file(served: Served,
         async with open_proxy(served.port, Fault(cut_down=1_500_000)) as proxy, aipod.Client(proxy.address) as client:
             await client.chaos(metadata=named("random"), length=4_000_000, save_to=tmp_path / "answer")
 
-    with pytest.raises(aipod.ConnectionLost):
+    with pytest.raises(aipod.JobLost):
         run(main)
     assert list(tmp_path.iterdir()) == []
     nothing_is_left(served)
@@ -192,7 +192,7 @@ def test_silence_ends_a_call(served: Served, tmp_path: Path, committed: bool) ->
                     proxy.hold()
                 await call
 
-    with pytest.raises(aipod.ConnectionLost if committed else aipod.Unreachable, match=r"no heartbeat for 0\.5 s"):
+    with pytest.raises(aipod.JobLost if committed else aipod.Unreachable, match=r"no heartbeat for 0\.5 s"):
         run(main)
     if committed:
         wait_until(lambda: mark.read_text() == "cancelled")
@@ -768,7 +768,7 @@ def test_close_ends_calls_and_the_next_call_connects_again(served: Served, tmp_p
             sent = proxy.up
             await until(lambda: proxy.up > sent)
             client.close()
-            with pytest.raises(aipod.ConnectionLost):
+            with pytest.raises(aipod.JobLost):
                 await committed
             with pytest.raises(aipod.Unreachable):
                 await uploading
@@ -854,6 +854,6 @@ def test_every_lost_connection_is_typed() -> None:
             assert isinstance(before, Failure)
             assert isinstance(after, Failure)
             assert (type(before.error), before.retry_after) == (aipod.Unreachable, 0.0)
-            assert (type(after.error), after.retry_after) == (aipod.ConnectionLost, None)
+            assert (type(after.error), after.retry_after) == (aipod.JobLost, None)
             assert next(leaves(wrapped)) is after.cause
     assert explain(ValueError(), target="t", committed=False) is None

@@ -474,7 +474,7 @@ async def babbled(data: bytes, rng: random.Random) -> None:
             babbler.hang_up()
             try:
                 answer = await client.predict(b"x")
-            except (aipod.ConnectionLost, aipod.Unreachable):  # how a client may learn that its connection is gone
+            except (aipod.JobLost, aipod.Unreachable):  # how a client may learn that its connection is gone
                 answer = await client.predict(b"x")
             assert answer == {"n": 5}
     finally:

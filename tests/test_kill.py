@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from aipod.errors import ConnectionLost, JobFailed
+from aipod.errors import JobLost, JobFailed
 from aipod.spool import Journal
 from tests import stranger
 from tests.calls import calls, marked, own, plain, plain_version
@@ -76,7 +76,7 @@ def test_a_server_killed_during_an_own_clients_job(serve: Serve, tmp_path: Path)
         future = threads.submit(own, served.address, "hold", mark=str(tmp_path / "mark"), seconds=60)
         marked(tmp_path / "mark")
         kill(served)
-        with pytest.raises(ConnectionLost):
+        with pytest.raises(JobLost):
             future.result()
     after = serve(WORK)
     assert own(after.address, "turn") == 0

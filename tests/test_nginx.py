@@ -456,7 +456,7 @@ def test_a_dead_upstream_is_told_at_once(tmp_path: Path) -> None:
             with pytest.raises(aipod.Unreachable, match="upstream cannot be reached"):
                 await client.chaos(large)
             # Sent whole at once. What a proxy says is no proof that the method did not run.
-            with pytest.raises(aipod.ConnectionLost, match="upstream cannot be reached"):
+            with pytest.raises(aipod.JobLost, match="upstream cannot be reached"):
                 await client.chaos(b"")
 
     with proxy(tmp_path, everywhere(nobody())) as nginx:
@@ -532,7 +532,7 @@ async def killed_under_aipod(nginx: Nginx, served: Served) -> float:
         await running.wait()
         started = time.monotonic()
         served.stop(number=signal.SIGKILL)
-        with pytest.raises(aipod.ConnectionLost, match="may have run"):
+        with pytest.raises(aipod.JobLost, match="may have run"):
             await task
         return time.monotonic() - started
 
@@ -550,7 +550,7 @@ def test_a_server_that_hangs_is_given_up_by_both_clients(serve: Serve, tmp_path:
             served.process.send_signal(signal.SIGSTOP)
             # Nothing at all comes of this one: nginx's read timeout speaks, before any header.
             second = asyncio.create_task(asyncio.to_thread(refusal, nginx.address, ()))
-            with pytest.raises(aipod.ConnectionLost):
+            with pytest.raises(aipod.JobLost):
                 await task
             assert (await second).code() is grpc.StatusCode.UNAVAILABLE
 

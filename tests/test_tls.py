@@ -85,7 +85,7 @@ def test_with_an_authority_the_server_wants_a_certificate(serve: Serve, files: F
     served = serve("Plain", "--tls-cert", files.server, "--tls-ca", files.ca)
     assert echo(served, b"x" * MIB, config(tls_ca=files.ca, tls_cert=files.client)) == b"x" * MIB
     for own in ("", strange.client):
-        with pytest.raises((aipod.Unreachable, aipod.ConnectionLost)):
+        with pytest.raises((aipod.Unreachable, aipod.JobLost)):
             echo(served, b"x", config(tls_ca=files.ca, tls_cert=own))
     assert echo(served, b"x", config(tls_ca=files.ca, tls_cert=files.client)) == b"x"
 

@@ -537,7 +537,7 @@ def test_any_other_end_of_a_complete_request_is_lost(how: str) -> None:
 
     async def main() -> int:
         async with scripted(script) as (client, server):
-            with pytest.raises(aipod.ConnectionLost):
+            with pytest.raises(aipod.JobLost):
                 await client.predict(b"x")
             return len(server.connections)
 

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from aipod import __version__
-from aipod.errors import AipodError, ConnectionLost, Unreachable, UsageError, leaves
+from aipod.errors import AipodError, JobLost, Unreachable, UsageError, leaves
 
 OK, FAILED, USAGE, LOST, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -115,7 +115,7 @@ def _explain(exc: BaseException) -> int:
             return _fail(leaf.reason, leaf.message, USAGE)
         if isinstance(leaf, Unreachable):
             return _fail(leaf.reason, f"{leaf.message} (--to or AIPOD_TO says which server)", LOST)
-        if isinstance(leaf, ConnectionLost):
+        if isinstance(leaf, JobLost):
             return _fail(leaf.reason, leaf.message, LOST)
         if isinstance(leaf, AipodError):
             kind = leaf.metadata.get("type")

@@ -18,7 +18,7 @@ from aipod.client.sink import check_target
 from aipod.client.source import Payload, Source
 from aipod.codec import Compressor
 from aipod.config import KIB, Config
-from aipod.errors import ConnectionLost, Unreachable, UsageError, job_failed
+from aipod.errors import JobLost, Unreachable, UsageError, job_failed
 from aipod.retry import delays
 from aipod.transport.channel import Channel, split_target
 
@@ -130,7 +130,7 @@ class Client:
 
         Returns what the method returned: JSON values, bytes (for a `Path`, the file's content), or `save_to`.
         Raises `UsageError`, `Refused`, `ModelError`, `JobCancelled`, `JobFailed`, `Unreachable` (the method did not
-        run) and `ConnectionLost` (it may have). What is lost before the request is complete is tried again.
+        run) and `JobLost` (it may have). What is lost before the request is complete is tried again.
         Cancelled: the job is cancelled, best effort.
         """
         return await self._call(
@@ -214,7 +214,7 @@ class Client:
                 if failure is None:
                     raise
             left = None if request.deadline is None else request.deadline.time_remaining()
-            if left == 0 and isinstance(failure.error, Unreachable | ConnectionLost):
+            if left == 0 and isinstance(failure.error, Unreachable | JobLost):
                 raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from failure.error
             pause = next(pauses, None)
             if failure.retry_after is None or pause is None or not request.source.check_replayable():

@@ -8,7 +8,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 
-from aipod.errors import DOMAIN, AipodError, ConnectionLost, JobFailed, Refused, Unreachable, job_failed, leaves
+from aipod.errors import DOMAIN, AipodError, JobLost, JobFailed, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import State
@@ -73,7 +73,7 @@ def _lost(exc: BaseException, target: str, committed: bool) -> Failure:
     if isinstance(exc, GRPCError):
         text = f"{exc.status.name}: {exc.message}"
     if committed:
-        error = ConnectionLost(f"the connection to {target} was lost, the method may have run: {text}")
+        error = JobLost(f"the connection to {target} was lost, the method may have run: {text}")
         return Failure(error, None, exc)
     return Failure(Unreachable(f"no lasting connection to {target}: {text}"), 0.0, exc)
 
