@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell ignores Ctrl-C in what it starts with `&`, and what it starts inherits that: no test of Ctrl-C would end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 T = TypeVar("T")
 
 
