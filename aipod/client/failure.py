@@ -8,7 +8,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 
-from aipod.errors import DOMAIN, AipodError, JobLost, JobFailed, Refused, Unreachable, job_failed, leaves
+from aipod.errors import DOMAIN, AipodError, JobFailed, JobLost, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import State

@@ -30,10 +30,23 @@ never synced, which is why small jobs cost no flush. From then on nothing is tol
     look       what can be done without a lock  sweep      what nobody wants any more
 """
 
-from aipod.spool.directory import Spool, SpoolError
+from aipod.spool.directory import MAX_ATTEMPTS, Spool, SpoolError
 from aipod.spool.entry import MAX_LOG, SYNC_AFTER, SYNC_BYTES, Entry
 from aipod.spool.journal import Journal
-from aipod.spool.look import ENDED, Look
+from aipod.spool.look import ENDED, Look, Words
 from aipod.spool.sweep import Sweeper
 
-__all__ = ["ENDED", "MAX_LOG", "SYNC_AFTER", "SYNC_BYTES", "Entry", "Journal", "Look", "Spool", "SpoolError", "Sweeper"]
+__all__ = [
+    "ENDED",
+    "MAX_ATTEMPTS",
+    "MAX_LOG",
+    "SYNC_AFTER",
+    "SYNC_BYTES",
+    "Entry",
+    "Journal",
+    "Look",
+    "Spool",
+    "SpoolError",
+    "Sweeper",
+    "Words",
+]

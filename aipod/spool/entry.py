@@ -205,7 +205,10 @@ class Entry(Look):
     # The end
 
     def store(self, fields: dict[str, Any]) -> None:
-        """Record the job's outcome and give back what it needed to get there. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
+        """Record the job's outcome and give back what it needed to get there.
+
+        Raises `Refused` (SPOOL_FULL, OVERLOADED).
+        """
         if self._settled and self.result.exists():
             with refused_when_exhausted():
                 _sync(self.result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Generator
@@ -15,6 +16,15 @@ from aipod.spool.journal import Journal
 READ = 1 * MIB
 # Phases that a job never leaves, but for RELEASED.
 ENDED = ("DONE", "FAILED", "CANCELLED", "RELEASED")
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What others have left for the holder of a job."""
+
+    stop: bool = False  # it shall be cancelled
+    wanted: int = 0  # the highest epoch that has asked for the upload
+    watched: int = 0  # when somebody last watched it, in nanoseconds of the file system's clock; 0 for never
 
 
 class Look:
@@ -74,24 +84,19 @@ class Look:
     # Words for the holder
 
     def ask(self, epoch: int) -> None:
-        """Ask for the upload. Files with a number in their name, so that of two who ask at once the higher one stays."""
+        """Ask for the upload. The number is in a file's name, so that of two who ask at once the higher one stays."""
         (self.path / f"want-{epoch:020d}").touch(mode=0o600)
-        for name in self._words("want-"):
-            if int(name[5:]) < epoch:
-                (self.path / name).unlink(missing_ok=True)
+        for asked in self._asked():
+            if asked < epoch:
+                (self.path / f"want-{asked:020d}").unlink(missing_ok=True)
 
     def wanted(self) -> int:
         """The highest epoch that has asked for the upload."""
-        asked = [int(name[5:]) for name in self._words("want-")]
-        return max([*asked, self.read().get("epoch", 0)])
+        return max(self._asked(), default=self.read().get("epoch", 0))
 
     def ask_to_stop(self) -> None:
         """Ask for the job to be cancelled."""
         (self.path / "cancel").touch(mode=0o600)
-
-    @property
-    def asked_to_stop(self) -> bool:
-        return (self.path / "cancel").exists()
 
     def watch(self) -> None:
         """Tell that somebody watches."""
@@ -100,18 +105,20 @@ class Look:
             seen.touch(mode=0o600)
             os.utime(seen)
 
-    def watched_at(self) -> int:
-        """When `watch` was last called, in nanoseconds of the file system's clock; 0 for never."""
+    def words(self) -> Words:
+        """What has been left for the holder."""
         try:
-            return (self.path / "seen").stat().st_mtime_ns
+            watched = (self.path / "seen").stat().st_mtime_ns
         except OSError:
-            return 0
+            watched = 0
+        return Words((self.path / "cancel").exists(), max(self._asked(), default=0), watched)
 
-    def _words(self, prefix: str) -> list[str]:
+    def _asked(self) -> list[int]:
         try:
-            return [name for name in os.listdir(self.path) if name.startswith(prefix) and name[len(prefix) :].isdecimal()]
+            names = os.listdir(self.path)
         except OSError:
             return []
+        return [int(name[5:]) for name in names if name.startswith("want-") and name[5:].isdecimal()]
 
 
 def _pieces(path: Path, offset: int) -> Generator[bytes, None, None]:
