@@ -133,6 +133,10 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
     broken = 0
     while result is None:
         async with queue.lease() as lease:
+            if job.attempt:
+                # A run that was killed has left half a new version, a work directory, perhaps a result.
+                await trio.to_thread.run_sync(versions.discard, request.job_id)
+                await trio.to_thread.run_sync(entry.forget_run)
             with trio.CancelScope(shield=True):  # what is written is also true of `job`
                 step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
                 await trio.to_thread.run_sync(entry.record, step)

@@ -202,6 +202,11 @@ class Entry(Look):
             # A full disk costs the log, not the job.
             logger.warning("job %s: its log could not be written: %s", self.id, exc)
 
+    def forget_run(self) -> None:
+        """Remove what a run that was killed has left: the next one begins where it began."""
+        remove(self.work)
+        self.result.unlink(missing_ok=True)
+
     # The end
 
     def store(self, fields: dict[str, Any]) -> None:
