@@ -321,6 +321,40 @@ def test_a_log_is_read_from_anywhere_cut_at_characters_and_bounded(spool: Spool)
     entry.destroy()
 
 
+@pytest.mark.parametrize("step", ["record", "store"])
+def test_what_is_recorded_while_the_entry_settles_waits_for_it(spool: Spool, step: str) -> None:
+    """Else DONE would stand in an entry that counts as on disk, without a sync of it or of its answer.
+
+    Mutant seen: no lock.
+    """
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow(Journal):
+        """On a disk that takes its time to sync."""
+
+        def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+            if "settled" in fields:
+                reached.set()
+                go_on.wait()
+            super().append(fields, sync=sync)
+
+    entry = claimed(spool, A, TICKETED)
+    entry._journal = Slow(entry.path / "state")
+    settling = threading.Thread(target=entry.settle)
+    settling.start()
+    reached.wait()
+    ending = threading.Thread(target=getattr(entry, step), args=({"phase": "DONE"},))
+    ending.start()
+    ending.join(0.2)
+    assert "phase" not in Journal(entry.path / "state").read()
+    go_on.set()
+    settling.join()
+    ending.join()
+    lines = [json.loads(line[9:]) for line in (entry.path / "state").read_bytes().splitlines()]
+    assert lines[1:] == [{"settled": True}, {"phase": "DONE"}]
+    entry.destroy()
+
+
 # Locks
 
 

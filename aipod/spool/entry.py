@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,8 +43,9 @@ class Home(Protocol):
 class Entry(Look):
     """A job, held by its lock until `destroy` or `let_go`. Every method blocks: call it from a thread.
 
-    The mutable state is the open payload file and how much of it is written and synced; only the one uploader of the
-    job touches it.
+    The mutable state is the open payload file and how much of it is written and synced, which only the one uploader of
+    the job touches; and whether the entry has settled, which happens in one thread while the run's end is stored in
+    another.
     """
 
     def __init__(self, home: Home, job_id: str, lock: Lock) -> None:
@@ -55,6 +57,7 @@ class Entry(Look):
         self.written = 0  # bytes in the payload file
         self.durable = 0  # bytes of it that have been synced
         self._settled = False  # the entry's files have their names on disk; from now on the journal is synced
+        self._settling = threading.RLock()  # what is recorded meanwhile would count as on disk, and not be there
         self._began = self._synced_at = time.monotonic()
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
         self._progress: tuple[float, str] = (0.0, "")
@@ -160,19 +163,19 @@ class Entry(Look):
 
         Raises `Refused` (SPOOL_FULL, OVERLOADED).
         """
-        with refused_when_exhausted():
+        with self._settling, refused_when_exhausted():
             self._journal.append(fields, sync=sync or self._settled)
 
     def settle(self) -> None:
         """Make the whole entry survive a power cut, once. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
-        if self._settled:
-            return
-        with refused_when_exhausted():
+        with self._settling, refused_when_exhausted():
+            if self._settled:
+                return
             for path in (self.payload, self.path / "kw", self.path / "state", self.path, self._home.path):
                 _sync(path)
             # Only now: whoever reads it relies on the names above being on disk.
             self._journal.append({"settled": True}, sync=True)
-        self._settled = True
+            self._settled = True
 
     # The run
 
@@ -214,15 +217,16 @@ class Entry(Look):
 
         Raises `Refused` (SPOOL_FULL, OVERLOADED).
         """
-        if self._settled and self.result.exists():
-            with refused_when_exhausted():
-                _sync(self.result)
-                _sync(self.path)
-        try:
-            self.record(fields)
-        except Refused:
-            self._drop_payload()  # it may be what the disk is full of
-            self.record(fields)
+        with self._settling:
+            if self._settled and self.result.exists():
+                with refused_when_exhausted():
+                    _sync(self.result)
+                    _sync(self.path)
+            try:
+                self.record(fields)
+            except Refused:
+                self._drop_payload()  # it may be what the disk is full of
+                self.record(fields)
         self._drop_payload()
         for name in ("kw", "live", "cancel"):
             (self.path / name).unlink(missing_ok=True)
