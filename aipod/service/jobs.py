@@ -142,12 +142,15 @@ class Jobs:
     def _read(self, look: Look) -> tuple[dict[str, Any], dict[str, Any], bool]:
         """What the spool tells of a job: its journal, its progress, and whether there is work that nobody does."""
         fields = look.read()
-        phase = fields.get("phase", "RECEIVING")
-        if phase not in ("QUEUED", "RUNNING"):
-            return fields, {}, False
-        free = not self._spool.is_held(look.id)
-        # Read again: it may have ended between the first look and the lock.
-        return look.read(), look.live(), free and look.read().get("phase") == phase
+        phase = fields.get("phase")
+        if phase in ("QUEUED", "RUNNING"):
+            free = not self._spool.is_held(look.id)
+            fields = look.read()  # again: it may have ended between the first look and the lock
+            if fields.get("phase") not in ENDED:
+                return fields, look.live(), free and fields.get("phase") == phase
+        if fields.get("phase") in ENDED:
+            look.make_sure()  # its holder may not have synced it yet, and may have been killed before it did
+        return fields, {}, False
 
     # Beginning
 

@@ -18,7 +18,7 @@ from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
-from aipod.spool.look import ENDED, Look
+from aipod.spool.look import ENDED, Look, sync
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
@@ -37,6 +37,9 @@ class Home(Protocol):
 
     def lock_path(self, job_id: str) -> Path: ...
 
+    @property
+    def boot(self) -> str: ...
+
     def check_space(self, wanted: int) -> None: ...
 
 
@@ -49,7 +52,7 @@ class Entry(Look):
     """
 
     def __init__(self, home: Home, job_id: str, lock: Lock) -> None:
-        super().__init__(home.path, job_id)
+        super().__init__(home.path, job_id, home.boot)
         self._home = home
         self._lock = lock
         self._fd: int | None = None
@@ -67,6 +70,7 @@ class Entry(Look):
     def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None) -> None:
         """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`."""
         self.path.mkdir(mode=0o700)
+        fields = {**fields, "boot": self._boot}
         if len(kwargs) <= INLINE:
             fields = {**fields, "kwargs": kwargs.decode()}
         else:
@@ -88,7 +92,9 @@ class Entry(Look):
             os.lseek(self._fd, self.written, os.SEEK_SET)
             self._reserve(state.get("size"))
         if self.written:
-            self.settle()  # the offset is about to be told
+            # The offset is about to be told, and a killed process may have written it without having synced it.
+            self.settle()
+            self.make_sure()
 
     def _reserve(self, size: int | None) -> None:
         """Have the disk set the payload's room aside, so that of two uploads which fit alone one is refused at once."""
@@ -172,7 +178,7 @@ class Entry(Look):
             if self._settled:
                 return
             for path in (self.payload, self.path / "kw", self.path / "state", self.path, self._home.path):
-                _sync(path)
+                sync(path)
             # Only now: whoever reads it relies on the names above being on disk.
             self._journal.append({"settled": True}, sync=True)
             self._settled = True
@@ -220,8 +226,8 @@ class Entry(Look):
         with self._settling:
             if self._settled and self.result.exists():
                 with refused_when_exhausted():
-                    _sync(self.result)
-                    _sync(self.path)
+                    sync(self.result)
+                    sync(self.path)
             try:
                 self.record(fields)
             except Refused:
@@ -270,15 +276,3 @@ class Entry(Look):
     @property
     def ended(self) -> bool:
         return self.read().get("phase") in ENDED
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a directory, if it is there."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
