@@ -127,7 +127,8 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
     )
     job.queue = queue
     if job.phase != Phase.QUEUED:
-        await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED"})
+        # The size too: other processes tell it as the offset.
+        await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED", "offset": entry.written})
         job.enter(Phase.QUEUED)
     result = None
     broken = 0
@@ -165,6 +166,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         with trio.CancelScope(shield=True):
             if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
                 queue.retire()
+            await job.save_log()  # before: who reads DONE in another process reads the log for the last time
             await trio.to_thread.run_sync(entry.store, answer.fields)
             job.answer = answer
     job.enter(Phase.DONE)
