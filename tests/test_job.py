@@ -6,6 +6,7 @@ import errno
 import functools
 import math
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +17,14 @@ from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
 from aipod.job.job import Answer, Job
-from aipod.job.reply import plain_messages, send_all
+from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, Terms, run_job
 from aipod.pool import Pool, open_pool
 from aipod.runner.fake import FakeRunner
 from aipod.service.ai import Place, Viewer
 from aipod.service.viewer import Call, Writer
-from aipod.spool import Entry, Journal, Spool
+from aipod.spool import Entry, Journal, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
@@ -580,3 +581,45 @@ async def test_a_viewer_that_leaves_ends_the_making_of_a_huge_answer(tmp_path: P
         await send_all(messages, send)
     assert scope.cancelled_caught
     entry.destroy()
+
+
+async def test_an_answer_that_is_released_while_it_is_sent_is_not_a_bug_of_the_server(tmp_path: Path) -> None:
+    entry = Spool.open(tmp_path, "app", reserve=0).claim("0" * 32, {})
+    assert entry is not None
+
+    async def send(message: Raw) -> None: ...
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await send_all(own_messages(entry, Answer("bytes", None, 5, b""), 0, 1), send)
+    assert caught.group_contains(FileNotFoundError)
+    entry.destroy()
+
+
+async def test_the_grace_begins_when_the_last_viewer_leaves_and_not_a_tick_before() -> None:
+    """I16. Mutants seen: the grace counts from the last tick at which somebody was there; a watcher elsewhere is none."""
+    job = fake_job(OWN)
+    job.phase = Phase.RUNNING
+    job.viewers = 1
+    now = time.monotonic()
+    job.heed(Words(), now - 0.9, 1.0)
+    job.leave()
+    left = time.monotonic()
+    job.heed(Words(), now + 0.1, 1.0)
+    assert not job.stop_asked
+    job.heed(Words(watched=5), now + 0.9, 1.0)  # somebody watches from another process
+    job.heed(Words(watched=5), now + 1.8, 1.0)
+    assert not job.stop_asked
+    job.heed(Words(watched=5), left + 1.9, 1.0)
+    assert job.stop_asked
+    assert job.stopped().reason == "CANCELLED"
+
+
+async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:
+    job = fake_job(OWN)
+    job.heed(Words(), time.monotonic() + 1e6, 1.0)
+    assert not job.stop_asked
+    job.heed(Words(wanted=job.epoch), 0, 1.0)
+    assert not job.upload.cancel_called
+    job.heed(Words(wanted=job.epoch + 1), 0, 1.0)
+    assert (job.upload.cancel_called, job.superseded_by) == (True, job.epoch + 1)
+    assert not job.scope.cancel_called

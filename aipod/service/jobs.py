@@ -252,10 +252,14 @@ class Jobs:
             return
         if job_id in self.held:
             raise AssertionError("a job that is held here was taken up again")
-        request = await trio.to_thread.run_sync(self._recover, entry)
+        request = None
+        try:
+            request = await trio.to_thread.run_sync(self._recover, entry)
+        finally:
+            if request is None:  # or it has raised: the disk is full, say
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(entry.let_go)
         if request is None:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(entry.let_go)
             return
         entry.written = entry.read().get("offset", 0)  # is told as the offset
         job = Job(request, entry, self._spool.id, self._keep)
@@ -317,8 +321,13 @@ class Jobs:
     async def release_all(self, job_ids: list[str]) -> None:
         """Forget ended jobs whose answers have arrived. This is a trio-flavored async function."""
         for job_id in job_ids:
-            if await trio.to_thread.run_sync(self._release, job_id):
-                self._forgotten.append((time.monotonic() + KEEP_SMALL, job_id))
+            try:
+                released = await trio.to_thread.run_sync(self._release, job_id)
+            except (Refused, OSError) as exc:
+                log.warning("job %s: it could not be released; it stays until its time is over: %s", job_id, exc)
+            else:
+                if released:
+                    self._forgotten.append((time.monotonic() + KEEP_SMALL, job_id))
 
     def _release(self, job_id: str) -> bool:
         entry = self._spool.hold(job_id)
@@ -349,7 +358,11 @@ class Jobs:
 
     def _remove(self, job_ids: list[str]) -> None:
         for job_id in job_ids:
-            entry = self._spool.hold(job_id)
+            try:
+                entry = self._spool.hold(job_id)
+            except (Refused, OSError) as exc:
+                log.warning("job %s: it could not be removed; it stays until its time is over: %s", job_id, exc)
+                continue
             if entry is not None:
                 if entry.read().get("phase") in ENDED:
                     entry.destroy()
