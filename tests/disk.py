@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import Any
 Names = dict[str, int]  # path below the root: inode; directories end in "/"
 Image = dict[str, bytes]  # path below the root: content; directories end in "/"
 ROOT = 0
+MANY = 100
 
 
 @dataclasses.dataclass
@@ -107,7 +109,6 @@ class Disk:
         for names in self._possible_names(ops):
             inodes = {inode for path, inode in names.items() if not path.endswith("/")}
             choices = {inode: list(_possible_contents(inode, ops)) for inode in inodes}
-            # Each by itself, and all together; not all pairs of them, which would be thousands.
             for picks in _picks(choices):
                 yield {path: b"" if path.endswith("/") else picks[inode] for path, inode in names.items()}
 
@@ -163,14 +164,27 @@ def _zeroed(before: bytes, after: bytes) -> bytes:
 
 
 def _common(one: bytes, other: bytes) -> int:
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    """How many bytes both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def _picks(choices: dict[int, list[bytes]]) -> Iterator[dict[int, bytes]]:
+    """What each file has become: all combinations, where they are not too many, else one file unlike the others."""
     several = {inode: found for inode, found in choices.items() if len(found) > 1}
-    single = {inode: found[0] for inode, found in choices.items()}
-    for picked in itertools.product(*several.values()):
-        yield single | dict(zip(several, picked, strict=True))
+    whole = {inode: found[0] for inode, found in choices.items()}
+    lost = {inode: found[-1] if len(found) == 1 else found[1] for inode, found in choices.items()}
+    if math.prod(map(len, several.values())) <= MANY:
+        for picked in itertools.product(*several.values()):
+            yield whole | dict(zip(several, picked, strict=True))
+        return
+    for others in (whole, lost):
+        for inode, found in several.items():
+            for content in found:
+                yield others | {inode: content}
 
 
 def make(image: Image, path: Path) -> None:

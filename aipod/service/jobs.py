@@ -261,7 +261,6 @@ class Jobs:
                     await trio.to_thread.run_sync(entry.let_go)
         if request is None:
             return
-        entry.written = entry.read().get("offset", 0)  # is told as the offset
         job = Job(request, entry, self._spool.id, self._keep)
         job.phase = Phase.QUEUED
         log.info("job %s %s@%s: taken over", job_id, request.method, request.version)

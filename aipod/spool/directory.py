@@ -161,6 +161,7 @@ class Spool:
         if not state:
             entry.destroy()
             return None
+        entry.go_on_from(state)
         worker = state.get("worker")
         if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
             lock.release()  # its server is gone, and the kernel is about to end the worker

@@ -79,12 +79,15 @@ class Entry(Look):
         self._reserve(size)
         self.record(fields)
 
+    def go_on_from(self, state: dict[str, Any]) -> None:
+        """Somebody else has made this entry, and come so far."""
+        self._settled = bool(state.get("settled"))
+        self.written = self.durable = state.get("offset", 0)
+        self._hasher = new_hasher() if self.written == 0 else None
+
     def resume(self) -> None:
         """Go on with the upload at its durable offset. Raises `Refused` (DAMAGED, SPOOL_FULL)."""
         state = self.read()
-        self._settled = self._settled or bool(state.get("settled"))
-        self.written = self.durable = state.get("offset", 0)
-        self._hasher = new_hasher() if self.written == 0 else None
         with refused_when_exhausted():
             self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT, 0o600)
             if os.fstat(self._fd).st_size < self.written:
