@@ -228,7 +228,7 @@ class AI:
                         await self._upload(job, call, deadline)
                     await job.over.wait()
                 finally:
-                    job.viewers -= 1
+                    job.leave()
             if job.ended:
                 break
         viewer.stop()
@@ -236,7 +236,7 @@ class AI:
         if job.answer is not None:
             try:
                 await send_all(own_messages(job.look, job.answer, open_.have, self._config.level), writer.send)
-            except FileNotFoundError:
+            except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
         self._jobs.answered(job)
 
