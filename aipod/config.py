@@ -77,6 +77,11 @@ class Config:
     upload_stall: float = _setting(60 * SECONDS, "Seconds without a message before an upload is given up.", low=1)
     upload_ttl: float = _setting(1 * HOURS, "Seconds that an abandoned upload is kept.", low=1)
 
+    # Jobs that nobody watches
+    # A client looks for its job for as long as this before it gives up.
+    grace: float = _setting(10 * MINUTES, "Seconds that a job goes on while nobody watches it.", low=1)
+    ttl: float = _setting(24 * HOURS, "Seconds that an ended job's answer is kept.", low=1)
+
     # Transport
     max_streams: int = _setting(1000, "Calls at once per connection; 0 is none.", low=0, high=100_000)
     # Every nginx upstream connection has one call, so this is also how many calls nginx can bring at once.

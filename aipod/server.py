@@ -30,7 +30,7 @@ from aipod.runner.process import ProcessRunner
 from aipod.service.ai import AI
 from aipod.service.health import Status
 from aipod.service.reflection import with_reflection
-from aipod.spool import Spool
+from aipod.spool import Spool, Sweeper
 from aipod.transport import bridge
 from aipod.transport.server import BACKLOG, Server
 from aipod.trash import remove
@@ -83,7 +83,8 @@ async def serve(
                 trio.open_nursery() as jobs,
             ):
                 ai = AI(config, description, pool, spool, versions, jobs)
-                jobs.start_soon(_sweep, spool)
+                jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl))
+                jobs.start_soon(ai.run)
                 async with _listening(config, [ai, status.service()], sockets) as server:
                     task_status.started([_name(sock) for sock in sockets])
                     try:
@@ -115,10 +116,7 @@ async def _unless(stop: trio.Event, fn: Callable[..., Awaitable[T]], *args: Any)
 
 
 def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool, Versions]:
-    spool = Spool.open(spool_path, config.app, reserve=config.reserve, ttl=config.upload_ttl)
-    removed = spool.sweep()
-    if removed:
-        log.info("removed %d entries of an earlier server from %s", removed, spool_path)
+    spool = Spool.open(spool_path, config.app, reserve=config.reserve)
     versions = Versions(data_path, f"{spool.id.partition('-')[0]}.")
     try:
         versions.sweep(spool.is_held)
@@ -157,13 +155,19 @@ async def _look_at_model(
     return description, loop if description.is_async else process
 
 
-async def _sweep(spool: Spool) -> None:
+async def _sweep(sweeper: Sweeper) -> None:
+    """At the start and every `SWEEP` seconds, in steps: with 100,000 entries one sweep takes seconds."""
     while True:
-        await trio.sleep(SWEEP)
         try:
-            await trio.to_thread.run_sync(spool.sweep)
+            steps = sweeper.sweep()
+            removed = 0
+            while (count := await trio.to_thread.run_sync(next, steps, None)) is not None:
+                removed += count
+            if removed:
+                log.info("removed %d entries that nobody wants any more", removed)
         except OSError as exc:
-            log.error("sweeping %s failed; trying again in %g s: %s", spool.path, SWEEP, exc)
+            log.error("sweeping failed; trying again in %g s: %s", SWEEP, exc)
+        await trio.sleep(SWEEP)
 
 
 @contextlib.asynccontextmanager

@@ -16,7 +16,13 @@ from typing import Any, TypeVar
 
 import pytest
 
+from aipod.spool import ENDED, Journal
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell ignores Ctrl-C in what it starts with `&`, and what it starts inherits that: no test of Ctrl-C would end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 T = TypeVar("T")
 
 
@@ -89,10 +95,23 @@ def alive(pid: int) -> bool:
 
 
 def left_in(spool: Path) -> list[str]:
-    """What is in a spool besides what is always there. Not by rglob: it raises when a directory goes meanwhile."""
+    """What is in a spool besides what is always there, and what ended jobs with a ticket keep for who asks again.
+
+    Not by rglob: it raises when a directory goes meanwhile.
+    """
     fixed = {"app", "spool-id", "workers", ".probe"}
+    ended = {path.name for path in spool.iterdir() if is_ended(path)} if spool.exists() else set()
     found = (Path(base, name) for base, directories, files in os.walk(spool) for name in (*directories, *files))
-    return sorted(str(path.relative_to(spool)) for path in found if path.name not in fixed)
+    names = (path.relative_to(spool) for path in found if path.name not in fixed)
+    return sorted(str(name) for name in names if name.parts[0].removesuffix(".lock") not in ended)
+
+
+def is_ended(entry: Path) -> bool:
+    """Whether this is the entry of a ticketed job that has ended, without anything that it needed for its run."""
+    state = Journal(entry / "state").read()
+    if not state.get("ticketed") or state.get("phase") not in ENDED:
+        return False
+    return {path.name for path in entry.iterdir()} <= {"state", "res", "log", "seen"}
 
 
 def peak_memory(pid: int) -> float:

@@ -106,7 +106,7 @@ def talk(
                     assert detail.domain == "aipod"
                     answer.reason, answer.metadata = detail.reason, dict(detail.metadata)
         finally:
-            channel.close()
+            await channel.aclose()
         return answer
 
     return run(main, timeout=60)
@@ -500,7 +500,7 @@ def test_a_ticket_is_good_for_one_job_at_a_time(one: Served) -> None:
             await stream.send_message(Raw(data=X, last=True), end=True)
             states = [m.state async for m in stream if m.state is not None]
             assert states[-1].phase is Phase.DONE
-        channel.close()
+        await channel.aclose()
 
     run(main)
 
@@ -539,7 +539,7 @@ def test_callers_that_leave_in_the_middle(one: Served) -> None:
                 await stream.send_message(Raw(data=frame(RANDOM)[:1000]))
             if n % 2:
                 reset(stream)
-        channel.close()
+        await channel.aclose()
 
     run(main)
 

@@ -57,7 +57,7 @@ async def peer(behave: Behave) -> AsyncIterator[Channel]:
         try:
             yield channel
         finally:
-            channel.close()
+            await channel.aclose()
             await asyncio.gather(*filter(None, served), return_exceptions=True)
 
 
@@ -201,7 +201,7 @@ def test_senders_wait_for_a_peer_that_does_not_read() -> None:
                     goes_on.set()
                 for call in calls:
                     reset(call)
-            channel.close()
+            await channel.aclose()
             await ended.wait()
 
     run(main)

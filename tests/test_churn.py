@@ -198,7 +198,7 @@ async def churn(address: str, calls: int) -> collections.Counter[str]:
                 made[kind] += 1
         finally:
             caller.client.close()
-            caller.channel.close()
+            await caller.channel.aclose()
 
     async with asyncio.TaskGroup() as group:
         for number in range(CLIENTS):

@@ -175,7 +175,7 @@ async def open_ours(address: str, **settings: Any) -> AsyncIterator[Channel]:
     try:
         yield channel
     finally:
-        channel.close()
+        await channel.aclose()
 
 
 async def converse(channel: Channel, asks: Sequence[Ask], lockstep: bool = False, **options: Any) -> Reply:

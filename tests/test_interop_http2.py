@@ -108,7 +108,7 @@ async def served(script: Script, *, max_streams: int = 100) -> AsyncIterator[tup
         try:
             yield channel, peers
         finally:
-            channel.close()
+            await channel.aclose()
             await asyncio.wait([task for task in tasks if task is not None], timeout=10)
 
 

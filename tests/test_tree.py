@@ -36,7 +36,7 @@ DOORS = {
         "transport/channel.py",
     },
     "hyperframe": {"transport/connection.py"},
-    "filelock": {"spool.py"},
+    "filelock": {"spool/locks.py"},
     "grpclib.protocol": {"transport/connection.py", "transport/protocol.py", "transport/stream.py"},
 }
 # Attributes that start processes, and who may use them: the runners, and the demo, which is its own client.

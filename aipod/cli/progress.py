@@ -77,7 +77,8 @@ class Progress:
         if event.log:
             self._console.print(Text(event.log.rstrip("\n")))
         done, total = _amounts(event)
-        if event.phase != self._phase:
+        is_new = event.phase != self._phase
+        if is_new:
             self._phase = event.phase
             self._since = (time.monotonic(), done)
         self._bar.update(
@@ -86,6 +87,7 @@ class Progress:
             total=total,
             completed=done,
             detail=self._detail(event, done, total),
+            refresh=is_new,  # at once: a phase may be shorter than the pause between two pictures
         )
 
     def _detail(self, event: Event, done: int, total: float | None) -> str:

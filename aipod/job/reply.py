@@ -10,8 +10,9 @@ import trio
 from aipod.codec import PIECE, Compressor, json_string_pieces, plain_pieces
 from aipod.config import CHUNK
 from aipod.errors import job_failed
-from aipod.job.run import Answer, cancellable
-from aipod.spool import Entry
+from aipod.job.job import Answer
+from aipod.job.run import cancellable
+from aipod.spool import Look
 from aipod.wire.ai import Raw
 
 Messages = Generator[Raw, None, None]
@@ -21,11 +22,11 @@ Messages = Generator[Raw, None, None]
 _SLACK = CHUNK + CHUNK // 2
 
 
-def own_messages(entry: Entry, answer: Answer, have: int, level: int) -> Messages:
+def own_messages(look: Look, answer: Answer, have: int, level: int) -> Messages:
     """The result from byte `have` on, in chunks of one zstd frame each; the last one says so. Blocks."""
     compressor = Compressor(level)
     offset = min(have, answer.size)
-    for piece in _pieces(entry, answer, offset):
+    for piece in _pieces(look, answer, offset):
         end = offset + len(piece)
         yield Raw(data=compressor.frame(piece), offset=offset, last=end == answer.size)
         offset = end
@@ -33,16 +34,16 @@ def own_messages(entry: Entry, answer: Answer, have: int, level: int) -> Message
         yield Raw(offset=offset, last=True)
 
 
-def plain_messages(entry: Entry, answer: Answer, level: int, max_message: int) -> Messages:
+def plain_messages(look: Look, answer: Answer, level: int, max_message: int) -> Messages:
     """The result as the first version sent it. Blocks. Raises `JobFailed(RESULT_NOT_TEXT)` before the first message."""
     if answer.inline is not None and answer.kind == "json":
         # The usual small answer: a stream compressor would hold a megabyte for each of a thousand jobs.
         yield Raw(data=Compressor(level).frame(answer.inline))
         return
     limit = max_message - _SLACK
-    parts: Iterable[bytes] = _pieces(entry, answer, 0)
+    parts: Iterable[bytes] = _pieces(look, answer, 0)
     if answer.kind == "bytes":
-        _check_text(_pieces(entry, answer, 0))
+        _check_text(_pieces(look, answer, 0))
         parts = json_string_pieces(parts)
     for data in plain_pieces(parts, level, PIECE if answer.kind == "file" else limit):
         yield Raw(data=data)
@@ -59,10 +60,10 @@ def _check_text(pieces: Iterable[bytes]) -> None:
         ) from None
 
 
-def _pieces(entry: Entry, answer: Answer, offset: int) -> Iterator[bytes]:
+def _pieces(look: Look, answer: Answer, offset: int) -> Iterator[bytes]:
     if answer.inline is not None:
         return (answer.inline[start : start + CHUNK] for start in range(offset, len(answer.inline), CHUNK))
-    return cancellable(entry.read_result(offset))
+    return cancellable(look.read_result(offset))
 
 
 async def send_all(messages: Messages, send: Callable[[Raw], Awaitable[None]]) -> None:

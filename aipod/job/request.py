@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import hmac
 import json
 import secrets
@@ -17,6 +18,8 @@ from aipod.wire.ai import Op, Open, Raw, StreamInput
 
 TICKET_MIN, TICKET_MAX = 16, 64
 MAX_SOURCE = 4 * KIB  # a path, a size and a time
+MAX_RELEASED = 64  # each costs a look at the disk
+_OPS = frozenset(int(op) for op in Op)
 _SIZE_KEY = "_aipod_bin_size"
 _OWN = "_aipod"
 
@@ -36,15 +39,59 @@ class Request:
     open: Open | None  # None: a plain client
     first: Raw
     metadata: Mapping[str, str]
+    attempt: int = 0  # how often the method was started before this process had the job
 
     @property
     def plain(self) -> bool:
         return self.open is None
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The first line of the job's journal: all that another process needs to run it, but for the kwargs."""
+        fields: dict[str, Any] = {"ticketed": not self.plain, "method": self.method, "version": self.version}
+        if self.open is not None:
+            fields |= {"print": self.fingerprint, "size": self.size, "epoch": self.open.epoch}
+            fields["metadata"] = dict(self.metadata)
+        return fields
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be the same whenever a ticket comes with a request."""
+        source = self.open.source.hex() if self.open is not None else ""
+        parts = [self.method, self.version, self.kwargs.decode(), self.size, source]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def take_first(self) -> Raw:
         """`first`, which is empty from then on: a job in line must not hold a message's worth of memory."""
         first, self.first = self.first, Raw()
         return first
+
+
+def stored_request(job_id: str, fields: Mapping[str, Any], kwargs: bytes) -> Request:
+    """The request of a ticketed job as its journal has it."""
+    return Request(
+        job_id=job_id,
+        method=fields["method"],
+        version=fields["version"],
+        kwargs=kwargs,
+        size=fields["size"],
+        open=Open(epoch=fields["epoch"]),
+        first=Raw(),
+        metadata=fields["metadata"],
+        attempt=fields.get("attempt", 0),
+    )
+
+
+def parse_attach(message: Raw | StreamInput, headers: Mapping[str, str]) -> tuple[str, Open] | None:
+    """The job id and `open` of a call that needs nothing but a ticket; None for one that brings a request.
+
+    Raises `Refused(BAD_TICKET, BAD_MESSAGE)`.
+    """
+    raw = message.raw if isinstance(message, StreamInput) else message
+    open_ = raw.open if raw is not None else None
+    if open_ is None or open_.op in (Op.RUN, Op.RESUME):
+        return None
+    return _identify(open_, headers), open_
 
 
 def parse_request(
@@ -112,6 +159,8 @@ def _version(named: str, kwargs: dict[str, Any]) -> str:
 def _identify(open_: Open | None, headers: Mapping[str, str]) -> str:
     if open_ is None:
         return job_id(secrets.token_bytes(16))  # a throw-away ticket: nobody can come back to it
+    if len(open_.released) > MAX_RELEASED:
+        raise Refused("BAD_MESSAGE", f"open.released has {len(open_.released)} tickets; at most {MAX_RELEASED} a call")
     for ticket in (open_.ticket, *open_.released):
         if not TICKET_MIN <= len(ticket) <= TICKET_MAX:
             raise Refused("BAD_TICKET", f"a ticket of {len(ticket)} bytes; it must have {TICKET_MIN} to {TICKET_MAX}")
@@ -120,6 +169,6 @@ def _identify(open_: Open | None, headers: Mapping[str, str]) -> str:
     name = job_id(open_.ticket)
     if not hmac.compare_digest(headers.get("x-job-id", "").encode(), name.encode()):
         raise Refused("BAD_TICKET", "header x-job-id is not hex(sha256(ticket))[:32]")
-    if open_.op != Op.RUN:
-        raise Refused("UNSUPPORTED_OP", "this server cannot take a job up again; start it anew with op RUN")
+    if int(open_.op) not in _OPS:
+        raise Refused("BAD_MESSAGE", f"open.op is {int(open_.op)}; this server knows {sorted(_OPS)}")
     return name

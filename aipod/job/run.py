@@ -8,173 +8,52 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
 
 import trio
 
 from aipod.codec import digest, new_hasher
 from aipod.errors import JobFailed, Refused, job_failed, leaves
-from aipod.job.request import Request
+from aipod.job.job import Answer, Job, Queue
 from aipod.results import Result
-from aipod.runner import Report, RunnerBroken, Task
-from aipod.spool import Entry
+from aipod.runner import RunnerBroken, Task
+from aipod.spool import MAX_ATTEMPTS, Entry
 from aipod.versions import Versions
-from aipod.wire.ai import Error, Phase, State
+from aipod.wire.ai import Phase
 
 log = logging.getLogger("aipod.job")
 
 LOG_PIECE = 64 * 1024  # of the job's log per heartbeat
 # Workers that die between load and run, one after the other, before a job is given up: chance does not do that.
 MAX_BROKEN = 3
-# Log text between two writes to the entry; a worker's own bound is lower, this one is for methods on the loop.
-MAX_PENDING_LOG = 1024 * 1024
-
-CONTENT_TYPES = {"json": "application/json", "bytes": "application/octet-stream", "file": "application/octet-stream"}
-
-
-class Lease(Protocol):
-    """What `run_job` needs of `pool.Lease`."""
-
-    @property
-    def lock_name(self) -> str: ...
-
-    async def run(self, task: Task, report: Report) -> Result: ...
-
-
-class Queue(Protocol):
-    """A place in line for an instance: given by `service`, so that a job knows no pool."""
-
-    def place(self) -> int: ...
-
-    def lease(self) -> AbstractAsyncContextManager[Lease]: ...
-
-    def retire(self) -> None:
-        """The version's data has changed: instances that loaded the former data end."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """A stored result."""
+class Terms:
+    """How a job is run. `timeout`: seconds that the method declared for one run. `deadline`: the caller's, by trio's
+    clock. `restartable`: the method may be started once more after a kill."""
 
-    kind: str
-    inline: bytes | None
-    size: int
-    digest: bytes
-
-
-class Job:
-    """What is known of a job while a process works on it. Changes in the trio thread only; `changed` tells viewers."""
-
-    def __init__(self, request: Request, entry: Entry, spool_id: str) -> None:
-        self.request = request
-        self.entry = entry
-        self.phase = Phase.RECEIVING
-        self.answer: Answer | None = None
-        self.error: JobFailed | None = None
-        self.progress = 0.0
-        self.message = ""
-        self.queue: Queue | None = None
-        self.changed = trio.Event()
-        self.ended = trio.Event()
-        self.released = trio.Event()  # nobody wants the answer any more
-        self.scope = trio.CancelScope()  # of the run: cancelled, the method is stopped
-        self._spool_id = spool_id
-        self._pending_log: list[str] = []
-        self._pending_size = 0
-        self._attempt = 0
-        self._stopped_because = "the job was cancelled"
-        self.began = time.monotonic()
-
-    def enter(self, phase: Phase) -> None:
-        """Go to `phase` and wake who watches."""
-        self.phase = phase
-        if phase == Phase.RUNNING:
-            self._attempt += 1
-        self.changed.set()
-        self.changed = trio.Event()
-
-    def unstart(self) -> None:
-        """Back in line: the method was not started after all."""
-        self._attempt -= 1
-        self.enter(Phase.QUEUED)
-
-    def report(self, progress: float | None, message: str | None, text: str | None) -> None:
-        """What the method says; kept until the next tick."""
-        if progress is not None:
-            self.progress, self.message = progress, message or ""
-        if text is not None and self._pending_size < MAX_PENDING_LOG:
-            self._pending_size += len(text)
-            self._pending_log.append(text if text.endswith("\n") else text + "\n")
-            if self._pending_size >= MAX_PENDING_LOG:
-                self._pending_log.append("[lines were dropped]\n")
-
-    async def save_log(self) -> None:
-        """Write what was logged since the last time. This is a trio-flavored async function."""
-        if self._pending_log:
-            text, self._pending_log, self._pending_size = "".join(self._pending_log), [], 0
-            with trio.CancelScope(shield=True):  # cancelled on the way to the thread, the text would be lost
-                await trio.to_thread.run_sync(self.entry.append_log, text)
-
-    def state(self) -> State:
-        """The job as its own client sees it."""
-        state = State(
-            phase=self.phase,
-            offset=self.entry.durable,
-            spool=self._spool_id,
-            progress=self.progress,
-            message=self.message,
-            attempt=self._attempt,
-            place=self.queue.place() if self.queue is not None and self.phase == Phase.QUEUED else 0,
-            epoch=self.request.open.epoch if self.request.open else 0,
-        )
-        if self.answer is not None:
-            state.size, state.digest = self.answer.size, self.answer.digest
-            state.content_type = CONTENT_TYPES[self.answer.kind]
-        if self.error is not None:
-            kind = self.error.metadata.get("type", "")
-            state.error = Error(type=kind, message=self.error.message, reason=self.error.reason)
-        return state
-
-    @property
-    def started(self) -> bool:
-        """True once the method may have run."""
-        return self._attempt > 0
-
-    def stop(self, why: str) -> None:
-        """Stop the run; who watches is told `why`. A job that has ended keeps its outcome."""
-        if not self.scope.cancel_called:
-            self._stopped_because = why
-            self.scope.cancel()
-
-    def stopped(self) -> JobFailed:
-        """The outcome of a job that was stopped."""
-        return job_failed("CANCELLED", self._stopped_because)
-
-    def cancel(self) -> None:
-        """Nobody wants the answer: stop the run, and let the entry go."""
-        self.scope.cancel()
-        self.released.set()
+    tick: float
+    timeout: float | None = None
+    deadline: float = math.inf
+    restartable: bool = False
 
 
-async def run_job(
-    job: Job, queue: Queue, versions: Versions, tick: float, timeout: float | None, deadline: float
-) -> None:
-    """Queue the job, run it, store the outcome, and keep the entry until nobody wants it.
+async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> None:
+    """Queue the job, run it, store the outcome; then let go of it, or remove a plain client's once nobody wants it.
 
-    `timeout`: seconds that the method declared for one run. `deadline`: the caller's, by trio's clock.
-
-    This is a trio-flavored async function; it owns the job's entry and lives in the server's nursery, so that it can
-    outlive the call that brought the job. Cancelled: the method has ended and the entry is gone when it returns.
+    This is a trio-flavored async function; it owns the job's entry and lives in the server's nursery, so that it
+    outlives the call that brought the job. Cancelled: the method has ended when it returns. A ticketed job that has not
+    started stays queued for the next process, one that has is interrupted.
     """
     try:
+        job.scope.deadline = terms.deadline
         with job.scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_keep_log, job, tick)
-                await _queue_and_run(job, queue, versions, timeout, deadline)
+                nursery.start_soon(_keep, job, terms.tick)
+                await _queue_and_run(job, queue, versions, terms)
                 nursery.cancel_scope.cancel()
         # A cancel that comes while the answer is stored is caught too: too late, what the run did stands.
-        if job.scope.cancelled_caught and job.answer is None:
+        if job.scope.cancelled_caught and job.answer is None and not job.handed_over:
             _fail(job, job.stopped())
     except BaseException as exc:
         # Refused: the disk is full, or there is no descriptor left.
@@ -185,7 +64,9 @@ async def run_job(
             log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc)
             _fail(job, job_failed("INTERNAL", "an internal error; the server's log says more"))
         else:
-            _fail(job, job_failed("CANCELLED", "the server is shutting down"))
+            job.hand_over()
+            if not job.handed_over:
+                _fail(job, job_failed("INTERRUPTED", "the server was shut down while the method ran"))
             raise
     finally:
         with trio.CancelScope(shield=True):
@@ -194,15 +75,24 @@ async def run_job(
             with _going_on(job):
                 await job.save_log()
             with _going_on(job):
-                if job.error is not None:
-                    await trio.to_thread.run_sync(_store_failure, job.entry, job.phase, job.error)
-        _log_end(job)
-        job.ended.set()
-        try:
-            await job.released.wait()
-        finally:
-            with trio.CancelScope(shield=True), _going_on(job):
-                await trio.to_thread.run_sync(job.entry.destroy)
+                if _is_worth_another(job, terms):
+                    job.error, job.handed_over = None, True
+                    job.enter(Phase.QUEUED)
+                    await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED"})
+                elif job.error is not None:
+                    await trio.to_thread.run_sync(_store_failure, job)
+            _log_end(job)
+            if not job.request.plain:
+                with _going_on(job):
+                    await trio.to_thread.run_sync(job.entry.let_go)
+        job.over.set()
+        job.notify()
+        if job.request.plain:
+            try:
+                await job.released.wait()
+            finally:
+                with trio.CancelScope(shield=True), _going_on(job):
+                    await trio.to_thread.run_sync(job.entry.destroy)
 
 
 @contextlib.contextmanager
@@ -214,8 +104,8 @@ def _going_on(job: Job) -> Iterator[None]:
         log.error("job %s: a step of its end failed", job.request.job_id, exc_info=exc)
 
 
-async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: float | None, deadline: float) -> None:
-    request, entry = job.request, job.entry
+async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Terms) -> None:
+    request, entry, timeout = job.request, job.entry, terms.timeout
     task = Task(
         job_id=request.job_id,
         method=request.method,
@@ -229,15 +119,18 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: fl
         timeout=None,
     )
     job.queue = queue
-    await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED"})
-    job.enter(Phase.QUEUED)
+    if job.phase != Phase.QUEUED:
+        await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED"})
+        job.enter(Phase.QUEUED)
     result = None
     broken = 0
     while result is None:
         async with queue.lease() as lease:
-            await trio.to_thread.run_sync(entry.record, {"phase": "RUNNING", "worker": lease.lock_name})
-            job.enter(Phase.RUNNING)
-            left = min(deadline - trio.current_time(), timeout or math.inf)
+            with trio.CancelScope(shield=True):  # what is written is also true of `job`
+                step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
+                await trio.to_thread.run_sync(entry.record, step)
+                job.enter(Phase.RUNNING)
+            left = min(terms.deadline - trio.current_time(), timeout or math.inf)
             timed = dataclasses.replace(task, timeout=None if left == math.inf else left)
             try:
                 with trio.move_on_after(timeout or math.inf) as patience:
@@ -248,6 +141,13 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: fl
                 job.unstart()
                 if broken == MAX_BROKEN:
                     raise job_failed("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
+            except JobFailed as exc:
+                job.error = exc
+                if exc.reason != "WORKER_CRASHED" or not _is_worth_another(job, terms):
+                    raise
+                job.error = None
+                log.warning("job %s: its worker died, its method is started once more: %s", request.job_id, exc.message)
+                job.enter(Phase.QUEUED)
             if patience.cancelled_caught:
                 raise job_failed("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
     with _result_lost():
@@ -256,7 +156,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, timeout: fl
         with trio.CancelScope(shield=True):
             if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
                 queue.retire()
-            await trio.to_thread.run_sync(_store, entry, answer)
+            await trio.to_thread.run_sync(entry.store, answer.fields)
             job.answer = answer
     job.enter(Phase.DONE)
 
@@ -293,27 +193,40 @@ def _measure(entry: Entry, result: Result) -> Answer:
     return Answer(result.kind, None, size, hasher.digest())
 
 
-def _store(entry: Entry, answer: Answer) -> None:
-    """Write the answer down. Blocks."""
-    entry.drop_payload()
-    fields: dict[str, Any] = {"phase": "DONE", "kind": answer.kind, "size": answer.size, "digest": answer.digest.hex()}
-    if answer.inline is not None:
-        fields["inline"] = answer.inline.decode("latin-1")
-    entry.record(fields)
+def _is_worth_another(job: Job, terms: Terms) -> bool:
+    """Whether the run was interrupted, and its method may be started once more."""
+    interrupted = job.error is not None and job.error.reason in ("INTERRUPTED", "WORKER_CRASHED")
+    return interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
 
 
-async def _keep_log(job: Job, tick: float) -> None:
+async def _keep(job: Job, tick: float) -> None:
+    """Once a tick: what was logged and reported goes to disk; at the first, the job becomes safe from power cuts."""
     while True:
         await trio.sleep(tick)
         await job.save_log()
+        if not job.request.plain:
+            await trio.to_thread.run_sync(_note, job)
 
 
-def _store_failure(entry: Entry, phase: Phase, error: JobFailed) -> None:
-    """Write down why there is no answer. Blocks."""
+def _note(job: Job) -> None:
     try:
-        entry.record({"phase": phase.name, "reason": error.reason, "message": error.message})
+        job.entry.settle()
     except (Refused, OSError) as exc:
-        log.warning("job %s: its outcome could not be stored: %s", entry.id, exc)
+        log.warning("job %s: it would not survive a power cut: %s", job.entry.id, exc)
+    job.entry.note_progress(job.progress, job.message)
+
+
+def _store_failure(job: Job) -> None:
+    """Write down why there is no answer. Blocks."""
+    error = job.error
+    assert error is not None, "there is a failure to store"
+    fields = {"phase": job.phase.name, "reason": error.reason, "message": error.message}
+    if "type" in error.metadata:
+        fields["type"] = error.metadata["type"]
+    try:
+        job.entry.store(fields)
+    except (Refused, OSError) as exc:
+        log.warning("job %s: its outcome could not be stored: %s", job.entry.id, exc)
 
 
 def _fail(job: Job, error: JobFailed) -> None:
@@ -324,6 +237,9 @@ def _fail(job: Job, error: JobFailed) -> None:
 def _log_end(job: Job) -> None:
     took = time.monotonic() - job.began
     request = job.request
+    if job.handed_over:
+        log.info("job %s %s@%s waits for the next server", request.job_id, request.method, request.version)
+        return
     if job.error is None:
         log.info("job %s %s@%s done in %.3f s", request.job_id, request.method, request.version, took)
         return

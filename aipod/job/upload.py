@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from trio.from_thread import check_cancelled
 
-from aipod.codec import StreamDecoder, decode_chunk
+from aipod.codec import StreamDecoder, decode_chunk, new_hasher
 from aipod.config import MIB
 from aipod.errors import Refused
 from aipod.job.request import Request
@@ -97,7 +98,10 @@ class PlainSink:
 
 
 class ChunkSink:
-    """An own client's payload: chunks at their offsets, complete with `last` (nothing behind it is read)."""
+    """An own client's payload: chunks at their offsets, complete with `last` (nothing behind it is read).
+
+    What the entry has already is skipped: a client that comes back may begin anywhere below.
+    """
 
     def __init__(self, entry: Entry, size: int | None, limit: int) -> None:
         self._entry = entry
@@ -109,36 +113,47 @@ class ChunkSink:
 
     def feed(self, messages: Sequence[Raw]) -> None:
         for message in messages:
-            if message.data:
-                self._chunk(message)
+            end = self._chunk(message) if message.data else message.offset
             if message.last:
-                self.complete = True
-                self._digest = message.digest
-                self._total = self._entry.written if message.data else message.offset
+                self.complete, self._digest, self._total = True, message.digest, end
         self._entry.checkpoint()
 
-    def _chunk(self, message: Raw) -> None:
+    def _chunk(self, message: Raw) -> int:
+        """Write what is new in a chunk; the offset of its end."""
         check_cancelled()
-        if message.offset != self._entry.written:
-            raise Refused(
-                "OFFSET_MISMATCH", f"a chunk at {message.offset}, where {self._entry.written} bytes have arrived"
-            )
+        have = self._entry.written
+        if message.offset > have:
+            raise Refused("OFFSET_MISMATCH", f"a chunk at {message.offset}, where {have} bytes have arrived")
         data = decode_chunk(message.data)
-        after = self._entry.written + len(data)
-        if self._size is not None and after > self._size:
+        end = message.offset + len(data)
+        if self._size is not None and end > self._size:
             raise Refused("SIZE_MISMATCH", f"the payload is longer than the {self._size} bytes that were declared")
-        check_limit(after, self._limit)
-        self._entry.write(data)
+        check_limit(end, self._limit)
+        if end > have:
+            self._entry.write(memoryview(data)[have - message.offset :])
+        return end
 
     def finish(self) -> None:
+        written = self._entry.written
         if not self.complete:
             raise Refused("TRUNCATED", "the request ended before a message with last")
-        if self._total != self._entry.written or self._size not in (None, self._entry.written):
-            wanted = self._total if self._size in (None, self._entry.written) else self._size
-            raise Refused("SIZE_MISMATCH", f"the payload has {self._entry.written} bytes, but {wanted} were declared")
-        digest = self._entry.seal()
-        if self._digest and self._digest != digest:
+        if self._total != written or self._size not in (None, written):
+            wanted = self._total if self._size in (None, written) else self._size
+            raise Refused("SIZE_MISMATCH", f"the payload has {written} bytes, but {wanted} were declared")
+        if self._digest and self._digest != (self._entry.digest or self._read_digest()):
             raise Refused("DIGEST_MISMATCH", "the payload's digest is not the one that was sent with it")
+        self._entry.seal()
+
+    def _read_digest(self) -> bytes:
+        """The upload was taken up again: nobody has seen all of it pass by."""
+        hasher = new_hasher()
+        left = self._entry.written
+        with contextlib.closing(self._entry.read_payload()) as pieces:
+            for piece in pieces:
+                check_cancelled()
+                hasher.update(piece[:left])  # behind it is noise
+                left -= min(left, len(piece))
+        return hasher.digest()
 
 
 def check_limit(size: int, limit: int) -> None:

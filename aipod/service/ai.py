@@ -13,20 +13,23 @@ from grpclib.const import Cardinality, Handler
 from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 
+from aipod import codec
+from aipod.codec import PONG
 from aipod.config import Config
 from aipod.errors import AipodError, Refused, job_failed, leaves
+from aipod.job.job import Job
 from aipod.job.reply import own_messages, plain_messages, send_all
-from aipod.job.request import Request, parse_request
-from aipod.job.run import Job, run_job
+from aipod.job.request import Request, parse_attach, parse_request
 from aipod.job.upload import check_limit, receive_payload
 from aipod.pool import Lease, Pool, Waiter
 from aipod.runner import Description
+from aipod.service.jobs import Jobs
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
 from aipod.spool import Spool
 from aipod.transport.server import PEER_GONE, TrioHandler
 from aipod.versions import Versions
-from aipod.wire.ai import Raw, StreamInput
+from aipod.wire.ai import Op, Open, Phase, Raw, StreamInput
 
 RPCS = {"chaos": Raw, "train": StreamInput, "predict": StreamInput, "log": StreamInput}
 
@@ -45,11 +48,17 @@ class AI:
         self._pool = pool
         self._spool = spool
         self._versions = versions
-        # The server's: a job must be able to outlive the call that brought it.
-        self._jobs = jobs
-        self._active: dict[trio.CancelScope, Job | None] = {}
-        self._idle = trio.Event()
+        self._nursery = jobs
+        self._jobs = Jobs(config, description.methods, spool, versions, functools.partial(Place, pool), jobs)
+        self._active: dict[trio.CancelScope, Job | None] = {}  # the jobs of plain clients
+        self._less = trio.Event()  # there is one call less in `_active`
         self.draining = False
+
+    async def run(self) -> None:
+        """What goes on beside the calls. This is a trio-flavored async function; it never returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._jobs.heed)
+            nursery.start_soon(self._jobs.forget)
 
     def __mapping__(self) -> dict[str, Handler]:
         return {
@@ -64,22 +73,31 @@ class AI:
         the method must not run twice.
         This is a trio-flavored async function.
         """
-        self.draining = True
+        self.draining = self._jobs.draining = True
+        for job in self._jobs.held.values():
+            if job.phase == Phase.RECEIVING and not job.request.plain:
+                job.hand_over()  # the next server goes on where this one has come
         with trio.move_on_after(seconds):
-            while self._active:
-                await self._wait_idle()
-        for scope, job in self._active.items():
-            if job is not None:
-                job.stop("the server is shutting down")
-            if job is None or not job.started:
+            while self._active or self._jobs.held:
+                await self._wait_less()
+        for job in list(self._jobs.held.values()):
+            if not job.request.plain:
+                job.hand_over()
+                job.stop("the server was shut down while the method ran", "INTERRUPTED")
+        for scope, plain in self._active.items():
+            if plain is not None:
+                plain.stop("the server is shutting down")
+            if plain is None or not plain.started:
                 scope.cancel()
         with trio.move_on_after(2 * self._config.cancel_grace + 5):  # the three steps, then trailers
-            while self._active:
-                await self._wait_idle()
+            while self._active or self._jobs.held:
+                await self._wait_less()
 
-    async def _wait_idle(self) -> None:
-        self._idle = trio.Event()
-        await self._idle.wait()
+    async def _wait_less(self) -> None:
+        """Wait for a call or a job to end."""
+        async with trio.open_nursery() as nursery:
+            for event in (self._less, self._jobs.changed):
+                nursery.start_soon(_then_cancel, event, nursery.cancel_scope)
 
     async def _serve(self, rpc: str, stream: Stream[Any, Raw]) -> None:
         """One call, from the initial metadata to the trailers. This is a trio-flavored async function.
@@ -100,8 +118,8 @@ class AI:
                 raise cancelled from None
         finally:
             del self._active[scope]
-            if not self._active:
-                self._idle.set()
+            self._less.set()
+            self._less = trio.Event()
 
     async def _converse(self, rpc: str, call: Call, scope: trio.CancelScope) -> None:
         ending, trailers = Ending(), dict[str, str]()
@@ -128,50 +146,138 @@ class AI:
         with scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(viewer.beat)
-                request = await self._open(rpc, call)
-                async with self._job(request, call, viewer, scope.deadline) as job:
-                    self._active[scope] = job
-                    await job.ended.wait()
-                    viewer.stop()
-                    await self._answer(job, writer, viewer, trailers)
+                first = await self._first(call)
+                if (attach := parse_attach(first, call.headers)) is not None:
+                    await self._own(None, *attach, call, viewer, writer, scope.deadline)
+                else:
+                    request = await self._open(rpc, first, call)
+                    if request.open is not None:
+                        await self._own(request, request.job_id, request.open, call, viewer, writer, scope.deadline)
+                    else:
+                        await self._plain(request, call, viewer, writer, trailers, scope)
                 nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
             if trio.current_time() >= scope.deadline:
                 raise job_failed("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
             raise Refused("DRAINING", "the server is shutting down; try again")
 
-    async def _open(self, rpc: str, call: Call) -> Request:
-        """Read and check what is asked for; every refusal that needs no payload is made here."""
-        if self.draining:
-            raise Refused("DRAINING", "the server is shutting down; try again")
+    async def _first(self, call: Call) -> Raw | StreamInput:
         with trio.move_on_after(self._config.upload_stall):
-            first = await call.receive_first()
+            first: Raw | StreamInput | None = await call.receive_first()
             if first is None:
                 raise Refused("BAD_MESSAGE", "the request ended before its first message")
-            # In a thread: 16 MiB of JSON take a while.
-            request = await trio.to_thread.run_sync(
-                parse_request,
-                *(rpc, first, call.headers, self._description.methods, self._description.name),
-                self._config.kwargs_limit,
-            )
-            if self.draining:  # it began while the caller hesitated
-                raise Refused("DRAINING", "the server is shutting down; try again")
-            if request.open is not None and request.open.spool not in ("", self._spool.id):
-                raise Refused("WRONG_SPOOL", "that job lives in another spool", {"spool": self._spool.id})
-            check_limit(request.size or 0, self._config.max_payload)
-            return request
+            return first
         raise Refused("UPLOAD_STALLED", f"no first message for {self._config.upload_stall:g} s (--upload-stall)")
+
+    async def _open(self, rpc: str, first: Raw | StreamInput, call: Call) -> Request:
+        """Check what is asked for; every refusal that needs no payload is made here."""
+        # In a thread: 16 MiB of JSON take a while.
+        request = await trio.to_thread.run_sync(
+            parse_request,
+            *(rpc, first, call.headers, self._description.methods, self._description.name),
+            self._config.kwargs_limit,
+        )
+        if self.draining and request.plain:
+            raise Refused("DRAINING", "the server is shutting down; try again")
+        check_limit(request.size or 0, self._config.max_payload)
+        return request
+
+    # Own clients: the job goes on without the call that brought it
+
+    async def _own(
+        self,
+        request: Request | None,
+        job_id: str,
+        open_: Open,
+        call: Call,
+        viewer: Viewer,
+        writer: Writer,
+        deadline: float,
+    ) -> None:
+        """Find the job, bring its payload where it is this call's to bring, watch it, and send its answer."""
+        if open_.released:
+            self._nursery.start_soon(self._jobs.release_all, [codec.job_id(ticket) for ticket in open_.released])
+        if open_.op in (Op.CANCEL, Op.RELEASE):
+            told = await self._jobs.end(job_id, release=open_.op == Op.RELEASE)
+            await writer.send(Raw(data=PONG, state=told.state()))
+            return
+        while True:
+            job = await (self._jobs.attach(job_id) if request is None else self._jobs.find(request))
+            viewer.watch(job, open_.log_have)
+            if not isinstance(job, Job):
+                await self._jobs.follow(job)
+            else:
+                job.viewers += 1
+                try:
+                    if job.request is request and job.phase == Phase.RECEIVING:
+                        await self._upload(job, call, deadline)
+                    await job.over.wait()
+                finally:
+                    job.viewers -= 1
+            if job.ended:
+                break
+        viewer.stop()
+        await viewer.say_outcome()
+        if job.answer is not None:
+            try:
+                await send_all(own_messages(job.look, job.answer, open_.have, self._config.level), writer.send)
+            except FileNotFoundError:
+                raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
+        self._jobs.answered(job)
+
+    async def _upload(self, job: Job, call: Call, deadline: float) -> None:
+        """Receive the payload and start the job; whatever comes between leaves it to who comes next."""
+        try:
+            with job.upload:
+                await receive_payload(
+                    job.request,
+                    job.entry,
+                    call.receive,
+                    job.notify,
+                    limit=self._config.max_payload,
+                    stall=self._config.upload_stall,
+                )
+                self._jobs.start(job, deadline)
+                return
+            if job.stop_asked:
+                await self._jobs.store_stopped(job)
+        except BaseException:
+            await self._jobs.let_go(job)
+            raise
+        await self._jobs.let_go(job)
+        if job.superseded_by:
+            won = {"epoch": str(job.superseded_by)}
+            raise Refused("SUPERSEDED", "a newer connection has taken this upload over", won)
+        if job.handed_over:
+            raise Refused("DRAINING", "the server is shutting down; try again")
+
+    # Plain clients: the call is the job
+
+    async def _plain(
+        self,
+        request: Request,
+        call: Call,
+        viewer: Viewer,
+        writer: Writer,
+        trailers: dict[str, str],
+        scope: trio.CancelScope,
+    ) -> None:
+        async with self._job(request, call, viewer, scope.deadline) as job:
+            self._active[scope] = job
+            await job.over.wait()
+            viewer.stop()
+            if job.answer is None:
+                assert job.error is not None, "an ended job has an answer or an error"
+                raise job.error
+            if job.answer.kind == "file":
+                trailers["x-content-type"] = "application/octet-stream"
+            messages = plain_messages(job.look, job.answer, self._config.level, self._config.message_limit)
+            await send_all(messages, writer.send)
 
     @contextlib.asynccontextmanager
     async def _job(self, request: Request, call: Call, viewer: Viewer, deadline: float) -> AsyncIterator[Job]:
-        """Receive the payload and start the job. When the viewer leaves, the job is cancelled if it has not ended.
-
-        That is the one place which decides what a viewer's end means to its job: its end, until jobs can be resumed.
-        """
-        fields = {"ticketed": not request.plain, "method": request.method, "version": request.version}
-        entry = await trio.to_thread.run_sync(
-            functools.partial(self._spool.claim, request.job_id, fields, request.kwargs, size=request.size)
-        )
+        """Receive the payload and start the job. When the viewer leaves, the job is cancelled if it has not ended."""
+        entry = await self._jobs.claim_plain(request)
         job = Job(request, entry, self._spool.id)
         try:
             viewer.watch(job)
@@ -179,13 +285,11 @@ class AI:
                 request,
                 entry,
                 call.receive,
-                functools.partial(job.enter, job.phase),
+                job.notify,
                 limit=self._config.max_payload,
                 stall=self._config.upload_stall,
             )
-            queue = Place(self._pool, request.version)
-            limit = self._description.methods[request.method]["timeout"]
-            self._jobs.start_soon(run_job, job, queue, self._versions, self._config.tick, limit, deadline)
+            self._jobs.start(job, deadline)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(entry.destroy)
@@ -195,21 +299,10 @@ class AI:
         finally:
             job.cancel()
 
-    async def _answer(self, job: Job, writer: Writer, viewer: Viewer, trailers: dict[str, str]) -> None:
-        request, answer = job.request, job.answer
-        level = self._config.level
-        if request.plain:
-            if answer is None:
-                assert job.error is not None, "an ended job has an answer or an error"
-                raise job.error
-            if answer.kind == "file":
-                trailers["x-content-type"] = "application/octet-stream"
-            await send_all(plain_messages(job.entry, answer, level, self._config.message_limit), writer.send)
-            return
-        await viewer.say_outcome()
-        if answer is not None:
-            assert request.open is not None
-            await send_all(own_messages(job.entry, answer, request.open.have, level), writer.send)
+
+async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
 
 
 class Place:

@@ -9,7 +9,8 @@ import trio
 from grpclib.server import Stream
 
 from aipod.codec import PONG
-from aipod.job.run import LOG_PIECE, Job
+from aipod.job.job import Watched
+from aipod.job.run import LOG_PIECE
 from aipod.service.status import Ending
 from aipod.transport import bridge
 from aipod.transport.server import request_timeout, send_message
@@ -98,16 +99,20 @@ class Viewer:
     def __init__(self, writer: Writer, tick: float) -> None:
         self._writer = writer
         self._tick = tick
-        self._job: Job | None = None
-        self._log_seen = 0
+        self._job: Watched | None = None
+        self._plain = False
+        self._log_seen: int | None = None
         self._watched = trio.Event()
         self._stopped = False
 
-    def watch(self, job: Job) -> None:
-        """From now on heartbeats are about `job`."""
+    def watch(self, job: Watched, log_have: int | None = None) -> None:
+        """From now on heartbeats are about `job`. `log_have`: bytes of its log that were seen; None: a plain client."""
         self._job = job
-        if job.request.open is not None:
-            self._log_seen = job.request.open.log_have
+        if log_have is None:
+            self._plain = True
+        elif self._log_seen is None:
+            self._log_seen = log_have
+        if not self._plain:
             self._watched.set()
 
     def stop(self) -> None:
@@ -121,23 +126,19 @@ class Viewer:
             state = await self._state()
             if self._stopped:
                 return
-            if self._writer.beat(state) and state is not None:
+            if self._writer.beat(state) and state is not None and self._log_seen is not None:
                 self._log_seen += len(state.log)
             with trio.move_on_after(self._tick):
                 # A plain client hears a PONG a second and nothing else.
                 await (self._watched if self._plain else changed).wait()
 
-    @property
-    def _plain(self) -> bool:
-        return self._job is not None and self._job.request.plain
-
     async def _state(self) -> State | None:
-        if self._job is None or self._plain:
+        if self._job is None or self._log_seen is None:
             return None
         state = self._job.state()
         state.log_offset = self._log_seen
-        if self._job.entry.log_size > self._log_seen:
-            state.log = await trio.to_thread.run_sync(self._job.entry.read_log, self._log_seen, LOG_PIECE)
+        if self._job.look.log_size > self._log_seen:
+            state.log = await trio.to_thread.run_sync(self._job.look.read_log, self._log_seen, LOG_PIECE)
         return state
 
     async def say_outcome(self) -> None:
@@ -145,6 +146,7 @@ class Viewer:
         while True:
             state = await self._state()
             assert state is not None, "only own clients are told states"
+            assert self._log_seen is not None
             self._log_seen += len(state.log)
             await self._writer.send(Raw(data=PONG, state=state))
             if not state.log:

@@ -46,6 +46,7 @@ class Channel(grpclib.client.Channel):
         )
         self._settings = config
         self._closed = False
+        self._latest: H2Protocol | None = None  # the newest connection, closed or not
 
     def _protocol_factory(self) -> H2Protocol:
         return H2Protocol(grpclib.client.Handler(), self._settings, client=True)
@@ -75,7 +76,7 @@ class Channel(grpclib.client.Channel):
 
     async def _create_connection(self) -> Any:
         async with asyncio.timeout(self._settings.connect_timeout):
-            protocol = cast(H2Protocol, await super()._create_connection())
+            protocol = self._latest = cast(H2Protocol, await super()._create_connection())
             # A request goes to nobody but a server that has said so: else it would not be known whether it was seen.
             try:
                 await protocol.greeted.wait()
@@ -96,16 +97,15 @@ class Channel(grpclib.client.Channel):
 
     async def aclose(self) -> None:
         """`close`, and wait until the socket is closed, which with TLS takes an answer: for a second at most."""
-        protocol = cast(H2Protocol | None, self._protocol)
         self.close()
-        if protocol is None:
+        if self._latest is None:
             return
         try:
             async with asyncio.timeout(_GOODBYE):
-                await protocol.ended.wait()
+                await self._latest.ended.wait()
         except TimeoutError:
-            protocol.transport.abort()
-            await protocol.ended.wait()
+            self._latest.transport.abort()
+            await self._latest.ended.wait()
 
 
 async def open_call(stream: grpclib.client.Stream[Any, Any]) -> None:

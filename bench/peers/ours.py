@@ -164,7 +164,7 @@ async def _run(name: str, port: int, *numbers: int) -> common.Report:
             return await common.time_calls(client.up, *numbers)
         return await common.time_transfer(client.up if name == "send" else client.down, *numbers)
     finally:
-        channel.close()
+        await channel.aclose()
 
 
 def send(port: int, size: int, message: int, frame: int = 0) -> common.Report:

@@ -1,0 +1,306 @@
+"""What is known of a job: while a process works on it (`Job`), and as the spool tells it (`Told`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Generator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+import trio
+
+from aipod.errors import JobFailed, job_failed
+from aipod.job.request import Request
+from aipod.results import Result
+from aipod.runner import Report, Task
+from aipod.spool import ENDED, Entry, Look, Words
+from aipod.wire.ai import Error, Phase, State
+
+# Log text between two writes to the entry; a worker's own bound is lower, this one is for methods on the loop.
+MAX_PENDING_LOG = 1024 * 1024
+
+CONTENT_TYPES = {"json": "application/json", "bytes": "application/octet-stream", "file": "application/octet-stream"}
+
+
+class Lease(Protocol):
+    """What `run_job` needs of `pool.Lease`."""
+
+    @property
+    def lock_name(self) -> str: ...
+
+    async def run(self, task: Task, report: Report) -> Result: ...
+
+
+class Queue(Protocol):
+    """A place in line for an instance: given by `service`, so that a job knows no pool."""
+
+    def place(self) -> int: ...
+
+    def lease(self) -> AbstractAsyncContextManager[Lease]: ...
+
+    def retire(self) -> None:
+        """The version's data has changed: instances that loaded the former data end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Seconds that a job is kept while nobody is attached."""
+
+    upload: float = math.inf
+    grace: float = math.inf  # queued or running
+    ended: float = math.inf
+
+    def of(self, phase: Phase) -> int:
+        """For a job in `phase`, as the wire has it."""
+        if phase == Phase.RECEIVING:
+            seconds = self.upload
+        elif phase in (Phase.QUEUED, Phase.RUNNING):
+            seconds = self.grace
+        else:
+            seconds = self.ended
+        return int(min(seconds, 2**32 - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A stored result."""
+
+    kind: str
+    inline: bytes | None
+    size: int
+    digest: bytes
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The last line of the job's journal."""
+        fields: dict[str, Any] = {"phase": "DONE", "kind": self.kind, "answer": self.size, "digest": self.digest.hex()}
+        if self.inline is not None:
+            fields["inline"] = self.inline.decode("latin-1")
+        return fields
+
+
+def stored_answer(fields: dict[str, Any]) -> Answer:
+    """The answer that a journal tells of."""
+    inline = fields.get("inline")
+    return Answer(
+        fields["kind"],
+        inline.encode("latin-1") if inline is not None else None,
+        fields["answer"],
+        bytes.fromhex(fields["digest"]),
+    )
+
+
+def stored_error(fields: dict[str, Any]) -> JobFailed:
+    """Why a job has no answer, as its journal tells."""
+    if fields["phase"] == "RELEASED":
+        return job_failed("RELEASED", "its answer was released")
+    kind = fields.get("type")
+    return job_failed(fields["reason"], fields["message"], {"type": kind} if kind else None)
+
+
+class Watched:
+    """What a viewer sees of a job. Changes in the trio thread only."""
+
+    def __init__(self, look: Look, spool_id: str, keep: Keep) -> None:
+        self.look = look
+        self.phase = Phase.NONE
+        self.answer: Answer | None = None
+        self.error: JobFailed | None = None
+        self.progress = 0.0
+        self.message = ""
+        self.attempt = 0
+        self.epoch = 0
+        self.changed = trio.Event()
+        # This object says nothing new any more: the job has ended, or somebody else has it now.
+        self.over = trio.Event()
+        self._spool_id = spool_id
+        self._keep = keep
+
+    @property
+    def durable(self) -> int:
+        """Bytes of the payload that need never be sent again."""
+        raise NotImplementedError
+
+    @property
+    def place(self) -> int:
+        """Jobs that will be run before this one."""
+        return 0
+
+    @property
+    def ended(self) -> bool:
+        """The job has its outcome."""
+        return self.phase.name in ENDED
+
+    def notify(self) -> None:
+        """Wake who watches."""
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def state(self) -> State:
+        """The job as its own client sees it."""
+        state = State(
+            phase=self.phase,
+            offset=self.durable,
+            spool=self._spool_id,
+            progress=self.progress,
+            message=self.message,
+            attempt=self.attempt,
+            place=self.place,
+            epoch=self.epoch,
+            ttl=self._keep.of(self.phase),
+        )
+        if self.answer is not None:
+            state.size, state.digest = self.answer.size, self.answer.digest
+            state.content_type = CONTENT_TYPES[self.answer.kind]
+        if self.error is not None:
+            kind = self.error.metadata.get("type", "")
+            state.error = Error(type=kind, message=self.error.message, reason=self.error.reason)
+        return state
+
+    def read_result(self, offset: int) -> Generator[bytes, None, None]:
+        """The bytes of a result that is not inline. Blocks."""
+        return self.look.read_result(offset)
+
+
+class Told(Watched):
+    """A job that nobody here works on, as its journal tells it."""
+
+    look: Look
+
+    def __init__(self, look: Look, spool_id: str, keep: Keep) -> None:
+        super().__init__(look, spool_id, keep)
+        self._fields: dict[str, Any] = {}
+
+    @property
+    def durable(self) -> int:
+        return int(self._fields.get("offset", 0))
+
+    def learn(self, fields: dict[str, Any], live: dict[str, Any]) -> None:
+        """Take in what the spool says now."""
+        new = (fields, live) != (self._fields, {"progress": self.progress, "message": self.message})
+        self._fields = fields
+        self.phase = Phase[fields.get("phase", "RECEIVING")]
+        self.epoch = fields.get("epoch", 0)
+        self.attempt = fields.get("attempt", 0)
+        self.progress, self.message = live.get("progress", 0.0), live.get("message", "")
+        if self.phase == Phase.DONE:
+            self.answer = stored_answer(fields)
+        elif self.ended:
+            self.error = stored_error(fields)
+        if new:
+            self.notify()
+
+
+class Job(Watched):
+    """A job that this process works on: it holds the entry."""
+
+    look: Entry
+
+    def __init__(self, request: Request, entry: Entry, spool_id: str, keep: Keep | None = None) -> None:
+        super().__init__(entry, spool_id, keep or Keep())
+        self.request = request
+        self.entry = entry
+        self.phase = Phase.RECEIVING
+        self.epoch = request.open.epoch if request.open is not None else 0
+        self.attempt = request.attempt
+        self.queue: Queue | None = None
+        self.released = trio.Event()  # nobody wants the answer any more
+        self.scope = trio.CancelScope()  # of the run: cancelled, the method is stopped
+        self.upload = trio.CancelScope()
+        self.superseded_by = 0  # the epoch of who has asked for the upload
+        self.handed_over = False  # not ended here: whoever comes next goes on with it
+        self.viewers = 0
+        self._pending_log: list[str] = []
+        self._pending_size = 0
+        self._stopped_because: tuple[str, str] | None = None
+        self.began = self._alone_since = time.monotonic()
+        self._watched = 0
+
+    @property
+    def durable(self) -> int:
+        return self.entry.durable if self.phase == Phase.RECEIVING else self.entry.written
+
+    @property
+    def place(self) -> int:
+        return self.queue.place() if self.queue is not None and self.phase == Phase.QUEUED else 0
+
+    def enter(self, phase: Phase) -> None:
+        """Go to `phase` and wake who watches."""
+        self.phase = phase
+        if phase == Phase.RUNNING:
+            self.attempt += 1
+        self.notify()
+
+    def unstart(self) -> None:
+        """Back in line: the method was not started after all."""
+        self.attempt -= 1
+        self.enter(Phase.QUEUED)
+
+    def report(self, progress: float | None, message: str | None, text: str | None) -> None:
+        """What the method says; kept until the next tick."""
+        if progress is not None:
+            self.progress, self.message = progress, message or ""
+        if text is not None and self._pending_size < MAX_PENDING_LOG:
+            self._pending_size += len(text)
+            self._pending_log.append(text if text.endswith("\n") else text + "\n")
+            if self._pending_size >= MAX_PENDING_LOG:
+                self._pending_log.append("[lines were dropped]\n")
+
+    async def save_log(self) -> None:
+        """Write what was logged since the last time. This is a trio-flavored async function."""
+        if self._pending_log:
+            text, self._pending_log, self._pending_size = "".join(self._pending_log), [], 0
+            with trio.CancelScope(shield=True):  # cancelled on the way to the thread, the text would be lost
+                await trio.to_thread.run_sync(self.entry.append_log, text)
+
+    @property
+    def started(self) -> bool:
+        """True once the method may have run here."""
+        return self.attempt > self.request.attempt
+
+    def stop(self, why: str, reason: str = "CANCELLED") -> None:
+        """Stop the job; who watches is told `why`. One that has ended keeps its outcome."""
+        if self._stopped_because is None:
+            self._stopped_because = reason, why
+        self.upload.cancel()
+        self.scope.cancel()
+
+    @property
+    def stop_asked(self) -> bool:
+        return self._stopped_because is not None
+
+    def stopped(self) -> JobFailed:
+        """The outcome of a job that was stopped."""
+        if self._stopped_because is None:  # by the scope's deadline
+            return job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout")
+        return job_failed(*self._stopped_because)
+
+    def give_up_upload(self, epoch: int) -> None:
+        """A newer connection with `epoch` asks for the upload."""
+        self.superseded_by = max(self.superseded_by, epoch)
+        self.upload.cancel()
+
+    def hand_over(self) -> None:
+        """Stop to work on it without an outcome, unless its method has started: whoever comes next goes on with it."""
+        if not self.started:
+            self.handed_over = True
+            self.upload.cancel()
+            self.scope.cancel()
+
+    def heed(self, words: Words, now: float, grace: float) -> None:
+        """Do what others have asked for, and stop a job for which nobody has come back. `now`: monotonic."""
+        if words.stop:
+            self.stop("it was cancelled by its client")
+        if self.phase == Phase.RECEIVING and words.wanted > self.epoch:
+            self.give_up_upload(words.wanted)
+        if self.viewers or words.watched != self._watched:
+            self._watched, self._alone_since = words.watched, now
+        elif self.phase != Phase.RECEIVING and now - self._alone_since >= grace:
+            self.stop(f"nobody came back for it for {grace:g} s")
+
+    def cancel(self) -> None:
+        """Nobody wants the answer: stop the run, and let the entry go."""
+        self.scope.cancel()
+        self.released.set()

@@ -1,0 +1,406 @@
+"""The jobs of a server: those that this process works on, and how a caller finds its own.
+
+    found                            RUN, RESUME               ATTACH            CANCEL, RELEASE
+    nothing                          create; RESUME: fence     NOT_FOUND         NOT_FOUND
+    RECEIVING                        take the upload over      watch             end it
+    QUEUED, held by nobody           work on it                work on it        end it
+    RUNNING, held by nobody          recover                   recover           recover, end it
+    QUEUED or RUNNING, held          watch                     watch             ask its holder to end it
+    ended                            tell                      tell              tell; RELEASE: forget
+
+"Held by nobody" means that the job's lock and its worker's are free: whoever worked on it has died.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import trio
+
+from aipod.config import Config
+from aipod.errors import Refused
+from aipod.job.job import Job, Keep, Queue, Told
+from aipod.job.request import Request, stored_request
+from aipod.job.run import Terms, run_job
+from aipod.spool import ENDED, MAX_ATTEMPTS, Entry, Look, Spool, Words
+from aipod.versions import Versions
+from aipod.wire.ai import Op, Open, Phase
+
+log = logging.getLogger("aipod.job")
+
+# Seconds that a newer connection waits for an older one to let go of an upload; a checkpoint takes a part of one.
+TAKE_OVER = 10.0
+# Seconds that a small ended job is kept once its answer was sent: its client may have lost the end of it.
+KEEP_SMALL = 60.0
+SMALL = 64 * 1024
+# Seconds between two looks at an entry that somebody is making.
+_LOOK_AGAIN = 0.05
+# Seconds between two removals of small ended jobs.
+FORGET_EVERY = 5.0
+
+
+class Jobs:
+    """Finds, creates, takes over, recovers, ends.
+
+    The mutable state is the jobs that this process holds (each has a task in `nursery`, or an upload in its viewer's)
+    and the ended ones that are soon forgotten.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        methods: Mapping[str, Any],
+        spool: Spool,
+        versions: Versions,
+        make_queue: Any,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._config = config
+        self._methods = methods
+        self._spool = spool
+        self._versions = versions
+        self._make_queue = make_queue
+        # The server's: a job outlives the call that brought it.
+        self._nursery = nursery
+        self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
+        self.held: dict[str, Job] = {}
+        # When (monotonic) which job is forgotten; bounded by the jobs of KEEP_SMALL seconds.
+        self._forgotten: collections.deque[tuple[float, str]] = collections.deque()
+        self.changed = trio.Event()  # there is one job less in `held`
+        self.draining = False
+
+    # What a caller finds
+
+    async def find(self, request: Request) -> Job | Told:
+        """The job that a RUN or RESUME is about: with the caller as its uploader (`Job` RECEIVING), or to be watched.
+
+        This is a trio-flavored async function. Raises `Refused`.
+        """
+        assert request.open is not None
+        job_id, epoch = request.job_id, request.open.epoch
+        self._check_spool(request.open)
+        with trio.move_on_after(TAKE_OVER):
+            while True:
+                fields = await trio.to_thread.run_sync(self._spool.look(job_id).read)
+                if not fields:
+                    job = await self._begin(request)
+                    if job is not None:
+                        return job
+                    await trio.sleep(_LOOK_AGAIN)
+                    continue
+                self._check_same(request, fields)
+                if fields.get("phase", "RECEIVING") != "RECEIVING":
+                    return await self.attach(job_id)
+                self._check_open()
+                older = self.held.get(job_id)
+                if older is not None and older.epoch < epoch:
+                    older.give_up_upload(epoch)
+                entry = await self._held(functools.partial(self._spool.take_over, job_id, epoch))
+                if entry is not None:
+                    job = await self._resume(entry, request)
+                    if job is not None:
+                        return job
+                await trio.sleep(min(self._config.tick, 1.0) / 4)
+        raise Refused("BUSY", "an older connection has not yet let go of this upload; try again")
+
+    async def attach(self, job_id: str) -> Job | Told:
+        """The job, to be watched. This is a trio-flavored async function. Raises `Refused` (NOT_FOUND, DRAINING)."""
+        while True:
+            if job_id in self.held:
+                return self.held[job_id]
+            look = self._spool.look(job_id)
+            fields, live, free = await trio.to_thread.run_sync(self._read, look)
+            if not fields:
+                raise Refused("NOT_FOUND", "there is no such job here: it never was, or has expired")
+            if free and job_id not in self.held:
+                self._check_open()
+                await self.adopt(job_id)
+                continue
+            told = Told(look, self._spool.id, self._keep)
+            told.learn(fields, live)
+            if told.ended:
+                told.over.set()
+            return told
+
+    async def follow(self, told: Told) -> None:
+        """Keep `told` up to date until the job has ended or is somebody's to take. This is a trio-flavored function."""
+        while not told.ended:
+            await trio.sleep(self._config.tick)
+            await trio.to_thread.run_sync(told.look.watch)
+            fields, live, free = await trio.to_thread.run_sync(self._read, told.look)
+            if not fields or free or told.look.id in self.held:
+                break
+            told.learn(fields, live)
+        told.over.set()
+        told.notify()
+
+    def _read(self, look: Look) -> tuple[dict[str, Any], dict[str, Any], bool]:
+        """What the spool tells of a job: its journal, its progress, and whether there is work that nobody does."""
+        fields = look.read()
+        phase = fields.get("phase", "RECEIVING")
+        if phase not in ("QUEUED", "RUNNING"):
+            return fields, {}, False
+        free = not self._spool.is_held(look.id)
+        # Read again: it may have ended between the first look and the lock.
+        return look.read(), look.live(), free and look.read().get("phase") == phase
+
+    # Beginning
+
+    async def _begin(self, request: Request) -> Job | None:
+        """Create the job; None where somebody else just did. A RESUME never creates: it fences."""
+        assert request.open is not None
+        if request.open.op == Op.RESUME:
+            if await trio.to_thread.run_sync(self._spool.fence, request.job_id):
+                raise self._not_started()
+            return None
+        self._check_open()
+        claim = functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
+        entry = await self._held(claim)
+        return None if entry is None else self._take_in(Job(request, entry, self._spool.id, self._keep))
+
+    async def _resume(self, entry: Entry, request: Request) -> Job | None:
+        """Take the upload up where it is durable; None where it is complete by now."""
+        job = self._take_in(Job(request, entry, self._spool.id, self._keep))
+        try:
+            if entry.read().get("phase", "RECEIVING") == "RECEIVING":
+                await trio.to_thread.run_sync(entry.resume)
+                return job
+        except BaseException:
+            await self.let_go(job)
+            raise
+        await self.let_go(job)
+        return None
+
+    async def claim_plain(self, request: Request) -> Entry:
+        """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
+        claim = functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
+        entry = await self._held(claim)
+        assert entry is not None, "two random tickets are not the same"
+        return entry
+
+    async def store_stopped(self, job: Job) -> None:
+        """Store that an upload was cancelled. This is a trio-flavored async function; it cannot be cancelled."""
+        job.error = job.stopped()
+        fields = {"phase": "CANCELLED", "reason": job.error.reason, "message": job.error.message}
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(job.entry.store, fields)
+        job.enter(Phase.CANCELLED)
+
+    async def _held(self, claim: Any) -> Entry | None:
+        """What `claim` gives; cancelled meanwhile, it is let go of again."""
+        with trio.CancelScope(shield=True):
+            entry: Entry | None = await trio.to_thread.run_sync(claim)
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except BaseException:
+            if entry is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(entry.let_go)
+            raise
+        return entry
+
+    def _take_in(self, job: Job) -> Job:
+        self.held[job.entry.id] = job
+        return job
+
+    async def let_go(self, job: Job) -> None:
+        """Leave the upload to whoever comes next. This is a trio-flavored async function; it cannot be cancelled."""
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(job.entry.let_go)
+        finally:
+            self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        if self.held.get(job.entry.id) is job:
+            del self.held[job.entry.id]
+            self.changed.set()
+            self.changed = trio.Event()
+        job.over.set()
+        job.notify()
+
+    # Running
+
+    def start(self, job: Job, deadline: float) -> None:
+        """Run the job in a task of its own. `deadline`: the caller's, by trio's clock."""
+        options = self._methods[job.request.method]
+        restartable = bool(options.get("restartable"))
+        terms = Terms(self._config.tick, options["timeout"], deadline, restartable)
+        queue: Queue = self._make_queue(job.request.version)
+        self.held[job.entry.id] = job
+        self._nursery.start_soon(self._run, job, queue, terms)
+
+    async def _run(self, job: Job, queue: Queue, terms: Terms) -> None:
+        try:
+            await run_job(job, queue, self._versions, terms)
+        finally:
+            self._drop(job)
+
+    async def adopt(self, job_id: str) -> None:
+        """Go on with a job whose process has died; harmless where another does. This is a trio-flavored function."""
+        entry = await self._held(functools.partial(self._spool.hold, job_id))
+        if entry is None:
+            await trio.sleep(min(self._config.tick, 1.0) / 4)  # the worker of a killed server is about to be ended
+            return
+        if job_id in self.held:
+            raise AssertionError("a job that is held here was taken up again")
+        request = await trio.to_thread.run_sync(self._recover, entry)
+        if request is None:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(entry.let_go)
+            return
+        job = Job(request, entry, self._spool.id, self._keep)
+        job.phase = Phase.QUEUED
+        log.info("job %s %s@%s: taken over", job_id, request.method, request.version)
+        self.start(job, float("inf"))
+
+    def _recover(self, entry: Entry) -> Request | None:
+        """What is to be run of a job that nobody worked on; None where it has ended, perhaps only now. Blocks."""
+        fields = entry.read()
+        phase = fields.get("phase", "RECEIVING")
+        if phase in ENDED or phase == "RECEIVING":
+            return None
+        method = fields["method"]
+        known = method in self._methods
+        again = known and self._methods[method].get("restartable") and fields.get("attempt", 0) < MAX_ATTEMPTS
+        if phase == "RUNNING" and not (again and entry.payload.exists()):
+            entry.store(
+                {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
+            )
+            return None
+        if not known:
+            entry.store({"phase": "FAILED", "reason": "UNKNOWN_METHOD", "message": f"there is no method {method} now"})
+            return None
+        if phase == "RUNNING":
+            entry.record({"phase": "QUEUED"})
+        return stored_request(entry.id, fields, entry.kwargs())
+
+    # Ending
+
+    async def end(self, job_id: str, *, release: bool) -> Job | Told:
+        """Cancel the job, or forget the answer of one that has ended. This is a trio-flavored async function.
+
+        What it returns tells how the job is now: a run may take a while to stop. Raises `Refused` (NOT_FOUND).
+        """
+        job = self.held.get(job_id)
+        if job is not None and not job.over.is_set():
+            job.stop("it was cancelled by its client")
+            return job
+        entry = await self._held(functools.partial(self._spool.hold, job_id))
+        if entry is not None:
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(_end, entry, release)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(entry.let_go)
+        else:
+            look = self._spool.look(job_id)
+            if await trio.to_thread.run_sync(look.read):
+                await trio.to_thread.run_sync(look.ask_to_stop)
+        told = Told(self._spool.look(job_id), self._spool.id, self._keep)
+        fields, live, _ = await trio.to_thread.run_sync(self._read, told.look)
+        if not fields:
+            raise Refused("NOT_FOUND", "there is no such job here: it never was, or has expired")
+        told.learn(fields, live)
+        return told
+
+    async def release_all(self, job_ids: list[str]) -> None:
+        """Forget ended jobs whose answers have arrived. This is a trio-flavored async function."""
+        for job_id in job_ids:
+            if await trio.to_thread.run_sync(self._release, job_id):
+                self._forgotten.append((time.monotonic() + KEEP_SMALL, job_id))
+
+    def _release(self, job_id: str) -> bool:
+        entry = self._spool.hold(job_id)
+        if entry is None:
+            return False
+        try:
+            if entry.read().get("phase") not in ENDED:
+                return False
+            _end(entry, True)
+            return True
+        finally:
+            entry.let_go()
+
+    def answered(self, watched: Job | Told) -> None:
+        """The whole answer was sent to a viewer: a small job is kept for a minute more."""
+        if watched.answer is None or watched.answer.size <= SMALL:
+            self._forgotten.append((time.monotonic() + KEEP_SMALL, watched.look.id))
+
+    async def forget(self) -> None:
+        """Remove small ended jobs in time. This is a trio-flavored async function; it never returns."""
+        while True:
+            await trio.sleep(FORGET_EVERY)
+            due = []
+            while self._forgotten and self._forgotten[0][0] <= time.monotonic():
+                due.append(self._forgotten.popleft()[1])
+            if due:
+                await trio.to_thread.run_sync(self._remove, due)
+
+    def _remove(self, job_ids: list[str]) -> None:
+        for job_id in job_ids:
+            entry = self._spool.hold(job_id)
+            if entry is not None:
+                if entry.read().get("phase") in ENDED:
+                    entry.destroy()
+                else:
+                    entry.let_go()
+
+    # While it works
+
+    async def heed(self) -> None:
+        """Once a tick: do what other processes have asked of the jobs here. This is a trio-flavored function."""
+        while True:
+            await trio.sleep(self._config.tick)
+            jobs = [job for job in self.held.values() if not job.request.plain and not job.over.is_set()]
+            if jobs:
+                words = await trio.to_thread.run_sync(_words, jobs)
+                for job, word in zip(jobs, words, strict=True):
+                    job.heed(word, time.monotonic(), self._config.grace)
+
+    # Checks
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise Refused("DRAINING", "the server is shutting down; try again")
+
+    def _check_spool(self, open_: Open) -> None:
+        if open_.spool and not self._spool.is_named(open_.spool):
+            raise Refused("WRONG_SPOOL", "that job lives in another spool", {"spool": self._spool.id})
+
+    def _check_same(self, request: Request, fields: Mapping[str, Any]) -> None:
+        if fields.get("fenced"):
+            if request.open is not None and request.open.op == Op.RESUME:
+                raise self._not_started()
+        elif fields.get("print") != request.fingerprint:
+            raise Refused(
+                "OTHER_REQUEST", "this ticket is another request's: method, version, arguments or source differ"
+            )
+
+    def _not_started(self) -> Refused:
+        return Refused(
+            "NOT_STARTED", "there is no such job, and none can start under this ticket", {"spool": self._spool.id}
+        )
+
+
+def _end(entry: Entry, release: bool) -> None:
+    """Cancel a job that nobody works on, or forget its answer. Blocks."""
+    phase = entry.read().get("phase", "RECEIVING")
+    if phase == "RUNNING":
+        entry.store(
+            {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
+        )
+    elif phase not in ENDED:
+        entry.store({"phase": "CANCELLED", "reason": "CANCELLED", "message": "it was cancelled by its client"})
+    if release and phase in ENDED and phase != "RELEASED":
+        entry.store({"phase": "RELEASED", "inline": None, "kwargs": None})
+
+
+def _words(jobs: list[Job]) -> list[Words]:
+    return [job.entry.words() for job in jobs]

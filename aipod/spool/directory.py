@@ -1,0 +1,190 @@
+"""The spool itself: opening it, its name on the wire, its room, and who gets which entry."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from aipod.config import GIB
+from aipod.errors import AipodError, Refused, refused_when_exhausted
+from aipod.spool.entry import Entry
+from aipod.spool.locks import is_locked, try_lock
+from aipod.spool.look import Look
+
+# Seconds that a sweep may hold the lock file of a new job, until it sees that there is no entry.
+CLAIM_PATIENCE = 0.1
+# Times that a restartable method is started for one job.
+MAX_ATTEMPTS = 2
+
+
+class SpoolError(AipodError):
+    """The spool directory cannot be used; the text says why and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("SPOOL_UNUSABLE", message)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+    except OSError:
+        return "0" * 32  # no boot id on this system: a reboot is then not noticed, as on every other spool software
+
+
+class Spool:
+    """A spool directory, opened for one app. `open` it; methods block."""
+
+    def __init__(self, path: Path, *, reserve: int) -> None:
+        self.path = path
+        self.workers = path / "workers"
+        self.id = ""
+        self._reserve = reserve
+
+    @classmethod
+    def open(cls, path: Path, app: str, *, reserve: int = GIB) -> Spool:
+        """Make or open `path` for `app`. Raises `SpoolError`."""
+        spool = cls(path, reserve=reserve)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            names = {one.name for one in path.iterdir() if not one.name.startswith(".")}
+            if names and "app" not in names:
+                raise SpoolError(f"{path} is not empty and is no spool; give --spool a directory of its own")
+            owner = spool._once("app", app)
+            if owner != app:
+                raise SpoolError(
+                    f"spool {path} belongs to {owner}, not to {app}; choose another directory with --spool, "
+                    f"or remove it if its jobs are not wanted"
+                )
+            spool.id = f"{spool._once('spool-id', secrets.token_hex(8))}-{_boot_id()}"
+            spool.workers.mkdir(mode=0o700, exist_ok=True)
+            probe = try_lock(path / ".probe")
+            if probe is not None:
+                (path / ".probe").unlink(missing_ok=True)
+                probe.release()
+        except (OSError, NotImplementedError) as exc:
+            raise SpoolError(f"spool {path} cannot be used: {exc}; choose a local directory with --spool") from exc
+        return spool
+
+    def _once(self, name: str, value: str) -> str:
+        """The content of file `name`, which is `value` where it did not exist: the same for all who race."""
+        target = self.path / name
+        if not target.exists():
+            fresh = self.path / f".{name}-{secrets.token_hex(4)}"
+            fresh.write_text(value)
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, target)
+            fresh.unlink()
+        return target.read_text().strip()
+
+    def is_named(self, name: str) -> bool:
+        """Whether `name` is this spool's, before or after a reboot."""
+        return name.partition("-")[0] == self.id.partition("-")[0]
+
+    def lock_path(self, job_id: str) -> Path:
+        return self.path / f"{job_id}.lock"
+
+    def worker_lock(self, name: str) -> Path:
+        """The lock file that worker `name` holds for as long as it lives."""
+        return self.workers / f"{name}.lock"
+
+    def forget_worker(self, name: str) -> None:
+        """Remove the lock file of a worker that has been waited for."""
+        with contextlib.suppress(FileNotFoundError):
+            self.worker_lock(name).unlink()
+
+    def check_space(self, wanted: int) -> None:
+        """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes would eat into the reserve."""
+        stat = os.statvfs(self.path)
+        if stat.f_bavail * stat.f_frsize - wanted < self._reserve:
+            raise Refused("SPOOL_FULL", "the server's disk has no room for this payload; try again later")
+
+    # Entries
+
+    def look(self, job_id: str) -> Look:
+        """The job, whether it exists or not, to be read."""
+        return Look(self.path, job_id)
+
+    def is_held(self, job_id: str) -> bool:
+        """True while a living process works on the job."""
+        return is_locked(self.lock_path(job_id))
+
+    def claim(
+        self, job_id: str, fields: dict[str, Any], kwargs: bytes = b"{}", *, size: int | None = None
+    ) -> Entry | None:
+        """Create the entry `job_id` and hold it; None where there is one. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
+        self.check_space(size or 0)
+        with refused_when_exhausted():
+            lock = try_lock(self.lock_path(job_id), patience=CLAIM_PATIENCE)
+            if lock is None:
+                return None
+            entry = Entry(self, job_id, lock)
+            try:
+                if entry.path.exists():
+                    if entry.read():
+                        lock.release()
+                        return None
+                    entry.destroy()  # whoever made it was killed before its first line
+                    return self.claim(job_id, fields, kwargs, size=size)
+                entry.create(fields, kwargs, size)
+            except BaseException:
+                entry.destroy()
+                raise
+        return entry
+
+    def fence(self, job_id: str) -> bool:
+        """Have it that no job can ever start under this ticket; False where there is one already."""
+        entry = self.claim(job_id, {"ticketed": True, "phase": "RELEASED", "fenced": True})
+        if entry is None:
+            return False
+        entry.store({})
+        entry.let_go()
+        return True
+
+    def hold(self, job_id: str) -> Entry | None:
+        """The entry of a job that nobody holds; None where somebody does, or there is none."""
+        with refused_when_exhausted():
+            if not (self.path / job_id).exists():
+                return None
+            lock = try_lock(self.lock_path(job_id))
+        if lock is None:
+            return None
+        entry = Entry(self, job_id, lock)
+        state = entry.read()
+        if not state:
+            entry.destroy()
+            return None
+        worker = state.get("worker")
+        if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
+            lock.release()  # its server is gone, and the kernel is about to end the worker
+            return None
+        return entry
+
+    def take_over(self, job_id: str, epoch: int) -> Entry | None:
+        """The entry of an upload for the caller with `epoch`; None while another holds it, who has been asked for it.
+
+        Raises `Refused(SUPERSEDED)` where somebody with a higher epoch has asked: that one is the newer connection,
+        whichever arrives first.
+        """
+        look = self.look(job_id)
+        _check_newest(look, epoch)
+        if look.wanted() < epoch:
+            with contextlib.suppress(FileNotFoundError):
+                look.ask(epoch)
+        entry = self.hold(job_id)
+        if entry is None:
+            return None
+        try:
+            _check_newest(entry, epoch)
+        except Refused:
+            entry.let_go()
+            raise
+        return entry
+
+
+def _check_newest(look: Look, epoch: int) -> None:
+    won = look.wanted()
+    if won > epoch:
+        raise Refused("SUPERSEDED", "a newer connection has taken this upload over", {"epoch": str(won)})

@@ -1,0 +1,275 @@
+"""A job's directory in the hands of the one process that works on it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from aipod.codec import new_hasher
+from aipod.config import MIB
+from aipod.errors import Refused, refused_when_exhausted
+from aipod.results import INLINE
+from aipod.spool.locks import Lock
+from aipod.spool.look import ENDED, Look
+from aipod.trash import remove
+
+logger = logging.getLogger("aipod.spool")
+
+SYNC_AFTER = 1.0  # seconds: the first tick
+SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
+MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
+PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
+
+
+class Home(Protocol):
+    """What an entry needs of its spool."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def lock_path(self, job_id: str) -> Path: ...
+
+    def check_space(self, wanted: int) -> None: ...
+
+
+class Entry(Look):
+    """A job, held by its lock until `destroy` or `let_go`. Every method blocks: call it from a thread.
+
+    The mutable state is the open payload file and how much of it is written and synced; only the one uploader of the
+    job touches it.
+    """
+
+    def __init__(self, home: Home, job_id: str, lock: Lock) -> None:
+        super().__init__(home.path, job_id)
+        self._home = home
+        self._lock = lock
+        self._fd: int | None = None
+        self._hasher: Any = new_hasher()  # None: it has not seen the payload from its beginning
+        self.written = 0  # bytes in the payload file
+        self.durable = 0  # bytes of it that have been synced
+        self._settled = False  # the entry's files have their names on disk; from now on the journal is synced
+        self._began = self._synced_at = time.monotonic()
+        self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
+        self._progress: tuple[float, str] = (0.0, "")
+
+    # The beginning
+
+    def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None) -> None:
+        """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`."""
+        self.path.mkdir(mode=0o700)
+        if len(kwargs) <= INLINE:
+            fields = {**fields, "kwargs": kwargs.decode()}
+        else:
+            (self.path / "kw").write_bytes(kwargs)
+        self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._reserve(size)
+        self.record(fields)
+
+    def resume(self) -> None:
+        """Go on with the upload at its durable offset. Raises `Refused` (DAMAGED, SPOOL_FULL)."""
+        state = self.read()
+        self._settled = self._settled or bool(state.get("settled"))
+        self.written = self.durable = state.get("offset", 0)
+        self._hasher = new_hasher() if self.written == 0 else None
+        with refused_when_exhausted():
+            self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT, 0o600)
+            if os.fstat(self._fd).st_size < self.written:
+                raise Refused("DAMAGED", f"the server has lost what it had of this payload below byte {self.written}")
+            os.lseek(self._fd, self.written, os.SEEK_SET)
+            self._reserve(state.get("size"))
+        if self.written:
+            self.settle()  # the offset is about to be told
+
+    def _reserve(self, size: int | None) -> None:
+        """Have the disk set the payload's room aside, so that of two uploads which fit alone one is refused at once."""
+        if size is None or size < PREALLOCATE or self._fd is None:
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as exc:
+            if exc.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                return  # this file system cannot
+            raise
+
+    # The upload
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append payload bytes. Raises `Refused` (SPOOL_FULL); then what had room is written."""
+        assert self._fd is not None, "the payload is sealed"
+        if self.written >= self._space_until:
+            self._home.check_space(0)
+            self._space_until = self.written + SYNC_BYTES
+        view = memoryview(data)
+        with refused_when_exhausted():
+            while view:
+                count = os.write(self._fd, view)
+                if self._hasher is not None:
+                    self._hasher.update(view[:count])
+                self.written += count
+                view = view[count:]
+
+    def checkpoint(self, *, now: bool = False) -> None:
+        """Make what has been written durable: `now`, or where a tick has passed or `SYNC_BYTES` are at stake.
+
+        Raises `Refused` (SPOOL_FULL); what was durable before stays it.
+        """
+        due = time.monotonic() - self._synced_at >= SYNC_AFTER or self.written - self.durable >= SYNC_BYTES
+        if not due and not now:
+            return
+        if not now:
+            self._home.check_space(0)
+        if self._fd is not None and self.written > self.durable:
+            written = self.written
+            with refused_when_exhausted():
+                os.fdatasync(self._fd)
+            self.record({"offset": written}, sync=True)
+            self.settle()
+            self.durable = written
+        self._synced_at = time.monotonic()
+
+    def seal(self) -> None:
+        """Close the payload and make it read-only: it is complete."""
+        if self._fd is not None:
+            os.ftruncate(self._fd, self.written)  # what was noise, or set aside for more
+            if self._settled:
+                os.fdatasync(self._fd)
+            os.fchmod(self._fd, 0o400)
+            self._close()
+
+    @property
+    def digest(self) -> bytes | None:
+        """Of the payload; None where it must be read for that."""
+        return None if self._hasher is None else bytes(self._hasher.digest())
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
+
+    # The journal
+
+    def record(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+        """Append a line to the journal; on disk when this returns, once the entry has settled.
+
+        Raises `Refused` (SPOOL_FULL, OVERLOADED).
+        """
+        with refused_when_exhausted():
+            self._journal.append(fields, sync=sync or self._settled)
+
+    def settle(self) -> None:
+        """Make the whole entry survive a power cut, once. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
+        if self._settled:
+            return
+        with refused_when_exhausted():
+            for path in (self.payload, self.path / "kw", self.path / "state", self.path, self._home.path):
+                _sync(path)
+            # Only now: whoever reads it relies on the names above being on disk.
+            self._journal.append({"settled": True}, sync=True)
+        self._settled = True
+
+    # The run
+
+    def note_progress(self, progress: float, message: str) -> None:
+        """Tell other processes what the model has reported; they may miss it."""
+        if (progress, message) == self._progress:
+            return
+        self._progress = progress, message
+        fresh = self.path / "live.tmp"
+        with contextlib.suppress(OSError):
+            fresh.write_text(json.dumps({"progress": progress, "message": message}))
+            fresh.replace(self.path / "live")
+
+    def append_log(self, text: str) -> None:
+        """Append to the job's log, up to `MAX_LOG` and a line that says so."""
+        data = text.encode("utf-8", "replace")
+        room = MAX_LOG - self.log_size
+        if room < 0:
+            return
+        if len(data) > room:
+            # Cut at a character: `read_log` counts what it can decode.
+            data = data[:room].decode("utf-8", "ignore").encode() + b"\n[the log is full; the rest is dropped]\n"
+        try:
+            with (self.path / "log").open("ab") as file:
+                file.write(data)
+        except OSError as exc:
+            # A full disk costs the log, not the job.
+            logger.warning("job %s: its log could not be written: %s", self.id, exc)
+
+    # The end
+
+    def store(self, fields: dict[str, Any]) -> None:
+        """Record the job's outcome and give back what it needed to get there.
+
+        Raises `Refused` (SPOOL_FULL, OVERLOADED).
+        """
+        if self._settled and self.result.exists():
+            with refused_when_exhausted():
+                _sync(self.result)
+                _sync(self.path)
+        try:
+            self.record(fields)
+        except Refused:
+            self._drop_payload()  # it may be what the disk is full of
+            self.record(fields)
+        self._drop_payload()
+        for name in ("kw", "live", "cancel"):
+            (self.path / name).unlink(missing_ok=True)
+        remove(self.work)
+        if fields.get("phase") in ("CANCELLED", "RELEASED"):
+            for path in (self.result, self.path / "log"):
+                path.unlink(missing_ok=True)
+
+    def _drop_payload(self) -> None:
+        self._close()
+        self.payload.unlink(missing_ok=True)
+
+    def let_go(self) -> None:
+        """Make what there is durable, and let go of the entry: others may go on with it. Idempotent."""
+        try:
+            if self._fd is not None:
+                with contextlib.suppress(Refused):  # the disk is full: what was told to be durable is
+                    self.checkpoint(now=True)
+                self._close()
+        finally:
+            self._lock.release()
+
+    def destroy(self) -> None:
+        """Remove the entry, then its lock file, then let go of the lock. Idempotent."""
+        if not self._lock.is_locked:
+            return  # whatever has this name now is somebody else's
+        trash = self._home.path / f".trash-{secrets.token_hex(8)}"
+        try:
+            self._close()
+            with contextlib.suppress(FileNotFoundError):
+                self.path.rename(trash)
+                remove(trash)  # what stays is swept later
+            # Unlinked while held: see locks.
+            self._home.lock_path(self.id).unlink(missing_ok=True)
+        except OSError as exc:
+            # A disk that has become read-only, say: the other jobs must not pay for it. A sweep comes back to it.
+            logger.error("job %s: its entry could not be removed: %s", self.id, exc)
+        finally:
+            self._lock.release()
+
+    @property
+    def ended(self) -> bool:
+        return self.read().get("phase") in ENDED
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a directory, if it is there."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,128 @@
+"""What any process may do with a job without holding it: read it, and leave a word for its holder. Blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from aipod.config import MIB
+from aipod.spool.journal import Journal
+
+READ = 1 * MIB
+# Phases that a job never leaves, but for RELEASED.
+ENDED = ("DONE", "FAILED", "CANCELLED", "RELEASED")
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What others have left for the holder of a job."""
+
+    stop: bool = False  # it shall be cancelled
+    wanted: int = 0  # the highest epoch that has asked for the upload
+    watched: int = 0  # when somebody last watched it, in nanoseconds of the file system's clock; 0 for never
+
+
+class Look:
+    """A job's directory, read."""
+
+    def __init__(self, spool_path: Path, job_id: str) -> None:
+        self.id = job_id
+        self.path = spool_path / job_id
+        self.payload = self.path / "in"
+        self.result = self.path / "res"
+        self.work = self.path / "work"
+        self._journal = Journal(self.path / "state")
+
+    def read(self) -> dict[str, Any]:
+        """The fold of the journal; empty where there is no such job."""
+        return self._journal.read()
+
+    def kwargs(self) -> bytes:
+        """The keyword arguments, as JSON."""
+        inline = self.read().get("kwargs")
+        return inline.encode() if inline is not None else (self.path / "kw").read_bytes()
+
+    def live(self) -> dict[str, Any]:
+        """What the model has reported last; empty where it has reported nothing."""
+        try:
+            told: dict[str, Any] = json.loads((self.path / "live").read_text())
+        except (OSError, ValueError):
+            return {}
+        return told
+
+    @property
+    def log_size(self) -> int:
+        """Bytes of the log."""
+        try:
+            return (self.path / "log").stat().st_size
+        except OSError:
+            return 0
+
+    def read_log(self, offset: int, limit: int) -> bytes:
+        """At most `limit` bytes of the log from `offset` on, cut at a character; empty where there is no more."""
+        try:
+            with (self.path / "log").open("rb") as file:
+                file.seek(offset)
+                data = file.read(limit)
+        except OSError:
+            return b""  # none was written, or it cannot be read now: a heartbeat must not pay for that
+        return data.decode("utf-8", "ignore").encode()
+
+    def read_result(self, offset: int) -> Generator[bytes, None, None]:
+        """The bytes of `res` from `offset` on, in pieces of at most `READ`."""
+        return _pieces(self.result, offset)
+
+    def read_payload(self) -> Generator[bytes, None, None]:
+        """The bytes of the payload, in pieces of at most `READ`."""
+        return _pieces(self.payload, 0)
+
+    # Words for the holder
+
+    def ask(self, epoch: int) -> None:
+        """Ask for the upload. The number is in a file's name, so that of two who ask at once the higher one stays."""
+        (self.path / f"want-{epoch:020d}").touch(mode=0o600)
+        for asked in self._asked():
+            if asked < epoch:
+                (self.path / f"want-{asked:020d}").unlink(missing_ok=True)
+
+    def wanted(self) -> int:
+        """The highest epoch that has asked for the upload."""
+        return max(self._asked(), default=self.read().get("epoch", 0))
+
+    def ask_to_stop(self) -> None:
+        """Ask for the job to be cancelled."""
+        (self.path / "cancel").touch(mode=0o600)
+
+    def watch(self) -> None:
+        """Tell that somebody watches."""
+        with contextlib.suppress(OSError):  # it has gone, or the disk is full; that ends the grace, not the watching
+            seen = self.path / "seen"
+            seen.touch(mode=0o600)
+            os.utime(seen)
+
+    def words(self) -> Words:
+        """What has been left for the holder."""
+        try:
+            watched = (self.path / "seen").stat().st_mtime_ns
+        except OSError:
+            watched = 0
+        return Words((self.path / "cancel").exists(), max(self._asked(), default=0), watched)
+
+    def _asked(self) -> list[int]:
+        try:
+            names = os.listdir(self.path)
+        except OSError:
+            return []
+        return [int(name[5:]) for name in names if name.startswith("want-") and name[5:].isdecimal()]
+
+
+def _pieces(path: Path, offset: int) -> Generator[bytes, None, None]:
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while piece := file.read(READ):
+            yield piece

@@ -1,0 +1,112 @@
+"""Removal of what nobody can want any more."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from aipod.spool.directory import Spool
+from aipod.spool.locks import try_lock
+from aipod.spool.look import ENDED
+from aipod.trash import remove
+
+logger = logging.getLogger("aipod.spool")
+
+# Only what is named as ours: somebody may have chosen a directory with a poetry.lock beside a poetry/.
+_ENTRY = re.compile(r"([0-9a-f]{32})(?:\.lock)?\Z")
+# Entries per step: the caller lets other threads run in between.
+BATCH = 500
+
+
+class Sweeper:
+    """Looks at all entries of a spool, again and again.
+
+    No wall clock decides: an entry's age is how long its modification times have stayed the same by the monotonic
+    clock of this process. So a restart makes entries live longer, never shorter.
+    """
+
+    def __init__(
+        self, spool: Spool, *, upload_ttl: float, ttl: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._spool = spool
+        self._upload_ttl = upload_ttl
+        self._ttl = ttl
+        self._clock = clock
+        # What each entry looked like, and since when (monotonic); and how long it is kept.
+        self._seen: dict[str, tuple[tuple[int, ...], float, float]] = {}
+
+    def sweep(self) -> Iterator[int]:
+        """Sweep once, in steps; each gives how many entries it has removed. Blocks.
+
+        Held entries belong to a living process and are left alone. Entries of plain clients go as soon as nobody holds
+        them: no ticket can claim them.
+        """
+        for trash in self._spool.path.glob(".trash-*"):
+            remove(trash)
+        for path in self._spool.workers.glob("*.lock"):
+            lock = try_lock(path)
+            if lock is not None:
+                path.unlink(missing_ok=True)
+                lock.release()
+        ids = list({match[1] for match in map(_ENTRY.match, os.listdir(self._spool.path)) if match})
+        yield 0
+        for start in range(0, len(ids), BATCH):
+            yield sum(map(self._look_at, ids[start : start + BATCH]))
+        kept = set(ids)
+        self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in kept}
+
+    def _look_at(self, job_id: str) -> bool:
+        try:
+            return self._sweep_one(job_id)
+        except OSError as exc:
+            logger.error("job %s: its entry could not be swept: %s", job_id, exc)
+            return False
+
+    def _sweep_one(self, job_id: str) -> bool:
+        times = _times(self._spool.path / job_id)
+        now = self._clock()
+        looked, since, keep = self._seen.get(job_id, ((), now, 0.0))
+        if looked == times and now - since < keep:
+            return False
+        entry = self._spool.hold(job_id)
+        if entry is None:
+            self._seen.pop(job_id, None)
+            return self._remove_lock(job_id)
+        state = entry.read()
+        if state.get("ticketed"):
+            keep = self._ttl if state.get("phase") in ENDED else self._upload_ttl
+            if looked != times:
+                self._seen[job_id] = (times, now, keep)
+                since = now
+            if now - since < keep:
+                entry.let_go()
+                return False
+        self._seen.pop(job_id, None)
+        entry.destroy()
+        return True
+
+    def _remove_lock(self, job_id: str) -> bool:
+        """Remove a lock file without an entry, if nobody holds it."""
+        if (self._spool.path / job_id).exists():
+            return False
+        lock = try_lock(self._spool.lock_path(job_id))
+        if lock is not None:
+            if not (self._spool.path / job_id).exists():
+                self._spool.lock_path(job_id).unlink(missing_ok=True)
+            lock.release()
+        return False
+
+
+def _times(path: Path) -> tuple[int, ...]:
+    """The modification times of an entry and of the files that tell of life in it."""
+    found = []
+    for one in (path, path / "state", path / "seen"):
+        try:
+            found.append(one.stat().st_mtime_ns)
+        except OSError:
+            found.append(0)
+    return tuple(found)
