@@ -16,7 +16,7 @@ from grpclib.metadata import Deadline, encode_metadata
 from aipod.client.call import ask
 from aipod.client.course import Course, Request, Until
 from aipod.client.event import OnEvent
-from aipod.client.follow import Follower
+from aipod.client.follow import Follower, end_left
 from aipod.client.job import Job
 from aipod.client.link import Link
 from aipod.client.reader import Payload
@@ -318,7 +318,7 @@ class Client:
         absent = absent or (isinstance(error, Refused) and not course.answered)
         if course.file is None and not absent:
             op = Op.RELEASE if course.phase == Phase.DONE else Op.CANCEL
-            self._link.errand(ask, self._link, request.metadata, course.ticket, op)
+            self._link.errand(end_left, self._link, request.metadata, course.ticket, op)
 
     async def _delivered(self, request: Request, course: Course) -> None:
         """The caller has the answer: nobody will ask for it again."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from grpclib.exceptions import GRPCError
+
 from aipod.client.call import Attempt, ask, in_own_task
 from aipod.client.course import Course, Request
-from aipod.client.failure import Action, Decision, Known, Local, decide
+from aipod.client.failure import Action, Decision, Known, Local, NoAnswer, decide
 from aipod.client.link import Link
 from aipod.client.patience import Patience
-from aipod.wire.ai import Op, State
+from aipod.wire.ai import Op, Phase, State
+
+# Seconds after which a job that was left is ended again where it is still being received.
+_ASK_AGAIN = (0.05, 0.2, 0.5)
 
 
 class Follower:
@@ -111,4 +117,18 @@ async def ask_surely(link: Link, metadata: Sequence[tuple[str, str]], ticket: by
         pause = patience.pause(known=False, at_least=decision.retry_after, free=idle)
         if decision.action is not Action.RETRY or pause is None:
             raise decision.error from decision.cause
+        await asyncio.sleep(pause)
+
+
+async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op) -> None:
+    """End a job that its caller has left, best effort: the errand of one who has gone.
+
+    The call that brought the job may still be about to create it, or to let go of it, when this one arrives: then it is
+    asked again. This is an asyncio-flavored function, to be run in a task of its own.
+    """
+    for pause in _ASK_AGAIN:
+        with contextlib.suppress(GRPCError, NoAnswer):
+            state = await ask(link, metadata, ticket, op)
+            if state.phase > Phase.RECEIVING:
+                return
         await asyncio.sleep(pause)
