@@ -112,7 +112,8 @@ def is_ended(entry: Path) -> bool:
     if not state.get("ticketed") or state.get("phase") not in ENDED:
         return False
     # want-*: somebody has taken the upload over
-    return {path.name for path in entry.iterdir() if not path.name.startswith("want-")} <= {"state", "res", "log", "seen"}
+    kept = {path.name for path in entry.iterdir() if not path.name.startswith("want-")}
+    return kept <= {"state", "res", "log", "seen"}
 
 
 def peak_memory(pid: int) -> float:
