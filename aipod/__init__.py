@@ -27,7 +27,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aipod.client import Client
+    from aipod.client import Client, Job
     from aipod.config import Config
     from aipod.errors import (
         AipodError,
@@ -51,6 +51,7 @@ __all__ = [
     "Config",
     "Context",
     "Interrupted",
+    "Job",
     "JobCancelled",
     "JobFailed",
     "JobLost",
@@ -81,6 +82,7 @@ _HOME = {
     **dict.fromkeys(("Context", "Model", "method"), "models"),
     "Client": "client",
     "Config": "config",
+    "Job": "client",
     "serve": "server",
 }
 

@@ -50,6 +50,7 @@ class Config:
     )
     spool: str = _setting("", "Directory where jobs live; 'tmp' is a fresh one, removed at exit.")
     data: str = _setting("", "Directory with one subdirectory per version.")
+    reuse_port: bool = _setting(False, "Let several servers listen on one address (SO_REUSEPORT).")
     insecure: bool = _setting(False, "Allow other than loopback addresses without identity.")
 
     # Jobs
@@ -116,6 +117,8 @@ class Config:
     silence: float = _setting(15 * SECONDS, "Seconds without a heartbeat before a server is lost.", low=0.1)
     attempts: int = _setting(5, "Times a request is tried while it is not complete.", low=1, high=100)
     level: int = _setting(3, "zstd level of what is sent.", low=-100, high=19)
+    # As long as the server keeps a job that nobody watches.
+    reconnect: float = _setting(10 * MINUTES, "Seconds without progress before a job is given up.", low=0)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

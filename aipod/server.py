@@ -213,7 +213,7 @@ def _sockets(config: Config) -> Iterator[list[socket.socket]]:
         sockets = []
         for address in config.bind:
             try:
-                sock = _listen(address, insecure=config.insecure)
+                sock = _listen(address, insecure=config.insecure, reuse_port=config.reuse_port)
             except (OSError, ValueError) as exc:
                 raise ServeError(
                     "BIND_FAILED", f"cannot listen on {address}: {exc}; choose another with --bind"
@@ -225,7 +225,7 @@ def _sockets(config: Config) -> Iterator[list[socket.socket]]:
         yield sockets
 
 
-def _listen(address: str, *, insecure: bool) -> socket.socket:
+def _listen(address: str, *, insecure: bool, reuse_port: bool) -> socket.socket:
     if address.startswith("unix:"):
         return _listen_unix(address.removeprefix("unix:"))
     host, colon, port = address.rpartition(":")
@@ -238,6 +238,8 @@ def _listen(address: str, *, insecure: bool) -> socket.socket:
     sock = socket.socket(family, kind, proto)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(where)

@@ -111,7 +111,9 @@ def is_ended(entry: Path) -> bool:
     state = Journal(entry / "state").read()
     if not state.get("ticketed") or state.get("phase") not in ENDED:
         return False
-    return {path.name for path in entry.iterdir()} <= {"state", "res", "log", "seen"}
+    # want-*: somebody has taken the upload over
+    kept = {path.name for path in entry.iterdir() if not path.name.startswith("want-")}
+    return kept <= {"state", "res", "log", "seen"}
 
 
 def peak_memory(pid: int) -> float:

@@ -1,4 +1,4 @@
-"""Power cuts: whatever of the disk one leaves, what was acknowledged is there, and nothing that is not true is believed.
+"""Power cuts: whatever they leave of the disk, what was acknowledged is there, and nothing untrue is believed.
 
 Every file operation of a job's story is recorded (`tests.disk`), every image that a power cut may leave after each of
 them is made, and the real spool recovers on it as the next server would.
@@ -274,7 +274,7 @@ class Recovery:
         if self.acknowledged:
             assert self.spool.is_named(self.name)
         look = self.spool.look(ID)
-        fields, _, free = jobs(self.spool)._read(look)
+        fields, _, _ = jobs(self.spool)._read(look)
         phase = fields.get("phase", "RECEIVING") if fields else "absent"
         getattr(self, f"check_{phase.lower()}")(look, fields)
 

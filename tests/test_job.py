@@ -596,7 +596,7 @@ async def test_an_answer_that_is_released_while_it_is_sent_is_not_a_bug_of_the_s
 
 
 async def test_the_grace_begins_when_the_last_viewer_leaves_and_not_a_tick_before() -> None:
-    """I16. Mutants seen: the grace counts from the last tick at which somebody was there; a watcher elsewhere is none."""
+    """I16. Mutants seen: it counts from the last tick at which somebody was there; a watcher elsewhere is none."""
     job = fake_job(OWN)
     job.phase = Phase.RUNNING
     job.viewers = 1

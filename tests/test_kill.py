@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from aipod.errors import JobLost, JobFailed
+from aipod.errors import JobFailed, JobLost
 from aipod.spool import Journal
 from tests import stranger
 from tests.calls import calls, marked, own, plain, plain_version

@@ -153,7 +153,8 @@ def test_the_header_must_be_the_hash_of_the_ticket(name: str) -> None:
 
 
 def test_an_op_that_nobody_knows() -> None:
-    assert refusal(own, Open(ticket=TICKET, op=Op(99))).startswith("BAD_MESSAGE: open.op is 99; this server knows [0, 1")
+    text = refusal(own, Open(ticket=TICKET, op=Op(99)))
+    assert text.startswith("BAD_MESSAGE: open.op is 99; this server knows [0, 1")
 
 
 def attach(message: Raw | StreamInput, headers: dict[str, str] | None = None) -> tuple[str, Open] | None:
@@ -176,7 +177,10 @@ def test_an_unknown_op_needs_no_request_to_be_refused() -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [Raw(), StreamInput(), StreamInput(raw=Raw()), *(Raw(open=Open(ticket=TICKET, op=op)) for op in (Op.RUN, Op.RESUME))],
+    [
+        *(Raw(), StreamInput(), StreamInput(raw=Raw())),
+        *(Raw(open=Open(ticket=TICKET, op=op)) for op in (Op.RUN, Op.RESUME)),
+    ],
     ids=range(5),
 )
 def test_what_brings_a_request_is_no_attach(message: Any) -> None:

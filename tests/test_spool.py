@@ -530,9 +530,7 @@ def test_an_entry_waits_for_the_worker_that_still_computes_for_it(spool: Spool) 
 
 
 @pytest.mark.parametrize(("phase", "keep"), [("RECEIVING", UPLOAD_TTL), ("QUEUED", UPLOAD_TTL), ("DONE", TTL)])
-def test_a_ticketed_entry_is_kept_until_nothing_has_changed_for_its_time(
-    spool: Spool, phase: str, keep: float
-) -> None:
+def test_a_ticketed_entry_is_kept_until_nothing_has_changed_for_its_time(spool: Spool, phase: str, keep: float) -> None:
     broom = Broom(spool)
     with killed(spool, A, TICKETED | {"phase": phase}):
         pass
@@ -665,7 +663,7 @@ def test_a_disk_that_fills_up_refuses_and_can_be_cleaned(spool: Spool) -> None:
 
 
 def test_a_full_disk_is_a_pause_for_an_upload(spool: Spool) -> None:
-    """I10: what was acknowledged stays, what did not fit is sent again. Mutant seen: `durable` counts what is written."""
+    """I10: what was acknowledged stays, the rest is sent again. Mutant seen: `durable` counts what is written."""
     data = os.urandom(20_000)
     entry = claimed(spool, A, TICKETED | {"size": 20_000})
     entry.write(data[:3000])

@@ -1,7 +1,12 @@
-"""The client: asyncio, and nothing that imports trio. `api` is the class, `source` the payload, `call` one attempt,
-`sink` the answer, `failure` what went wrong."""
+"""The client: asyncio, and nothing that imports trio.
+
+`api` is the class, `job` the handle of a submitted job, `follow` one job as its caller sees it, `call` one attempt,
+`course` what outlives an attempt, `link` what the calls of a client share; `source` and `reader` the payload, `sink`
+the answer, `ticket` the ticket file; `failure` what follows from a failed attempt, `patience` how long it is tried.
+"""
 
 from aipod.client.api import Client
-from aipod.client.call import Event
+from aipod.client.event import Event
+from aipod.client.job import Job
 
-__all__ = ["Client", "Event"]
+__all__ = ["Client", "Event", "Job"]

@@ -1,30 +1,40 @@
-"""`Client`: the four methods, retries, and the connection they share."""
+"""`Client`: the four methods, jobs that are submitted, and the connection that they share."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import warnings
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from grpclib.metadata import Deadline, encode_metadata
 
-from aipod.client.call import Attempt, Event, OnEvent, Request
-from aipod.client.failure import NoAnswer, explain
+from aipod.client.call import ask
+from aipod.client.course import Course, Request, Until
+from aipod.client.event import OnEvent
+from aipod.client.follow import Follower, end_left
+from aipod.client.job import Job
+from aipod.client.link import Link
+from aipod.client.reader import Payload
 from aipod.client.sink import check_target
-from aipod.client.source import Payload, Source
+from aipod.client.source import Source
+from aipod.client.ticket import TicketFile, parse_ticket
 from aipod.codec import Compressor
 from aipod.config import KIB, Config
-from aipod.errors import JobLost, Unreachable, UsageError, job_failed
-from aipod.retry import delays
-from aipod.transport.channel import Channel, split_target
+from aipod.errors import JobLost, Refused, Unreachable, UsageError, job_failed
+from aipod.transport.channel import split_target
+from aipod.wire.ai import Op, Phase
 
 # Above it bytes are better in a file, and kwargs better in the payload: both are held in memory whole.
 WARN_ABOVE = 32 * KIB
-T = TypeVar("T")
+# Answers up to it are released along with a later call; the server keeps them a minute at most. For larger ones it is
+# told at once.
+RELEASED_LATER = 64 * KIB
+RPCS = ("chaos", "train", "predict", "log")
 
 
 class Client:
@@ -32,6 +42,10 @@ class Client:
 
         async with aipod.Client("127.0.0.1:50051") as client:
             answer = await client.predict("scan.nii", version="3", top=5)
+
+            job = await client.submit("train", "set.csv", version="4")
+            ...
+            answer = await job.wait()
 
     `target` is HOST:PORT, [::1]:PORT or unix:PATH. The connection is made at the first call and again where it was
     lost. Raises `UsageError` for a target that is none.
@@ -42,10 +56,8 @@ class Client:
             split_target(target)
         except ValueError as exc:
             raise UsageError(str(exc)) from None
-        self._target = target
         self._config = config or Config()
-        self._channel: Channel | None = None
-        self._closes = 0  # how often `close` was called: a call does not outlive it by trying again
+        self._link = Link(target, self._config)
 
     async def __aenter__(self) -> Client:
         return self
@@ -53,23 +65,15 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        channel = self._let_go()
-        if channel is not None:
-            await channel.aclose()
+        await self._link.aclose()
 
     def close(self) -> None:
         """Close the connection; calls under way end as lost ones. The next call opens a new one.
 
-        Leaving `async with` also waits until the socket is closed, a second at most.
+        Leaving `async with` also lets the server know of calls that were left (2 s at most), and waits until the
+        socket is closed (1 s at most).
         """
-        channel = self._let_go()
-        if channel is not None:
-            channel.close()
-
-    def _let_go(self) -> Channel | None:
-        self._closes += 1
-        channel, self._channel = self._channel, None
-        return channel
+        self._link.close()
 
     async def chaos(
         self,
@@ -81,12 +85,13 @@ class Client:
         timeout: float | None = None,
         save_to: str | os.PathLike[str] | None = None,
         on_event: OnEvent | None = None,
+        ticket_file: str | os.PathLike[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Any:
         """Call the method that metadata `x-func-name` names ("chaos" without it); else as `predict`."""
         return await self._call(
-            "chaos", payload, version, metadata, timeout, save_to, on_event, {**(kwargs or {}), **more}
+            "chaos", payload, version, metadata, timeout, save_to, on_event, ticket_file, {**(kwargs or {}), **more}
         )
 
     async def train(
@@ -99,12 +104,13 @@ class Client:
         timeout: float | None = None,
         save_to: str | os.PathLike[str] | None = None,
         on_event: OnEvent | None = None,
+        ticket_file: str | os.PathLike[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Any:
         """Call the method `train`; else as `predict`."""
         return await self._call(
-            "train", payload, version, metadata, timeout, save_to, on_event, {**(kwargs or {}), **more}
+            "train", payload, version, metadata, timeout, save_to, on_event, ticket_file, {**(kwargs or {}), **more}
         )
 
     async def predict(
@@ -117,24 +123,34 @@ class Client:
         timeout: float | None = None,
         save_to: str | os.PathLike[str] | None = None,
         on_event: OnEvent | None = None,
+        ticket_file: str | os.PathLike[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Any:
-        """Call the method `predict` and return its answer.
+        """Call the method `predict` and return its answer, whatever happens to connections and servers meanwhile.
 
         `payload`: a path (str or PathLike) names a file to send; bytes, a binary file, or an iterable or async
-        iterable of bytes are the payload itself. Keyword arguments that this signature does not name go to the
-        method; those whose names it has go into `kwargs`. `timeout`: seconds for the whole call. `save_to`: write the
-        answer to this file and return its path; without it bytes above 64 MiB raise. `on_event`: called on the loop
-        with every `Event`; must not block.
+        iterable of bytes are the payload itself. What can be read once only is kept in a temporary file meanwhile
+        (`TMPDIR` says where). Keyword arguments that this signature does not name go to the method; those whose names
+        it has go into `kwargs`. `timeout`: seconds for the whole call. `save_to`: write the answer to this file and
+        return its path; without it bytes above 64 MiB raise. `on_event`: called on the loop with every `Event`; must
+        not block.
+
+        `ticket_file`: keep in this file what is needed to continue. When this process is killed, or the call is
+        cancelled or out of time, the job goes on for the server's grace time; the same call with the same file, from
+        any process, continues it. The file is removed when the answer is here. It is as secret as the job.
+
+        What is lost on the way is sent again from where it was; nothing that the server has is sent twice. Tried again
+        are `config.attempts` connections while nothing is known of the job, afterwards as many as there are in
+        `config.reconnect` seconds without progress.
 
         Returns what the method returned: JSON values, bytes (for a `Path`, the file's content), or `save_to`.
-        Raises `UsageError`, `Refused`, `ModelError`, `JobCancelled`, `JobFailed`, `Unreachable` (the method did not
-        run) and `JobLost` (it may have). What is lost before the request is complete is tried again.
-        Cancelled: the job is cancelled, best effort.
+        Raises `UsageError`, `Refused`, `ModelError`, `JobCancelled`, `Interrupted` (the server or the worker was killed
+        while the method ran), `JobFailed`, `Unreachable` (the method did not run) and `JobLost` (it may have).
+        Cancelled without a ticket file: the job is cancelled, best effort.
         """
         return await self._call(
-            "predict", payload, version, metadata, timeout, save_to, on_event, {**(kwargs or {}), **more}
+            "predict", payload, version, metadata, timeout, save_to, on_event, ticket_file, {**(kwargs or {}), **more}
         )
 
     async def log(
@@ -147,13 +163,58 @@ class Client:
         timeout: float | None = None,
         save_to: str | os.PathLike[str] | None = None,
         on_event: OnEvent | None = None,
+        ticket_file: str | os.PathLike[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Any:
         """Call the method `log`; else as `predict`."""
         return await self._call(
-            "log", payload, version, metadata, timeout, save_to, on_event, {**(kwargs or {}), **more}
+            "log", payload, version, metadata, timeout, save_to, on_event, ticket_file, {**(kwargs or {}), **more}
         )
+
+    async def submit(
+        self,
+        method: str,
+        payload: Payload = b"",
+        /,
+        *,
+        version: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
+        on_event: OnEvent | None = None,
+        ticket_file: str | os.PathLike[str] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Job:
+        """Hand a job over and return its handle, once the server has the whole payload.
+
+        `method` is the name of any exported method. The arguments are those of `predict`; `on_event` is called until
+        this returns. With `ticket_file` the same call continues what another process has begun; the file is removed
+        when `Job.wait` has given the answer.
+
+        Raises as `predict`; what the job then ends with is told by `Job.wait`. Cancelled without a ticket file before
+        it returns: the job is cancelled, best effort.
+        """
+        metadata = _checked(metadata)
+        if method not in RPCS:
+            metadata = [*(pair for pair in metadata if pair[0] != "x-func-name"), ("x-func-name", method)]
+            metadata = _checked(metadata)
+        rpc = method if method in RPCS else "chaos"
+        request, course = await self._prepare(
+            rpc, payload, version, metadata, ticket_file, {**(kwargs or {}), **more}, stacklevel=3
+        )
+        request.until, request.on_event = Until.TAKEN, on_event
+        _, course = await self._run(request, course, None)
+        job = Job(self._link, course.ticket, request.metadata, taken=True, file=course.file)
+        job._watch()
+        return job
+
+    def attach(self, ticket: bytes | str, *, metadata: Sequence[tuple[str, str]] = ()) -> Job:
+        """The handle of a job that this or any other process has submitted; asks nobody yet.
+
+        `ticket` is what `Job.ticket` or `str(job)` was; `metadata` is sent with every call, `x-upstream` for one.
+        Raises `UsageError` for what is no ticket.
+        """
+        return Job(self._link, parse_ticket(ticket), _checked(metadata), taken=False, file=None)
 
     async def _call(
         self,
@@ -164,28 +225,57 @@ class Client:
         timeout: float | None,
         save_to: str | os.PathLike[str] | None,
         on_event: OnEvent | None,
+        ticket_file: str | os.PathLike[str] | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        _check_arguments(version, timeout)
+        _check_timeout(timeout)
         if save_to is not None:
             await asyncio.to_thread(check_target, save_to)
+        request, course = await self._prepare(
+            rpc, payload, version, _checked(metadata), ticket_file, kwargs, stacklevel=4
+        )
+        request.save_to, request.on_event = save_to, on_event
+        if timeout is not None and ticket_file is None:
+            request.deadline = Deadline.from_timeout(timeout)
+        answer, course = await self._run(request, course, timeout)
+        await self._delivered(request, course)
+        return answer
+
+    async def _prepare(
+        self,
+        rpc: str,
+        payload: Payload,
+        version: str,
+        metadata: Sequence[tuple[str, str]],
+        ticket_file: str | os.PathLike[str] | None,
+        kwargs: dict[str, Any],
+        *,
+        stacklevel: int,
+    ) -> tuple[Request, Course]:
+        if not isinstance(version, str):
+            raise UsageError(f"version={version!r} is no text; write version={str(version)!r}")
         if rpc == "chaos" and version:
             kwargs = {**kwargs, "version": version}  # Raw has no field for it
+        in_memory = isinstance(payload, bytes | bytearray | memoryview)
         if isinstance(payload, bytes | bytearray | memoryview) and len(payload) > WARN_ABOVE:
-            warnings.warn(f"{len(payload)} bytes of payload in memory; a path is sent without loading it", stacklevel=3)
-        request = Request(
-            rpc=rpc,
-            kwargs=self._pack(kwargs),
-            version=version,
-            source=await asyncio.to_thread(Source, payload),
-            metadata=_checked(metadata),
-            deadline=None if timeout is None else Deadline.from_timeout(timeout),
-            save_to=save_to,
-            on_event=on_event,
-        )
-        return await self._try(request)
+            warnings.warn(
+                f"{len(payload)} bytes of payload in memory; a path is sent without loading it", stacklevel=stacklevel
+            )
+        text = self._text(kwargs, stacklevel + 1)
+        packed = Compressor(self._config.level).frame(text)
+        source = Source(payload) if in_memory else await asyncio.to_thread(Source, payload)
+        request = Request(rpc, metadata, packed, version, source)
+        if ticket_file is None:
+            return request, Course()
+        request.fingerprint = await asyncio.to_thread(_fingerprint, request, text, source)
+        file = TicketFile(ticket_file)
+        saved = await asyncio.to_thread(file.load)
+        if saved is None:
+            return request, Course(file=file)
+        file.check(saved, request.fingerprint)
+        return request, Course.of_file(file, saved)
 
-    def _pack(self, kwargs: dict[str, Any]) -> bytes:
+    def _text(self, kwargs: dict[str, Any], stacklevel: int) -> bytes:
         for name in kwargs:
             if name.startswith("_aipod"):
                 raise UsageError(f"keyword argument {name!r}: names that begin with _aipod are aipod's own")
@@ -196,46 +286,65 @@ class Client:
         if len(text) > self._config.kwargs_limit:
             raise UsageError(f"{len(text)} bytes of keyword arguments; the limit is {self._config.kwargs_limit}")
         if len(text) > WARN_ABOVE:
-            warnings.warn(f"{len(text)} bytes of keyword arguments; send large data as the payload", stacklevel=4)
-        return Compressor(self._config.level).frame(text)
+            warnings.warn(
+                f"{len(text)} bytes of keyword arguments; send large data as the payload", stacklevel=stacklevel
+            )
+        return text
 
-    async def _try(self, request: Request) -> Any:
-        """Attempts, until one has an outcome or another cannot help."""
-        pauses = delays(self._config.attempts)
-        closes = self._closes
-        number = 0
-        while True:
-            number += 1
-            attempt = Attempt(self._connect(), self._config, request, number)
-            try:
-                return await _in_own_task(attempt.run())
-            except (Exception, BaseExceptionGroup) as exc:
-                failure = explain(exc, target=self._target, committed=attempt.committed)
-                if failure is None:
-                    raise
-            left = None if request.deadline is None else request.deadline.time_remaining()
-            if left == 0 and isinstance(failure.error, Unreachable | JobLost):
-                raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from failure.error
-            pause = next(pauses, None)
-            if failure.retry_after is None or pause is None or not request.source.check_replayable():
-                raise failure.error from failure.cause
-            pause = max(pause, failure.retry_after)
-            why = str(failure.error)
-            request.tell(Event("WAITING", message=why, attempt=number + 1, attempts=self._config.attempts))
-            await asyncio.sleep(pause if left is None else min(pause, left))
-            if self._closes != closes:
-                raise failure.error from failure.cause
+    async def _run(self, request: Request, course: Course, timeout: float | None) -> tuple[Any, Course]:
+        """Follow the job as far as `request` wants; what that gave, and what is known of the job then."""
+        assert request.source is not None
+        follower = Follower(self._link, request, course)
+        scope = asyncio.timeout(timeout)
+        try:
+            async with request.source, scope:
+                return await follower.run(), follower.course
+        except BaseException as exc:
+            self._leave(request, follower.course, exc)
+            await _forget_ended(follower.course)
+            if isinstance(exc, TimeoutError) and scope.expired():
+                raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc.__cause__
+            raise
+        finally:
+            if request.save_to is not None:
+                await asyncio.to_thread(follower.course.discard)
 
-    def _connect(self) -> Channel:
-        if self._channel is None:
-            self._channel = Channel(self._target, self._config)
-        return self._channel
+    def _leave(self, request: Request, course: Course, error: BaseException) -> None:
+        """The caller goes without an answer: nobody can ask for the job again, unless there is a file."""
+        if course.phase > Phase.DONE:
+            self._link.release(course.spool, course.ticket)
+            return
+        absent = course.fresh or isinstance(error, Unreachable | JobLost)  # or out of reach
+        absent = absent or (isinstance(error, Refused) and not course.answered)
+        if course.file is None and not absent:
+            op = Op.RELEASE if course.phase == Phase.DONE else Op.CANCEL
+            self._link.errand(end_left, self._link, request.metadata, course.ticket, op)
+
+    async def _delivered(self, request: Request, course: Course) -> None:
+        """The caller has the answer: nobody will ask for it again."""
+        if course.file is not None:
+            await asyncio.to_thread(course.file.remove)
+        if course.event.answer_size <= RELEASED_LATER:
+            self._link.release(course.spool, course.ticket)
+        else:
+            self._link.errand(ask, self._link, request.metadata, course.ticket, Op.RELEASE)
 
 
-def _check_arguments(version: object, timeout: object) -> None:
+async def _forget_ended(course: Course) -> None:
+    """A job that has ended without an answer says the same for ever: another try takes a new ticket."""
+    if course.file is not None and course.phase > Phase.DONE:
+        await asyncio.to_thread(course.file.remove)
+
+
+def _fingerprint(request: Request, kwargs: bytes, source: Source) -> str:
+    """What a ticket file knows its request by. Blocks: bytes in memory are hashed."""
+    method = next((value for name, value in request.metadata if name == "x-func-name"), "")
+    fields = [request.rpc, method, request.version, kwargs.decode(), source.size, source.content_tag()]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def _check_timeout(timeout: object) -> None:
     """Raises `UsageError` for what would fail as something else later on."""
-    if not isinstance(version, str):
-        raise UsageError(f"version={version!r} is no text; write version={str(version)!r}")
     if timeout is not None and (not isinstance(timeout, int | float) or not timeout >= 0):
         raise UsageError(f"timeout={timeout!r} is not a number of seconds")
 
@@ -250,22 +359,3 @@ def _checked(metadata: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     except (TypeError, ValueError) as exc:
         raise UsageError(f"metadata cannot be sent: {exc}") from None
     return headers
-
-
-async def _in_own_task(attempt: Coroutine[Any, Any, T]) -> T:
-    """Await `attempt` in a task of its own. This is an asyncio-flavored function.
-
-    grpclib ends a wait by cancelling the task that waits. The caller's must not be that one: asyncio.timeout and
-    TaskGroup count cancellations, and a cancelled caller must not be taken for a lost connection.
-    """
-    caller = asyncio.current_task()
-    assert caller is not None
-    before = caller.cancelling()
-    try:
-        return await asyncio.create_task(attempt, name="aipod-call")
-    except (Exception, asyncio.CancelledError) as exc:
-        if caller.cancelling() > before:
-            raise asyncio.CancelledError from exc
-        if isinstance(exc, asyncio.CancelledError):
-            raise NoAnswer("the connection was lost") from None
-        raise

@@ -1,8 +1,21 @@
-"""What went wrong with a call, as one of aipod's exceptions; the decisions of the retry policy, without I/O."""
+"""What went wrong with one attempt, and what follows from it: the table of the retry policy, without I/O.
+
+connection lost, silence, status OK without an outcome, INTERNAL, UNAVAILABLE, UNKNOWN, CANCELLED or
+DEADLINE_EXCEEDED without our details (a proxy's words for a lost connection)          connect again
+OFFSET_MISMATCH, UPLOAD_STALLED, TRUNCATED                                             connect again
+anything with RetryInfo (BUSY, DRAINING, SPOOL_FULL, OVERLOADED)                       connect again, later
+BAD_CHUNK, an answer that arrived damaged                                              connect again, once
+WRONG_SPOOL where nothing was to be created elsewhere                                  run at once, without a spool
+WRONG_SPOOL, NOT_FOUND of a job that was there                                         connect again, 60 s long
+NOT_STARTED                                                                            run anew: see `_anew`
+SUPERSEDED                                                                             stop, or outbid once
+every other refusal, every stored outcome                                              stop
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
@@ -11,17 +24,26 @@ from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from aipod.errors import DOMAIN, AipodError, JobFailed, JobLost, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
-from aipod.wire.ai import State
+from aipod.wire.ai import Op, Phase, State
+
+# Seconds for which a job may be somewhere else than it was: a proxy that lost a host asks for it again within those.
+OUT_OF_SIGHT = 60.0
 
 # What a lost connection looks like once a proxy has put it into words; also the statuses that the first version's
 # retry policy named.
-_LOST = (Status.INTERNAL, Status.UNAVAILABLE, Status.UNKNOWN)
+_LOST = (Status.INTERNAL, Status.UNAVAILABLE, Status.UNKNOWN, Status.CANCELLED, Status.DEADLINE_EXCEEDED)
+# Reasons that say nothing against the request itself.
+_TRANSIENT = ("OFFSET_MISMATCH", "UPLOAD_STALLED", "TRUNCATED")
 # Reasons with which a job may have been taken on before it ended.
-_ENDED = ("CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
+_ENDED = ("CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "INTERRUPTED", "RELEASED")
 
 
 class NoAnswer(Exception):
     """The call ended with status OK, or the server fell silent, without an outcome."""
+
+
+class BadAnswer(Exception):
+    """What arrived is not the answer that was stored."""
 
 
 class Local(Exception):
@@ -32,70 +54,159 @@ class Local(Exception):
         self.error = error
 
 
+class Action(enum.Enum):
+    """What follows from a failed attempt."""
+
+    STOP = "raise the error"
+    RETRY = "connect again, while there is patience"
+    RELEARN = "run again at once: the server has another spool than was thought, and has created nothing"
+    ANEW = "run under a new ticket: nothing has run under this one, and nothing ever will"
+    OUTBID = "ask again with a higher epoch"
+
+
 @dataclasses.dataclass(frozen=True)
-class Failure:
-    """`retry_after`: seconds to wait at least before the same request may be tried again; None: it must not be."""
+class Known:
+    """What the client knows about a job when an attempt has failed."""
 
+    target: str
+    op: Op = Op.RUN
+    sent_to: str | None = None  # the spool that `last` was sent to, in this attempt or an earlier one
+    sent_ago: float = 0.0  # seconds since then
+    phase: Phase = Phase.NONE  # the furthest that was told
+    may_outbid: bool = False  # this process has just taken the job over from another one's file
+    damaged: int = 0  # times that a chunk arrived damaged, before this attempt
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What follows. `error` is what to raise where it is STOP, or where patience is at its end."""
+
+    action: Action
     error: Exception
-    retry_after: float | None
     cause: BaseException | None = None
+    retry_after: float = 0.0  # seconds to wait at least
+    within: float | None = None  # seconds for which RETRY makes sense, whatever patience there is
+    untouched: bool = False  # the server has done nothing for this attempt
+    damaged: bool = False
+    spool: str = ""  # the server's own
+    epoch: int = 0  # the one that won
 
 
-def explain(exc: BaseException, *, target: str, committed: bool) -> Failure | None:
-    """What `exc` means; None where it is not ours to explain.
-
-    `committed`: the request was complete, so the method may have run.
-    """
+def decide(exc: BaseException, known: Known) -> Decision | None:
+    """What follows from `exc`; None where it is not ours to explain."""
     for leaf in leaves(exc):
-        failure = _explain(leaf, target, committed)
-        if failure is not None:
-            return failure
+        decision = _decide(leaf, known)
+        if decision is not None:
+            return decision
     return None
 
 
-def _explain(exc: BaseException, target: str, committed: bool) -> Failure | None:
+def _decide(exc: BaseException, known: Known) -> Decision | None:
     if isinstance(exc, Local):
-        return Failure(exc.error, None, exc.error.__cause__)
+        return Decision(Action.STOP, exc.error, exc.error.__cause__)
+    if isinstance(exc, BadAnswer):
+        error = AipodError("BAD_ANSWER", f"{exc}; the answer arrived damaged twice, call again")
+        return Decision(Action.STOP if known.damaged else Action.RETRY, error, exc, damaged=True)
     if isinstance(exc, AipodError):
-        return Failure(exc, None, exc.__cause__)
+        return Decision(Action.STOP, exc, exc.__cause__)
     if isinstance(exc, StreamRefused):
-        return _lost(exc, target, committed=False)
+        return dataclasses.replace(_lost(exc, known), untouched=True)
     if isinstance(exc, GRPCError) and not isinstance(exc, BadMessage):
-        return _from_status(exc, target, committed)
+        return _of_status(exc, known)
     # OSError: also TimeoutError and ssl.SSLError; GRPCError: what arrived cannot be read.
     if isinstance(exc, OSError | StreamTerminatedError | ProtocolError | NoAnswer | GRPCError):
-        return _lost(exc, target, committed)
+        return _lost(exc, known)
     return None
 
 
-def _lost(exc: BaseException, target: str, committed: bool) -> Failure:
+def _lost(exc: BaseException, known: Known) -> Decision:
     text = str(exc) or "no answer in time"
     if isinstance(exc, GRPCError):
         text = f"{exc.status.name}: {exc.message}"
-    if committed:
-        error = JobLost(f"the connection to {target} was lost, the method may have run: {text}")
-        return Failure(error, None, exc)
-    return Failure(Unreachable(f"no lasting connection to {target}: {text}"), 0.0, exc)
+    return Decision(Action.RETRY, gone(known, text), exc)
 
 
-def _from_status(exc: GRPCError, target: str, committed: bool) -> Failure:
+def gone(known: Known, text: str) -> JobLost | Unreachable:
+    """The error for a job that is given up, because of `text`."""
+    if known.sent_to is None and known.op != Op.ATTACH:
+        return Unreachable(f"no lasting connection to {known.target}: {text}")
+    return JobLost(
+        f"the connection to {known.target} was lost and the job was not found again; it may have run: {text}. "
+        "Its ticket, or its ticket file, may still find it; without them call again, which may run it a second time"
+    )
+
+
+def _of_status(exc: GRPCError, known: Known) -> Decision:
     details = exc.details if isinstance(exc.details, list) else []
     info = next((d for d in details if isinstance(d, ErrorInfo) and d.domain == DOMAIN), None)
     delay = next((d.retry_delay.seconds + d.retry_delay.nanos / 1e9 for d in details if isinstance(d, RetryInfo)), None)
     text = exc.message or exc.status.name
-    if info is not None and info.reason in _ENDED:
-        return Failure(job_failed(info.reason, text, dict(info.metadata)), None, exc)
     if info is not None:
-        # RetryInfo: the server says that nothing was done.
-        return Failure(Refused(info.reason, text, dict(info.metadata)), delay, exc)
+        return _of_reason(info.reason, text, dict(info.metadata), delay, exc, known)
     if exc.status in _LOST:
-        return _lost(exc, target, committed)
-    return Failure(Refused(exc.status.name, text), delay, exc)
+        return _lost(exc, known)
+    error: Exception = Refused(exc.status.name, text)
+    if known.sent_to is not None:
+        error = gone(known, f"{exc.status.name}: {text}")
+    if delay is not None:
+        return Decision(Action.RETRY, error, exc, retry_after=delay)
+    return Decision(Action.STOP, error, exc)
+
+
+def _of_reason(
+    reason: str, text: str, metadata: dict[str, str], delay: float | None, exc: GRPCError, known: Known
+) -> Decision:
+    refused = Refused(reason, text, metadata)
+    spool = metadata.get("spool", "")
+    ttl = float(metadata["ttl"]) if metadata.get("ttl", "").isdecimal() else 0.0
+    if reason == "WRONG_SPOOL" and known.op == Op.RUN:
+        return Decision(Action.RELEARN, refused, exc, untouched=True, spool=spool)
+    if reason == "NOT_FOUND" and known.op == Op.ATTACH and known.phase == Phase.NONE:
+        return Decision(Action.STOP, refused, exc)
+    if reason in ("WRONG_SPOOL", "NOT_FOUND"):
+        return Decision(Action.RETRY, gone(known, text), exc, within=OUT_OF_SIGHT)
+    if reason == "NOT_STARTED":
+        return Decision(Action.ANEW if _anew(spool, ttl, known) else Action.STOP, gone(known, text), exc, spool=spool)
+    if reason == "SUPERSEDED":
+        epoch = metadata.get("epoch", "")
+        if known.may_outbid and epoch.isdecimal():
+            return Decision(Action.OUTBID, refused, exc, epoch=int(epoch))
+        return Decision(Action.STOP, refused, exc)
+    if reason == "BAD_CHUNK":
+        return Decision(Action.STOP if known.damaged else Action.RETRY, refused, exc, damaged=True)
+    if reason in _TRANSIENT:
+        return Decision(Action.RETRY, gone(known, text), exc, retry_after=delay or 0.0)
+    if delay is not None:
+        # RetryInfo: the server says that nothing was done now. What it did before is another matter.
+        return Decision(Action.RETRY, refused if known.sent_to is None else gone(known, text), exc, retry_after=delay)
+    if reason in _ENDED:
+        return Decision(Action.STOP, job_failed(reason, text, metadata), exc)
+    return Decision(Action.STOP, refused, exc)
+
+
+def _anew(spool: str, ttl: float, known: Known) -> bool:
+    """Whether NOT_STARTED means that the method has not run.
+
+    The server remembers every job for the `ttl` that it tells, but for those of the last second before a power cut: so
+    not where its machine, which the end of the spool's id tells, was started again.
+    """
+    boot = spool.rpartition("-")[2]
+    return (
+        known.op == Op.RESUME
+        and known.phase <= Phase.RECEIVING
+        and known.sent_to is not None
+        and bool(boot)
+        and boot == known.sent_to.rpartition("-")[2]
+        and 0 <= known.sent_ago < ttl
+    )
 
 
 def of_state(state: State) -> JobFailed:
     """The exception for a terminal state without a result."""
     error = state.error
+    if state.phase == Phase.RELEASED:
+        return job_failed("RELEASED", error.message if error else "the answer was released: it was had by somebody")
     if error is None:
-        return job_failed("INTERNAL", f"the job ended as {state.phase.name} without saying why")
+        reason = "CANCELLED" if state.phase == Phase.CANCELLED else "INTERNAL"
+        return job_failed(reason, f"the job ended as {state.phase.name} without saying why")
     return job_failed(error.reason or "INTERNAL", error.message, {"type": error.type} if error.type else {})

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from aipod.client.failure import BadAnswer
 from aipod.codec import decode_chunk, new_hasher
 from aipod.config import MIB
 from aipod.errors import AipodError, Refused, UsageError
@@ -54,6 +55,7 @@ class Sink:
     """Collects one result. The methods that take data block: call them from a thread.
 
     A file is replaced by the whole answer at once, at the end. What cannot be replaced gets a copy of the whole answer.
+    What has `received` stays over any number of connections.
     """
 
     def __init__(self, state: State, save_to: str | os.PathLike[str] | None) -> None:
@@ -81,33 +83,38 @@ class Sink:
     def is_binary(self) -> bool:
         return self._state.content_type != "application/json"
 
+    def matches(self, state: State) -> bool:
+        """Whether `state` is about the answer that is collected here."""
+        return (state.size, state.digest) == (self._state.size, self._state.digest)
+
     def add(self, message: Raw) -> None:
-        """Take one chunk. Raises `AipodError` where it is not the one that must come now."""
+        """Take one chunk. Raises `BadAnswer` where it is not the one that must come now, and takes nothing."""
         if message.offset != self.received:
-            raise AipodError("BAD_ANSWER", f"the answer goes on at byte {message.offset}, not at {self.received}")
+            raise BadAnswer(f"the answer goes on at byte {message.offset}, not at {self.received}")
         if not message.data:
             return
         try:
             data = decode_chunk(message.data)
         except Refused as exc:
-            raise AipodError("BAD_ANSWER", f"the answer cannot be read: {exc}; call again") from None
-        self._hasher.update(data)
-        self.received += len(data)
+            raise BadAnswer(f"the answer cannot be read: {exc}") from None
         if self._target is None:
             self._memory += data
-            return
-        view = memoryview(data)
-        with self._lock:
-            while view and not self._discarded.is_set():
-                view = view[self._file.write(view) :]
+        else:
+            view = memoryview(data)
+            with self._lock:
+                while view and not self._discarded.is_set():
+                    view = view[self._file.write(view) :]
+        self._hasher.update(data)
+        self.received += len(data)
 
     def finish(self) -> Any:
-        """The answer: a path where it was saved, else bytes or what the JSON says. Raises `AipodError`.
+        """The answer: a path where it was saved, else bytes or what the JSON says.
 
-        Waits for the reader of a FIFO, until `discard`.
+        Raises `BadAnswer` where it is not the one that was stored: then nothing of it can be used. Waits for the reader
+        of a FIFO, until `discard`.
         """
         if self.received != self._state.size or self._hasher.digest() != self._state.digest:
-            raise AipodError("BAD_ANSWER", "the answer that arrived is not the one that was stored; call again")
+            raise BadAnswer("the answer that arrived is not the one that was stored")
         if self._target is None:
             return bytes(self._memory) if self.is_binary else json.loads(self._memory)
         with self._lock:

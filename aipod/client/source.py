@@ -1,178 +1,156 @@
-"""What a caller sends, as chunks: read, hashed and compressed in threads, one batch ahead of the network."""
+"""What a caller sends, as chunks from any offset: read, hashed and compressed in threads.
+
+Every byte is hashed once, when it is first read. What can be read once only is kept in a temporary file, so that it can
+be sent again; files and memory are read again where they are.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
-from pathlib import Path
-from typing import IO, Any
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterable
+from types import TracebackType
+from typing import Any
 
+from aipod.client.reader import BATCH, Memory, Payload, Piece, Reader, Stream, grouped, open_reader
 from aipod.codec import Compressor, new_hasher
-from aipod.config import CHUNK
+from aipod.config import CHUNK, KIB
 from aipod.errors import UsageError
 from aipod.wire.ai import Raw
 
-# Chunks per thread hop: a hop costs as much as reading 100 KiB, four chunks in flight cost 8 MiB.
-BATCH = 4
-
-Payload = bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes] | Iterable[bytes] | AsyncIterable[bytes]
+# A thread hop costs as much as compressing so many bytes.
+INLINE = 64 * KIB
 
 
 class Source:
-    """A payload. `size` is None where it is not known beforehand; one that is not `replayable` can be sent once."""
+    """A payload. `size` is None where it is not known beforehand; `tag` names what it is read from.
+
+    asyncio-flavored; for one task at a time. Raises `UsageError` for what is no payload. Leaving its scope closes what
+    it has opened.
+    """
 
     def __init__(self, payload: Payload) -> None:
-        self._payload = payload
-        self.size: int | None = None
-        self.replayable = True
-        self.started = False
-        if isinstance(payload, bytes | bytearray | memoryview):
-            self._payload = memoryview(payload).cast("B")
-            self.size = len(self._payload)
-        elif isinstance(payload, str | os.PathLike):
-            path = Path(payload)
-            if not path.is_file():
-                kind = "is not a regular file" if path.exists() else "does not exist"
-                raise UsageError(f"{str(path)!r} {kind}; a path names a file to send, bytes are sent as they are")
-            self._payload = path
-            self._stamp = _stamp(path.stat())
-            # Files of /proc have content but no size: only the end of the reading tells.
-            self.size = self._stamp[0] or None
-        elif hasattr(payload, "read") or isinstance(payload, AsyncIterable | Iterable):
-            self.replayable = False
-        else:
-            raise UsageError(f"a payload is bytes, a path, a binary file or an iterable of bytes, not {type(payload)}")
+        self._reader: Reader = open_reader(payload)
+        self._items = payload if isinstance(self._reader, Stream) and isinstance(payload, AsyncIterable) else None
+        self._groups: AsyncGenerator[list[Piece], None] | None = None
+        self.size = self._reader.size
+        self.tag = self._reader.tag
+        self.read = 0  # bytes that were read and hashed
+        self._ended = False
+        self._hasher = new_hasher()
+        # The one reading under way. It outlives an attempt that is given up: the next one finds what it has read.
+        self._reading: asyncio.Task[list[Piece]] | None = None
+        self._newest: tuple[int, list[Piece]] = (0, [])  # where it began, and what the last reading brought
 
-    def check_replayable(self) -> bool:
-        """Whether it can be sent (again)."""
-        return self.replayable or not self.started
+    async def __aenter__(self) -> Source:
+        return self
 
-    async def batches(self, level: int) -> AsyncGenerator[list[Raw], None]:
-        """The payload as messages; the last one has `last` and the digest. This is an asyncio-flavored generator.
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._reading is not None:
+            self._reading.cancel()  # a thread that waits for input is left to itself: nothing can end it
+            await asyncio.wait([self._reading])
+            if not self._reading.cancelled():
+                self._reading.exception()
+        if self._groups is not None:
+            with contextlib.suppress(Exception):
+                await self._groups.aclose()
+        self._newest = (0, [])
+        if not isinstance(self._reader, Memory):
+            await asyncio.to_thread(self._reader.close)
 
-        Raises `UsageError` where the source yields something else than bytes, or a file changed while it was read.
+    def content_tag(self) -> str:
+        """What tells this payload from others without reading a file. Blocks for bytes in memory: it hashes them."""
+        if isinstance(self._reader, Memory):
+            return "bytes " + hashlib.sha256(self._reader.view).hexdigest()
+        return f"file {self.tag.hex()}" if self.tag else "stream"
+
+    async def batches(self, start: int, level: int) -> AsyncGenerator[list[Raw], None]:
+        """The payload from byte `start` on as messages; the last one has `last` and the digest of it all.
+
+        This is an asyncio-flavored generator. Raises `UsageError` where the source yields something else than bytes, is
+        shorter than `start`, or is a file that changed; and what the source raises.
         """
-        self.started = True
-        packer = _Packer(level)
-        if isinstance(self._payload, AsyncIterable):
-            async for pieces in _grouped(self._payload):
-                yield await asyncio.to_thread(packer.pack, pieces)
-        else:
-            pieces_of = self._pieces()
-            try:
-                while pieces := await asyncio.to_thread(_take, pieces_of):
-                    yield await asyncio.to_thread(packer.pack, pieces)
-                    del pieces
-            finally:
-                with contextlib.suppress(ValueError):  # a thread is reading: the file is closed when it has
-                    pieces_of.close()
-        yield packer.finish()
+        packer = _Packer(level, start)
+        inline = isinstance(self._reader, Memory) and self._reader.size <= INLINE
+        while pieces := await self._pieces(packer.offset, inline=inline):
+            yield packer.pack(pieces) if inline else await asyncio.to_thread(packer.pack, pieces)
+            del pieces
+        yield packer.finish(self._hasher.digest())
 
-    def _pieces(self) -> Generator[bytes | memoryview, None, None]:
-        payload: Any = self._payload
-        if isinstance(payload, memoryview):
-            for start in range(0, len(payload), CHUNK):
-                yield payload[start : start + CHUNK]
-        elif isinstance(payload, Path):
-            yield from self._read_unchanged(payload)
-        elif hasattr(payload, "read"):
-            yield from _read(payload)
-        else:
-            yield from _rechunk(payload)
+    async def _pieces(self, offset: int, *, inline: bool) -> list[Piece]:
+        """Up to `BATCH` chunks from `offset` on; none at the end."""
+        while True:
+            if self._reading is not None:
+                # Not awaited: an attempt that is given up must not take the reading with it.
+                await asyncio.wait([self._reading])
+                self._take()
+            at, pieces = self._newest
+            if pieces and at == offset:
+                self._newest = (0, [])
+                return pieces
+            if offset < self.read:
+                end = min(self.read, offset + BATCH * CHUNK)
+                return await asyncio.to_thread(self._reader.again, offset, end)
+            if self._ended:
+                if offset > self.read:
+                    raise UsageError(f"the payload has {self.read} bytes now, but {offset} of it were sent before")
+                return []
+            if inline:
+                self._note(self._hash(self._reader.fresh()))
+                continue
+            self._newest = (0, [])
+            self._reading = asyncio.create_task(self._read_on(), name="aipod-read")
 
-    def _read_unchanged(self, path: Path) -> Generator[bytes, None, None]:
-        """A half-written file must not pass for a whole one. The last pieces are still here when this raises."""
-        read = 0
-        with path.open("rb", buffering=0) as file:
-            for piece in _read(file):
-                read += len(piece)
-                if self.size is not None and read > self.size:
-                    break
-                yield piece
-            if self.size is not None and (read != self.size or _stamp(os.fstat(file.fileno())) != self._stamp):
-                raise UsageError(
-                    f"{str(path)!r} changed while it was sent (it had {self.size} bytes when the call began); call "
-                    "again once it is complete"
-                )
+    def _take(self) -> None:
+        """What the finished reading brought. Raises what it raised."""
+        assert self._reading is not None
+        reading, self._reading = self._reading, None
+        self._note(reading.result())
 
+    def _note(self, pieces: list[Piece]) -> None:
+        self._newest = (self.read, pieces)
+        self.read += sum(map(len, pieces))
+        self._ended = not pieces
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+    async def _read_on(self) -> list[Piece]:
+        """The next pieces that nobody has read yet."""
+        if self._items is None:
+            return await asyncio.to_thread(lambda: self._hash(self._reader.fresh()))
+        if self._groups is None:
+            self._groups = grouped(self._items)
+        nothing: list[Piece] = []
+        pieces = await anext(self._groups, nothing)
+        assert isinstance(self._reader, Stream)
+        await asyncio.to_thread(self._reader.keep, pieces)
+        return await asyncio.to_thread(self._hash, pieces)
 
-
-def _read(file: IO[bytes]) -> Iterator[bytes]:
-    while True:
-        piece: bytes | None = file.read(CHUNK)
-        if piece is None:
-            raise UsageError("the payload's file is non-blocking and has nothing to read now; make it a blocking one")
-        _check_bytes(piece)
-        if not piece:
-            return
-        yield piece
-
-
-def _check_bytes(piece: object) -> None:
-    if not isinstance(piece, bytes | bytearray | memoryview):
-        raise UsageError(f"the payload yields {type(piece).__name__}, not bytes; open files in binary mode")
-
-
-def _rechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Pieces of any length as pieces of `CHUNK` bytes and a rest."""
-    held = bytearray()
-    for piece in pieces:
-        _check_bytes(piece)
-        held += piece
-        while len(held) >= CHUNK:
-            yield bytes(held[:CHUNK])
-            del held[:CHUNK]
-    if held:
-        yield bytes(held)
-
-
-async def _grouped(pieces: AsyncIterable[bytes]) -> AsyncIterator[list[bytes]]:
-    held = bytearray()
-    async for piece in pieces:
-        _check_bytes(piece)
-        held += piece
-        if len(held) >= BATCH * CHUNK:
-            whole = len(held) // CHUNK * CHUNK
-            yield [bytes(held[start : start + CHUNK]) for start in range(0, whole, CHUNK)]
-            del held[:whole]
-    if held:
-        yield [bytes(held[start : start + CHUNK]) for start in range(0, len(held), CHUNK)]
-
-
-def _take(pieces: Iterator[Any]) -> list[Any]:
-    taken = []
-    for piece in pieces:
-        taken.append(piece)
-        if len(taken) == BATCH:
-            break
-    return taken
+    def _hash(self, pieces: list[Piece]) -> list[Piece]:
+        for piece in pieces:
+            self._hasher.update(piece)
+        return pieces
 
 
 class _Packer:
     """Turns pieces into chunks, holding back the newest until it is known whether it is the last."""
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int, start: int) -> None:
         self._compressor = Compressor(level)
-        self._hasher = new_hasher()
-        self._offset = 0
+        self.offset = start
         self._held: list[Raw] = []
 
     def pack(self, pieces: list[Any]) -> list[Raw]:
         ready = self._held
         for piece in pieces:
-            self._hasher.update(piece)
-            ready.append(Raw(data=self._compressor.frame(piece), offset=self._offset))
-            self._offset += len(piece)
+            ready.append(Raw(data=self._compressor.frame(piece), offset=self.offset))
+            self.offset += len(piece)
         self._held = [ready.pop()]
         return ready
 
-    def finish(self) -> list[Raw]:
-        last = self._held.pop() if self._held else Raw()
+    def finish(self, digest: bytes) -> list[Raw]:
+        last = self._held.pop() if self._held else Raw(offset=self.offset)
         last.last = True
-        last.digest = self._hasher.digest()
+        last.digest = digest
         return [last]

@@ -14,15 +14,16 @@ from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 
 from aipod import codec
-from aipod.codec import PONG
+from aipod.codec import PONG, Compressor
 from aipod.config import Config
 from aipod.errors import AipodError, Refused, job_failed, leaves
-from aipod.job.job import Job
+from aipod.job.job import Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request, parse_attach, parse_request
 from aipod.job.upload import check_limit, receive_payload
 from aipod.pool import Lease, Pool, Waiter
 from aipod.runner import Description
+from aipod.service.builtin import answer_of, is_builtin
 from aipod.service.jobs import Jobs
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
@@ -147,7 +148,9 @@ class AI:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(viewer.beat)
                 first = await self._first(call)
-                if (attach := parse_attach(first, call.headers)) is not None:
+                if is_builtin(rpc, call.headers.get("x-func-name", "")):
+                    await self._builtin(first, call, viewer, writer)
+                elif (attach := parse_attach(first, call.headers)) is not None:
                     await self._own(None, *attach, call, viewer, writer, scope.deadline)
                 else:
                     request = await self._open(rpc, first, call)
@@ -181,6 +184,18 @@ class AI:
             raise Refused("DRAINING", "the server is shutting down; try again")
         check_limit(request.size or 0, self._config.max_payload)
         return request
+
+    async def _builtin(self, first: Raw | StreamInput, call: Call, viewer: Viewer, writer: Writer) -> None:
+        """Answer for the server itself: no job, so nothing is stored."""
+        answer = await trio.to_thread.run_sync(answer_of, call.headers["x-func-name"], self._spool)
+        viewer.stop()
+        if isinstance(first, StreamInput) or first.open is None:
+            await writer.send(Raw(data=Compressor(self._config.level).frame(answer.inline or b"")))
+            return
+        told = Told(self._spool.look(codec.job_id(first.open.ticket)), self._spool.id, Keep())
+        told.phase, told.answer = Phase.DONE, answer
+        await writer.send(Raw(data=PONG, state=told.state()))
+        await send_all(own_messages(told.look, answer, first.open.have, self._config.level), writer.send)
 
     # Own clients: the job goes on without the call that brought it
 

@@ -35,8 +35,10 @@ log = logging.getLogger("aipod.job")
 
 # Seconds that a newer connection waits for an older one to let go of an upload; a checkpoint takes a part of one.
 TAKE_OVER = 10.0
-# Seconds that a small ended job is kept once its answer was sent: its client may have lost the end of it.
-KEEP_SMALL = 60.0
+# Seconds that a small ended job is kept once its answer was sent, for its client may have lost the end of it and look
+# for it that long (Config.reconnect, and then some); and once its client has said that it has the answer.
+KEEP_ANSWERED = 900.0
+KEEP_RELEASED = 60.0
 SMALL = 64 * 1024
 # Seconds between two looks at an entry that somebody is making.
 _LOOK_AGAIN = 0.05
@@ -69,8 +71,9 @@ class Jobs:
         self._nursery = nursery
         self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
         self.held: dict[str, Job] = {}
-        # When (monotonic) which job is forgotten; bounded by the jobs of KEEP_SMALL seconds.
-        self._forgotten: collections.deque[tuple[float, str]] = collections.deque()
+        # When (monotonic) which job is forgotten, in order; bounded by the small jobs of that many seconds.
+        self._answered: collections.deque[tuple[float, str]] = collections.deque()
+        self._released: collections.deque[tuple[float, str]] = collections.deque()
         self.changed = trio.Event()  # there is one job less in `held`
         self.draining = False
 
@@ -326,7 +329,7 @@ class Jobs:
                 log.warning("job %s: it could not be released; it stays until its time is over: %s", job_id, exc)
             else:
                 if released:
-                    self._forgotten.append((time.monotonic() + KEEP_SMALL, job_id))
+                    self._released.append((time.monotonic() + KEEP_RELEASED, job_id))
 
     def _release(self, job_id: str) -> bool:
         entry = self._spool.hold(job_id)
@@ -341,17 +344,18 @@ class Jobs:
             entry.let_go()
 
     def answered(self, watched: Job | Told) -> None:
-        """The whole answer was sent to a viewer: a small job is kept for a minute more."""
+        """The whole answer was sent to a viewer: a small job is not kept for long."""
         if watched.answer is None or watched.answer.size <= SMALL:
-            self._forgotten.append((time.monotonic() + KEEP_SMALL, watched.look.id))
+            self._answered.append((time.monotonic() + KEEP_ANSWERED, watched.look.id))
 
     async def forget(self) -> None:
         """Remove small ended jobs in time. This is a trio-flavored async function; it never returns."""
         while True:
             await trio.sleep(FORGET_EVERY)
             due = []
-            while self._forgotten and self._forgotten[0][0] <= time.monotonic():
-                due.append(self._forgotten.popleft()[1])
+            for waiting in (self._answered, self._released):
+                while waiting and waiting[0][0] <= time.monotonic():
+                    due.append(waiting.popleft()[1])
             if due:
                 await trio.to_thread.run_sync(self._remove, due)
 
@@ -400,9 +404,9 @@ class Jobs:
             )
 
     def _not_started(self) -> Refused:
-        return Refused(
-            "NOT_STARTED", "there is no such job, and none can start under this ticket", {"spool": self._spool.id}
-        )
+        # `ttl`: seconds for which every job is remembered. One that sent `last` longer ago may be forgotten instead.
+        known = {"spool": self._spool.id, "ttl": str(int(min(self._config.ttl, KEEP_ANSWERED)))}
+        return Refused("NOT_STARTED", "there is no such job, and none can start under this ticket", known)
 
 
 def _end(entry: Entry, release: bool) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,15 @@ from aipod.spool.look import Look, sync
 CLAIM_PATIENCE = 0.1
 # Times that a restartable method is started for one job.
 MAX_ATTEMPTS = 2
+
+
+# A job's directory; with `.lock` behind it, its lock. Nothing else is ours: somebody may have chosen a directory with a
+# poetry.lock beside a poetry/.
+_JOB_ID = re.compile(r"[0-9a-f]{32}\Z")
+
+
+def is_job_id(name: str) -> bool:
+    return _JOB_ID.match(name) is not None
 
 
 class SpoolError(AipodError):
@@ -111,6 +122,16 @@ class Spool:
     def look(self, job_id: str) -> Look:
         """The job, whether it exists or not, to be read."""
         return Look(self.path, job_id, self.boot)
+
+    def newest(self, count: int) -> list[Look]:
+        """At most `count` jobs, those to which something happened last first."""
+        found = []
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if is_job_id(entry.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.name))
+        return [self.look(name) for _, name in heapq.nlargest(count, found)]
 
     def is_held(self, job_id: str) -> bool:
         """True while a living process works on the job."""

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from aipod.spool.directory import Spool
+from aipod.spool.directory import Spool, is_job_id
 from aipod.spool.locks import try_lock
 from aipod.spool.look import ENDED
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
 
-# Only what is named as ours: somebody may have chosen a directory with a poetry.lock beside a poetry/.
-_ENTRY = re.compile(r"([0-9a-f]{32})(?:\.lock)?\Z")
 # Entries per step: the caller lets other threads run in between.
 BATCH = 500
 
@@ -52,7 +49,8 @@ class Sweeper:
             if lock is not None:
                 path.unlink(missing_ok=True)
                 lock.release()
-        ids = list({match[1] for match in map(_ENTRY.match, os.listdir(self._spool.path)) if match})
+        names = {name.removesuffix(".lock") for name in os.listdir(self._spool.path)}
+        ids = [name for name in names if is_job_id(name)]
         yield 0
         for start in range(0, len(ids), BATCH):
             yield sum(map(self._look_at, ids[start : start + BATCH]))

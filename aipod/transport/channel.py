@@ -57,6 +57,23 @@ class Channel(grpclib.client.Channel):
         protocol = cast(H2Protocol | None, self._protocol)
         return super()._connected and protocol is not None and not protocol.processor.draining
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection that takes calls."""
+        return self._connected
+
+    def retire(self, stream: grpclib.client.Stream[Any, Any]) -> None:
+        """Use the connection of `stream`, which has fallen silent, for no further call; others on it go on.
+
+        Nothing for a stream that was never opened, and for a connection that has been replaced.
+        """
+        protocol = cast(H2Protocol | None, self._protocol)
+        if protocol is None or not stream._send_request_done or stream._stream.connection is not protocol.connection:
+            return
+        protocol.processor.draining = True
+        if not protocol.processor.streams:
+            protocol.connection.abort("no word from the server")
+
     async def _create_connection(self) -> Any:
         async with asyncio.timeout(self._settings.connect_timeout):
             protocol = self._latest = cast(H2Protocol, await super()._create_connection())

@@ -17,32 +17,35 @@ betterproto2.check_compiler_version(_COMPILER_VERSION)
 
 class Op(betterproto2.Enum):
     """
-    What a client asks for. Today's server answers OP_RUN; every other one is UNIMPLEMENTED until jobs can be resumed.
+    What a client asks for. The first `state` of the answer says what was found.
     """
 
     RUN = 0
     """
-    Create the job where it does not exist, and run it.
+    Create the job where it does not exist, and run it. While it is PHASE_RECEIVING the call takes the upload over from
+    an older one (a lower epoch) and sends from the offset that the first state tells. A client that has never sent
+    `last` uses it.
     """
 
     RESUME = 1
     """
-    As OP_RUN, but never creates the job.
+    As OP_RUN, but never creates the job: where there is none, none can start under this ticket any more, and the answer
+    is NOT_FOUND with reason NOT_STARTED. A client that has ever sent `last` uses it.
     """
 
     ATTACH = 2
     """
-    Only watch and download.
+    Only watch and download. Needs nothing but the ticket: no keyword arguments, no epoch.
     """
 
     CANCEL = 3
     """
-    Stop the job.
+    Stop the job; answered by one state, for a run may take a while to end.
     """
 
     RELEASE = 4
     """
-    Forget the job: its answer has arrived.
+    Forget the job and its answer; answered by one state.
     """
 
     @classmethod

@@ -1,0 +1,165 @@
+"""What is asked for, and what is known so far of the job that does it: all that outlives a connection."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import enum
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from grpclib.metadata import Deadline
+
+from aipod.client.event import Event, OnEvent
+from aipod.client.failure import Known, Local
+from aipod.client.sink import Sink
+from aipod.client.source import Source
+from aipod.client.ticket import Saved, TicketFile
+from aipod.codec import job_id
+from aipod.wire.ai import Op, Phase, State
+
+
+class Until(enum.Enum):
+    """When a job is followed far enough."""
+
+    ANSWER = "its answer is here"
+    TAKEN = "its request is complete at the server"
+    END = "it has ended"
+
+
+@dataclasses.dataclass
+class Request:
+    """What is asked for; the same for every attempt."""
+
+    rpc: str
+    metadata: Sequence[tuple[str, str]] = ()
+    kwargs: bytes = b""  # zstd(JSON)
+    version: str = ""
+    source: Source | None = None  # None: only watch
+    until: Until = Until.ANSWER
+    deadline: Deadline | None = None
+    save_to: str | os.PathLike[str] | None = None
+    on_event: OnEvent | None = None
+    taken: Callable[[], Awaitable[None]] | None = None  # waits until the events so far were consumed
+    fingerprint: str = ""  # what the ticket file compares
+
+    @property
+    def upstream(self) -> str:
+        """Which servers it goes to: those behind one name share what is known of them."""
+        return next((value for name, value in self.metadata if name == "x-upstream"), "")
+
+
+@dataclasses.dataclass
+class Course:
+    """One job as its client knows it. A job that is run anew has a new one."""
+
+    ticket: bytes = dataclasses.field(default_factory=lambda: secrets.token_bytes(16))
+    op: Op = Op.RUN  # RUN until `last` goes out, RESUME from then on
+    file: TicketFile | None = None
+    epoch: int = 0
+    sent_to: str | None = None  # the spool that `last` was, or is this moment, sent to
+    sent_at: float = 0.0  # seconds since 1970 when it was sent for the first time
+    sent_clock: float | None = None  # the same by this process's clock, which nobody sets
+    fresh: bool = True  # no request has gone out under this ticket, so nothing can be durable
+    relearn: bool = False  # the spool that was thought of was the wrong one
+    phase: Phase = Phase.NONE  # the furthest that was told
+    answered: bool = False  # a state has come
+    offset: int = 0  # durable bytes of the payload
+    log_have: int = 0
+    sink: Sink | None = None
+    may_outbid: bool = False
+    damaged: int = 0
+    spool: str = ""  # the one that spoke last
+    event: Event = dataclasses.field(default_factory=lambda: Event("CONNECTING"))
+    _log: codecs.IncrementalDecoder = dataclasses.field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+
+    @classmethod
+    def of_file(cls, file: TicketFile, saved: Saved) -> Course:
+        """Continue what another process has begun."""
+        return cls(
+            saved.ticket,
+            Op.RUN if saved.sent is None else Op.RESUME,
+            file,
+            saved.epoch,
+            None if saved.sent is None else saved.spool,
+            saved.sent or 0.0,
+            fresh=False,
+            may_outbid=True,
+        )
+
+    @property
+    def id(self) -> str:
+        """The job's public name."""
+        return job_id(self.ticket)
+
+    @property
+    def have(self) -> int:
+        """Bytes of the answer that are here."""
+        return 0 if self.sink is None else self.sink.received
+
+    @property
+    def step(self) -> tuple[Phase, int, int]:
+        """What grows with progress."""
+        return self.phase, self.offset, self.have
+
+    def known(self, target: str, op: Op) -> Known:
+        """What the table of failures wants to know after an attempt with `op`."""
+        ago = time.time() - self.sent_at
+        if self.sent_clock is not None and ago >= 0:
+            ago = max(ago, time.monotonic() - self.sent_clock)
+        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged)
+
+    def next_epoch(self) -> int:
+        self.epoch = max(self.epoch + 1, time.time_ns() // 1000)
+        return self.epoch
+
+    def sent(self, spool: str) -> None:
+        """`last` is about to go out to `spool`: from now on the job is never created again under this ticket."""
+        self.sent_to, self.op = spool, Op.RESUME
+        self.sent_at, self.sent_clock = time.time(), time.monotonic()
+
+    def not_sent(self) -> None:
+        """It did not arrive."""
+        self.sent_to, self.op, self.sent_clock = None, Op.RUN, None
+
+    def saw(self, state: State) -> None:
+        """Take note of a state."""
+        self.answered = True
+        self.may_outbid = False  # from now on whoever takes the job over is newer
+        self.spool = state.spool or self.spool
+        self.phase = max(self.phase, Phase(state.phase))
+        self.offset = max(self.offset, state.offset)
+
+    def tell(self, request: Request, **changes: Any) -> None:
+        """Let the caller know. Raises `Local` for what the caller's function raises."""
+        self.event = dataclasses.replace(self.event, **{"log": "", **changes})
+        if request.on_event is not None:
+            try:
+                request.on_event(self.event)
+            except Exception as exc:
+                raise Local(exc) from exc
+
+    def new_log(self, state: State) -> str:
+        """The text in `state` that was not seen before."""
+        known = max(0, self.log_have - state.log_offset)
+        new = state.log[known:]
+        if new:
+            self.log_have = state.log_offset + known + len(new)
+        return self._log.decode(new)
+
+    def save(self, request: Request) -> None:
+        """Bring the ticket file up to date, where there is one. Blocks."""
+        if self.file is not None:
+            sent = None if self.sent_to is None else self.sent_at
+            self.file.save(Saved(self.ticket, self.epoch, self.sent_to or "", sent, request.fingerprint))
+
+    def discard(self) -> None:
+        """Drop what was received. Blocks."""
+        if self.sink is not None:
+            self.sink.discard()
+            self.sink = None

@@ -1,0 +1,34 @@
+"""What a caller is told while a job is under way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a call is doing. Bytes are uncompressed; `log` is what is new since the last event."""
+
+    # CONNECTING, RECEIVING (the upload), QUEUED, RUNNING, DONE (the download), FAILED, CANCELLED; WAITING before
+    # another attempt: `attempt` is that one's number, `message` why the last one failed
+    phase: str
+    sent: int = 0
+    payload_size: int | None = None
+    received: int = 0
+    answer_size: int = 0
+    place: int = 0
+    progress: float = 0.0
+    message: str = ""
+    log: str = ""
+    heartbeats: int = 0
+    content_type: str = ""  # of the answer, once it is known
+    attempt: int = 1  # counts connections; begins again where one has brought progress
+    attempts: int = 1  # at most, while nothing was heard of the job; then only time counts, and it grows with `attempt`
+    offset: int = 0  # bytes of the payload that are durable at the server
+    job_id: str = ""
+    runs: int = 0  # how often the method was started for this job
+
+
+OnEvent = Callable[[Event], Any]

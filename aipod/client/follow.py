@@ -1,0 +1,134 @@
+"""A job as its caller sees it: one attempt after the other, until there is what was asked for or no sense in more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from grpclib.exceptions import GRPCError
+
+from aipod.client.call import Attempt, ask, in_own_task
+from aipod.client.course import Course, Request
+from aipod.client.failure import Action, Decision, Known, Local, NoAnswer, decide
+from aipod.client.link import Link
+from aipod.client.patience import Patience
+from aipod.wire.ai import Op, Phase, State
+
+# Seconds after which a job that was left is ended again where it is still being received.
+_ASK_AGAIN = (0.05, 0.2, 0.5)
+
+
+class Follower:
+    """Follows one job. `course` is what is known of it; a job that is run anew gets a new one."""
+
+    def __init__(self, link: Link, request: Request, course: Course) -> None:
+        self._link = link
+        self._request = request
+        self._patience = Patience(link.config)
+        self._closes = link.closes
+        self._anew = 0
+        self.course = course
+
+    async def run(self) -> Any:
+        """The answer, or what the request wants instead. This is an asyncio-flavored function.
+
+        Raises what `aipod.Client.predict` says. Cancelled, it leaves the job alone.
+        """
+        source = self._request.source
+        size = None if source is None else source.size
+        while True:
+            course, before = self.course, self.course.step
+            attempt = Attempt(self._link, self._request, course)
+            try:
+                course.tell(self._request, phase="CONNECTING", payload_size=size, job_id=course.id, **self._number())
+                return await in_own_task(attempt.run())
+            except (Exception, BaseExceptionGroup) as exc:
+                decision = decide(exc, course.known(self._link.target, attempt.op))
+                if decision is None:
+                    raise
+            if course.step != before or attempt.ran:
+                self._patience.progress()
+            elif attempt.answered:
+                self._patience.seen()
+            pause = self._prepare(decision, attempt)
+            if pause:
+                self._tell_waiting(str(decision.error))
+            await asyncio.sleep(pause)
+            if self._link.closes != self._closes:
+                raise decision.error from decision.cause
+
+    def _number(self) -> dict[str, int]:
+        attempt = self._patience.attempt
+        return {"attempt": attempt, "attempts": max(attempt, self._link.config.attempts)}
+
+    def _tell_waiting(self, why: str) -> None:
+        try:
+            self.course.tell(self._request, phase="WAITING", message=why, **self._number())
+        except Local as exc:
+            raise exc.error from exc.error.__cause__
+
+    def _prepare(self, decision: Decision, attempt: Attempt) -> float:
+        """Make ready for another attempt; seconds to wait before it. Raises the error where there must be none."""
+        course = self.course
+        course.damaged += decision.damaged
+        if decision.untouched:
+            course.fresh = attempt.was_fresh
+            if attempt.committed:
+                course.not_sent()
+        if decision.action is Action.STOP or self._link.closes != self._closes:
+            raise decision.error from decision.cause
+        if decision.action is Action.RELEARN and not course.relearn:
+            course.relearn = True
+            self._link.learn(self._request.upstream, decision.spool)
+            return 0.0
+        if decision.action is Action.OUTBID:
+            course.epoch, course.may_outbid = decision.epoch, False
+            return 0.0
+        known = course.answered or course.sent_to is not None
+        if decision.action is Action.ANEW:
+            self._anew += 1
+            if self._anew > self._link.config.attempts:
+                raise decision.error from decision.cause
+            self.course = Course(file=course.file, event=course.event)
+        free = attempt.idle and not attempt.heard and decision.action is Action.RETRY
+        pause = self._patience.pause(known=known, at_least=decision.retry_after, free=free, within=decision.within)
+        if pause is None:
+            raise decision.error from decision.cause
+        return pause
+
+
+async def ask_surely(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op) -> State:
+    """`ask`, as often as it makes sense. Raises `Unreachable`, and `Refused` where there is no such job.
+
+    This is an asyncio-flavored function.
+    """
+    patience = Patience(link.config)
+    while True:
+        idle = link.channel().connected
+        try:
+            async with asyncio.timeout(link.config.silence):
+                return await in_own_task(ask(link, metadata, ticket, op))
+        except (Exception, BaseExceptionGroup) as exc:
+            decision = decide(exc, Known(link.target, Op.ATTACH))
+            if decision is None:
+                raise
+        pause = patience.pause(known=False, at_least=decision.retry_after, free=idle)
+        if decision.action is not Action.RETRY or pause is None:
+            raise decision.error from decision.cause
+        await asyncio.sleep(pause)
+
+
+async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op) -> None:
+    """End a job that its caller has left, best effort: the errand of one who has gone.
+
+    The call that brought the job may still be about to create it, or to let go of it, when this one arrives: then it is
+    asked again. This is an asyncio-flavored function, to be run in a task of its own.
+    """
+    for pause in _ASK_AGAIN:
+        with contextlib.suppress(GRPCError, NoAnswer):
+            state = await ask(link, metadata, ticket, op)
+            if state.phase > Phase.RECEIVING:
+                return
+        await asyncio.sleep(pause)

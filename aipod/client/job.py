@@ -1,0 +1,159 @@
+"""The handle of a job that goes on by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any
+
+from aipod.client.course import Course, Request, Until
+from aipod.client.event import Event, OnEvent
+from aipod.client.follow import Follower, ask_surely
+from aipod.client.link import Link
+from aipod.client.sink import check_target
+from aipod.client.ticket import TicketFile
+from aipod.codec import job_id
+from aipod.errors import JobFailed
+from aipod.wire.ai import Op, Phase
+
+
+class Job:
+    """A job at the server, made by `Client.submit` or found again by `Client.attach`. asyncio-flavored.
+
+    Whoever has `ticket` owns the job: keep it as a secret. `str(job)` is the ticket in hexadecimal, for a person or a
+    file; `id` is the public name, which may be logged.
+
+    The job goes on while nobody waits for it: as long as the client that submitted it is open, then for the server's
+    grace time (600 s by default). What it answers can be had any number of times, until `release` or until it expires.
+    Waiting may be cancelled, and begun again, at any time.
+    """
+
+    def __init__(
+        self, link: Link, ticket: bytes, metadata: Sequence[tuple[str, str]], *, taken: bool, file: TicketFile | None
+    ) -> None:
+        self._link = link
+        self._metadata = metadata
+        self._taken = taken  # the server has said that it has the job
+        self._file = file
+        self.ticket = ticket
+
+    @property
+    def id(self) -> str:
+        """The job's public name, as in the server's logs and in header x-job-id."""
+        return job_id(self.ticket)
+
+    def __str__(self) -> str:
+        return self.ticket.hex()
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id}>"
+
+    async def wait(
+        self,
+        *,
+        timeout: float | None = None,
+        save_to: str | os.PathLike[str] | None = None,
+        on_event: OnEvent | None = None,
+    ) -> Any:
+        """The answer, as `Client.predict` returns it; the same each time it is asked for.
+
+        Raises `ModelError`, `JobCancelled`, `Interrupted` and `JobFailed` for a job that ended without one, `Refused`
+        (NOT_FOUND) for a ticket that the server does not know, `JobLost` where server or job are not found again,
+        `UsageError`, and TimeoutError after `timeout` seconds. Cancelled, or out of time, the job goes on.
+        """
+        if save_to is not None:
+            await asyncio.to_thread(check_target, save_to)
+        request = Request("chaos", self._metadata, save_to=save_to, on_event=on_event)
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await self._follow(request)
+        except JobFailed:
+            await self._forget_file()  # it is the job's answer: asked again it would say the same
+            raise
+        await self._forget_file()
+        return answer
+
+    async def save(self, path: str | os.PathLike[str]) -> Path:
+        """Wait for the answer and write it to the file `path`. Raises as `wait`."""
+        await self.wait(save_to=path)
+        return Path(path)
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """What the job is doing, until it has ended: phase, progress, message, the log from its beginning.
+
+            async for event in job.events():
+                print(event.phase, event.progress, event.log, end="")
+
+        The last event has the phase in which the job has ended; its answer is not fetched. Raises `Refused` (NOT_FOUND)
+        and `JobLost`. While the caller is busy with one event, the next ones wait at the server. Leave it early through
+        `contextlib.aclosing`.
+        """
+        events: asyncio.Queue[Event] = asyncio.Queue()  # a few at most: nothing is read before it is empty
+        taken = asyncio.Event()
+
+        async def emptied() -> None:
+            while not events.empty():
+                taken.clear()
+                await taken.wait()
+
+        request = Request("chaos", self._metadata, until=Until.END, on_event=events.put_nowait, taken=emptied)
+        following = asyncio.create_task(self._follow(request), name="aipod-events")
+        try:
+            while not (following.done() and events.empty()):
+                waiting = asyncio.ensure_future(events.get())
+                try:
+                    await asyncio.wait({waiting, following}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    got = waiting.done()
+                    waiting.cancel()
+                if got:
+                    yield waiting.result()
+                    taken.set()
+            await following
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
+            if not following.cancelled():
+                following.exception()
+
+    async def cancel(self) -> None:
+        """Ask the server to stop the job; harmless where it has ended. What it then answers is told by `wait`.
+
+        A method that looks at `context.cancelled` ends by itself, any other is ended after the server's grace for that.
+        Raises `Unreachable`, and `Refused` (NOT_FOUND) where there is no such job.
+        """
+        await ask_surely(self._link, self._metadata, self.ticket, Op.CANCEL)
+
+    async def release(self) -> None:
+        """Let the server forget the job and its answer, for everybody; stop it where it has not ended.
+
+        Raises `Unreachable`, and `Refused` (NOT_FOUND) where there is no such job.
+        """
+        await ask_surely(self._link, self._metadata, self.ticket, Op.RELEASE)
+        await self._forget_file()
+
+    def _watch(self) -> None:
+        """Stay attached until the job has ended or the client is closed, so that it is not taken for abandoned."""
+        self._link.watch(self._stay)
+
+    async def _stay(self) -> None:
+        with contextlib.suppress(Exception):  # those who wait are told
+            await self._follow(Request("chaos", self._metadata, until=Until.END))
+
+    async def _follow(self, request: Request) -> Any:
+        phase = Phase.QUEUED if self._taken else Phase.NONE
+        course = Course(self.ticket, Op.ATTACH, fresh=False, answered=self._taken, phase=phase)
+        follower = Follower(self._link, request, course)
+        try:
+            return await follower.run()
+        finally:
+            self._taken = self._taken or follower.course.answered
+            if course.sink is not None:
+                await asyncio.to_thread(course.discard)
+
+    async def _forget_file(self) -> None:
+        if self._file is not None:
+            await asyncio.to_thread(self._file.remove)

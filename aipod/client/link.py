@@ -1,0 +1,127 @@
+"""The connection of a client, and what it remembers of the servers behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from aipod.config import Config
+from aipod.transport.channel import Channel
+from aipod.wire.ai import Open
+
+# Names of upstreams whose spool is remembered; a client that uses more pays a round trip more for a small job.
+_SPOOLS = 64
+# Tickets of small answers that wait for the next call; what is dropped, the server forgets a minute later.
+_RELEASED = 256
+# Of them in one call.
+RELEASED_PER_CALL = 64
+# Seconds for what is done behind the caller's back, and how much of it there may be at once.
+ERRAND = 2.0
+_ERRANDS = 64
+
+
+class Link:
+    """What the calls of one `Client` share. asyncio-flavored."""
+
+    def __init__(self, target: str, config: Config) -> None:
+        self.target = target
+        self.config = config
+        self.closes = 0  # how often it was closed: a call does not outlive that by trying again
+        self._channel: Channel | None = None
+        self._spools: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._released: collections.deque[tuple[str, bytes]] = collections.deque(maxlen=_RELEASED)
+        self._errands: set[asyncio.Task[None]] = set()
+        self._watches: set[asyncio.Task[None]] = set()
+
+    def channel(self) -> Channel:
+        if self._channel is None:
+            self._channel = Channel(self.target, self.config)
+        return self._channel
+
+    # The spool
+
+    def spool(self, upstream: str) -> str:
+        """The spool that answered last for `upstream`; empty where none has."""
+        return self._spools.get(upstream, "")
+
+    def learn(self, upstream: str, spool: str) -> None:
+        """`spool` has answered for `upstream`."""
+        if spool:
+            self._spools[upstream] = spool
+            self._spools.move_to_end(upstream)
+            if len(self._spools) > _SPOOLS:
+                self._spools.popitem(last=False)
+
+    # Answers that arrived
+
+    def release(self, spool: str, ticket: bytes) -> None:
+        """Let the server know, with a later call, that it may forget the job."""
+        self._released.append((spool, ticket))
+
+    def take_released(self, opening: Open, spool: str) -> list[tuple[str, bytes]]:
+        """Put tickets for `spool` into `opening`. What is returned goes to `put_back` where the call was lost."""
+        if not spool:
+            return []
+        mine = [pair for pair in self._released if pair[0] == spool][:RELEASED_PER_CALL]
+        for pair in mine:
+            self._released.remove(pair)
+        opening.released = [ticket for _, ticket in mine]
+        return mine
+
+    def put_back(self, pairs: list[tuple[str, bytes]]) -> None:
+        self._released.extend(pairs)
+
+    # What goes on behind the caller's back
+
+    def errand(self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+        """Run `fn` for `ERRAND` seconds at most, best effort; `aclose` waits for it."""
+        if len(self._errands) >= _ERRANDS:
+            return
+        task = asyncio.get_running_loop().create_task(_bounded(fn, *args), name="aipod-errand")
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
+    def watch(self, fn: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Run `fn`, which must raise nothing, until it ends or the client is closed."""
+        task = asyncio.get_running_loop().create_task(fn(*args), name="aipod-watch-job")
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)
+
+    # The end
+
+    def close(self) -> None:
+        """Close the connection at once; calls under way end as lost ones, errands and watches are cancelled."""
+        channel = self._let_go()
+        for task in (*self._errands, *self._watches):
+            task.cancel()
+        if channel is not None:
+            channel.close()
+
+    async def aclose(self) -> None:
+        """As `close`, but errands are finished first (`ERRAND` seconds at most), and the socket is waited for."""
+        self.closes += 1
+        watches = list(self._watches)
+        for task in watches:
+            task.cancel()
+        if watches:
+            await asyncio.wait(watches)
+        if self._errands:
+            await asyncio.wait(list(self._errands))  # each is bounded
+        channel = self._let_go()
+        if channel is not None:
+            await channel.aclose()
+
+    def _let_go(self) -> Channel | None:
+        self.closes += 1
+        channel, self._channel = self._channel, None
+        return channel
+
+
+async def _bounded(fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+    # Best effort: nobody is there to be told.
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(ERRAND):
+            await fn(*args)

@@ -1,0 +1,43 @@
+"""The server's own methods, called through chaos by names with a dot, which no class can have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from aipod.codec import digest
+from aipod.errors import Refused
+from aipod.job.job import Answer
+from aipod.spool import Spool
+
+# Jobs in one list, the ones that something happened to last: a list is for a person.
+MAX_LISTED = 1000
+
+
+def _jobs(spool: Spool) -> list[dict[str, Any]]:
+    """What there is in the spool, newest first: id, method, version, phase, attempt, progress, message. No tickets."""
+    listed = []
+    for look in spool.newest(MAX_LISTED):
+        fields, live = look.read(), look.live()
+        if "method" in fields:
+            told = {name: fields[name] for name in ("method", "version")}
+            told |= {"phase": fields.get("phase", "RECEIVING"), "attempt": fields.get("attempt", 0)}
+            listed.append({"id": look.id, **told, "progress": 0.0, "message": "", **live})
+    return listed
+
+
+_METHODS: dict[str, Callable[[Spool], Any]] = {"aipod.jobs": _jobs}
+
+
+def is_builtin(rpc: str, method: str) -> bool:
+    """Whether a call is for the server itself."""
+    return rpc == "chaos" and method.startswith("aipod.")
+
+
+def answer_of(method: str, spool: Spool) -> Answer:
+    """What the method returns. Blocks. Raises `Refused(UNKNOWN_METHOD)`."""
+    if method not in _METHODS:
+        raise Refused("UNKNOWN_METHOD", f"the server has no method {method[:80]!r}; it has: {', '.join(_METHODS)}")
+    data = json.dumps(_METHODS[method](spool)).encode()
+    return Answer("json", data, len(data), digest(data))
