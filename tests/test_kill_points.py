@@ -6,8 +6,8 @@ another one on the same spool: in turn one that has been there all the time, and
 I2: the method starts at most once, a restartable one at most twice. I3, I14: whatever the first answer was, it is the
 same at every later attach. I4: an answer is right. I7: a run whose server has died is told as interrupted.
 
-Mutants seen: RUNNING is written after the start; a job found RUNNING is queued again (MAX_ATTEMPTS without a bound); a
-failure is told before it is stored; RESUME creates what it does not find; `hold` does not look at the worker's lock.
+Mutants seen: RUNNING is not written before the start; a job found RUNNING is always queued again; RESUME creates what it
+does not find; a cancelled upload's end is told and not stored.
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ class Call:
         self._stream = stream
         self._have = have
         self.states: list[State] = []
+        self.on_state: Callable[[State], None] = lambda state: None
         self.data = b""  # of the answer, from `have` on
         self.log = b""  # from `log_have` on
         self._log_have = log_have
@@ -99,6 +100,7 @@ class Call:
                 assert state.log_offset == self._log_have + len(self.log), "log bytes twice, or not at all"
                 self.log += state.log
             self.states.append(state)
+            self.on_state(state)
         elif message.data != b"PONG":
             assert message.offset == self._have + len(self.data)
             if message.data:
@@ -158,6 +160,7 @@ async def call(
     data: bytes | None = None,
     last: bool = False,
     whole: bytes = b"",
+    kind: type[Call] = Call,
     **fields: Any,
 ) -> AsyncIterator[Call]:
     """A call on a connection of its own, which is cut where the block is left. `fields`: of Open.
@@ -166,6 +169,7 @@ async def call(
     """
     channel = Channel(address, Config(connect_timeout=5))
     headers = {"x-job-id": job_id(ticket) if job is None else job, "x-func-name": name}
+    headers = {key: value for key, value in headers.items() if value}
     stream: Any = channel.request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw, metadata=headers)
     open_ = Open(ticket=ticket, op=op, **fields)
     if data is None:
@@ -178,7 +182,7 @@ async def call(
             await stream.send_message(first, end=end or op in (Op.CANCEL, Op.RELEASE, Op.ATTACH))
         except LOST as exc:
             raise Lost from exc
-        yield Call(stream, open_.have, open_.log_have)
+        yield kind(stream, open_.have, open_.log_have)
     finally:
         await channel.aclose()
 
@@ -222,14 +226,15 @@ class Client:
     def fields(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "size": len(self.payload), "spool": self.spool, "source": b"a file"}
 
-    async def visit(self, address: str, *, chunk: int = 1000, wait: bool = False) -> Outcome:
-        """One connection, to the end of the job. `wait`: for the first chunk to be durable."""
+    async def visit(
+        self, address: str, *, chunk: int = 1000, wait: bool = False, kind: type[Call] = Call
+    ) -> Outcome:
+        """One connection, to the end of the job. `wait`: for each chunk to be durable."""
         self.epoch += 1
         op = Op.RESUME if self.committed else Op.RUN
-        async with call(address, self.ticket, op, self.name, self.kwargs, **self.fields) as one:
-            self._check(await one.state())
-            while one.states[-1].phase == Phase.NONE:
-                self._check(await one.state())
+        async with call(address, self.ticket, op, self.name, self.kwargs, kind=kind, **self.fields) as one:
+            one.on_state = self.check
+            await one.state()
             offset = one.states[-1].offset
             while one.states[-1].phase == Phase.RECEIVING and offset < len(self.payload):
                 piece = self.payload[offset : offset + chunk]
@@ -237,16 +242,11 @@ class Client:
                 await one.chunk(piece, offset, sync=wait)
                 offset += len(piece)
                 while wait and one.states[-1].offset < offset and one.states[-1].phase == Phase.RECEIVING:
-                    self._check(await one.state())
+                    await one.state()
             if one.states[-1].phase == Phase.RECEIVING:
                 self.committed = True
                 await one.last(self.payload)
-            seen = len(one.states)
-            try:
-                return await one.outcome()
-            finally:
-                for state in one.states[seen:]:
-                    self._check(state)
+            return await one.outcome()
 
     async def visit_at_once(self, address: str, spool: str) -> Outcome:
         """Everything in one message, for who knows the spool: no payload, no round trip."""
@@ -256,7 +256,8 @@ class Client:
         async with call(address, self.ticket, Op.RUN, self.name, self.kwargs, last=True, end=True, **self.fields) as one:
             return await one.outcome()
 
-    def _check(self, state: State) -> None:
+    def check(self, state: State) -> None:
+        """Whether it agrees with all that was told before."""
         assert self.spool.partition("-")[0] in ("", state.spool.partition("-")[0])
         self.spool = self.spool or state.spool
         if state.phase == Phase.RECEIVING:
