@@ -159,8 +159,12 @@ STORIES: list[tuple[Tell, str, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("tell", "name", "wanted"), STORIES, ids=[f"{tell.__name__}-{name}" for tell, name, _ in STORIES])
-def test_a_server_killed_at_any_step(directory: Path, survivor: Served, tell: Tell, name: str, wanted: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("tell", "name", "wanted"), STORIES, ids=[f"{tell.__name__}-{name}" for tell, name, _ in STORIES]
+)
+def test_a_server_killed_at_any_step(
+    directory: Path, survivor: Served, tell: Tell, name: str, wanted: set[str]
+) -> None:
     def play(n: int) -> tuple[str, int]:
         """What became of the job where the server was killed at step `n`, and how many steps it came."""
         place = directory / f"{tell.__name__}-{name}-{n}"

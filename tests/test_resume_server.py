@@ -575,7 +575,12 @@ def test_another_source_under_the_same_ticket(pair: Pair, work: Work) -> None:
         client = work.client()
         await begun(client, pair.a.address)
         async with call(
-            pair.a.address, client.ticket, Op.RUN, client.name, client.kwargs, **client.fields | {"source": b"other", "epoch": 9}
+            pair.a.address,
+            client.ticket,
+            Op.RUN,
+            client.name,
+            client.kwargs,
+            **client.fields | {"source": b"other", "epoch": 9},
         ) as one:
             assert (await refused(one.outcome)).reason == "OTHER_REQUEST"
         assert (await client.visit(pair.b.address)).phase == Phase.DONE

@@ -174,7 +174,9 @@ async def call(
     open_ = Open(ticket=ticket, op=op, **fields)
     if data is None:
         data = zstandard.compress(json.dumps(kwargs or {}).encode()) if op in (Op.RUN, Op.RESUME) else b""
-    first = Raw(data=data, open=open_, last=last, offset=len(whole) if last else 0, digest=digest(whole) if last else b"")
+    first = Raw(
+        data=data, open=open_, last=last, offset=len(whole) if last else 0, digest=digest(whole) if last else b""
+    )
     try:
         await stream.__aenter__()
         try:
@@ -226,9 +228,7 @@ class Client:
     def fields(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "size": len(self.payload), "spool": self.spool, "source": b"a file"}
 
-    async def visit(
-        self, address: str, *, chunk: int = 1000, wait: bool = False, kind: type[Call] = Call
-    ) -> Outcome:
+    async def visit(self, address: str, *, chunk: int = 1000, wait: bool = False, kind: type[Call] = Call) -> Outcome:
         """One connection, to the end of the job. `wait`: for each chunk to be durable."""
         self.epoch += 1
         op = Op.RESUME if self.committed else Op.RUN
@@ -253,7 +253,9 @@ class Client:
         self.epoch += 1
         self.committed, self.spool = True, spool
         assert not self.payload
-        async with call(address, self.ticket, Op.RUN, self.name, self.kwargs, last=True, end=True, **self.fields) as one:
+        async with call(
+            address, self.ticket, Op.RUN, self.name, self.kwargs, last=True, end=True, **self.fields
+        ) as one:
             return await one.outcome()
 
     def check(self, state: State) -> None:
