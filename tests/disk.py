@@ -1,4 +1,4 @@
-"""A disk that loses power: what a program does to a directory is recorded, and every image that a cut may leave is made.
+"""A disk that loses power: what a program does to a directory is recorded, and every image that a cut may leave made.
 
 The program really works on its directory; after each of its system calls the directory is compared with what it was,
 which gives the operation, and `os.fsync` and `os.fdatasync` say what they sync before they do. What is assumed of the

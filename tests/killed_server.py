@@ -1,8 +1,8 @@
 """`python -m tests.killed_server N FILE JOB serve …`: `python -m aipod serve …`, killed at its N-th durable step.
 
-A step is whatever changes the entry of the job with that id: before a file is opened to be written, made, renamed, linked, cut or
-removed, and after a line was appended to a journal. FILE gets a byte for every step: a test learns how many there are
-from a run with N = 0, which is not killed.
+A step is whatever changes the entry of the job with that id: before a file is opened to be written, made, renamed,
+linked, cut or removed, and after a line was appended to a journal. FILE gets a byte for every step: a test learns how
+many there are from a run with N = 0, which is not killed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""kill -9 of the server at every durable step of a job, one after the other: the job ends well, or says that it was cut.
+"""kill -9 of the server at every durable step of a job, one after the other: the job ends well, or as interrupted.
 
 Each time a server is killed at its n-th step (`tests.killed_server`), and the client comes back with the same ticket to
 another one on the same spool: in turn one that has been there all the time, and one that was started afterwards.
@@ -6,13 +6,14 @@ another one on the same spool: in turn one that has been there all the time, and
 I2: the method starts at most once, a restartable one at most twice. I3, I14: whatever the first answer was, it is the
 same at every later attach. I4: an answer is right. I7: a run whose server has died is told as interrupted.
 
-Mutants seen: RUNNING is not written before the start; a job found RUNNING is always queued again; RESUME creates what it
-does not find; a cancelled upload's end is told and not stored.
+Mutants seen: RUNNING is not written before the start; a job found RUNNING is always queued again; RESUME creates what
+it does not find; a cancelled upload's end is told and not stored.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,7 @@ class Story:
             try:
                 outcome = await self.client.until_known([other.address for other in self.others])
             except wire.Refusal as exc:
-                assert exc.reason == "NOT_STARTED"
+                assert exc.reason == "NOT_STARTED"  # noqa: PT017
                 assert self.count == 0
                 # And a delayed message cannot start it any more.
                 self.client.committed = False
@@ -83,10 +84,8 @@ class Story:
     async def released(self) -> wire.Outcome:
         """As `large`, and a release."""
         outcome = await self.large()
-        try:
+        with contextlib.suppress(wire.Lost):
             await wire.ask(self.first.address, self.client.ticket, Op.RELEASE)
-        except wire.Lost:
-            pass
         now = await wire.attach(self.others[0].address, self.client.ticket)
         assert now == outcome or now.phase == Phase.RELEASED
         await self.told_again(now)
@@ -193,5 +192,4 @@ def test_a_server_killed_at_any_step(
         results = list(threads.map(play, range(1, steps + 1)))
     assert [n for n, (_, reached) in enumerate(results, 1) if reached != n - 1] == []  # each was killed where it should
     seen = collections.Counter(became for became, _ in results)
-    print(f"{tell.__name__} {name}: {steps} steps: {dict(seen)}")
     assert set(seen) == wanted

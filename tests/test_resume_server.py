@@ -362,7 +362,7 @@ def test_of_many_clients_with_one_ticket_one_starts_the_job_and_all_hear_the_ans
         try:
             return await mine.visit(address, chunk=700)
         except Refusal as exc:
-            assert exc.reason == "SUPERSEDED"
+            assert exc.reason == "SUPERSEDED"  # noqa: PT017
             return await attach(address, mine.ticket)
 
     async def main() -> None:
@@ -872,7 +872,7 @@ def test_a_disk_that_fills_up_is_a_pause(serve_one: Callable[..., Served], work:
     async def main() -> None:
         served = serve_one()
         client = work.client(payload=payload, size=10)
-        fields = {"size": None}
+        fields: dict[str, Any] = {"size": None}
         limit(served, 2 * MIB + 1000)
         async with opened(client, served.address, **fields) as one:
             await one.chunk(payload[:MIB], 0, sync=True)

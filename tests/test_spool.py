@@ -515,7 +515,7 @@ HOLDERS = """if True:
 
 
 def test_a_lock_whose_file_is_removed_never_has_two_holders(spool: Spool) -> None:
-    """I8. Mutants seen: the file is removed after the lock was let go of; `flock` without a look at the file's links."""
+    """I8. Mutants seen: the file is removed after the lock was let go of; `flock` without a look at its links."""
     command = [sys.executable, "-c", HOLDERS, str(spool.path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
     said = [process.communicate()[0] for process in processes]
