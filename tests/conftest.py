@@ -125,11 +125,13 @@ def peak_memory(pid: int) -> float:
 class Served:
     """A `python -m aipod serve` process."""
 
-    def __init__(self, model: str, directory: Path, options: tuple[str, ...], bind: str) -> None:
+    def __init__(
+        self, model: str, directory: Path, options: tuple[str, ...], bind: str, program: tuple[str, ...] = ("aipod",)
+    ) -> None:
         self.spool = directory / "spool"
         self.data = directory / "data"
         self.log = directory / f"server-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "aipod", "serve", model, "--bind", bind, "--spool", str(self.spool)]
+        command = [sys.executable, "-m", *program, "serve", model, "--bind", bind, "--spool", str(self.spool)]
         command += ["--data", str(self.data), "--reserve", "0", *options]
         with self.log.open("w") as stderr:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT)

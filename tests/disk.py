@@ -3,7 +3,7 @@
 The program really works on its directory; after each of its system calls the directory is compared with what it was,
 which gives the operation, and `os.fsync` and `os.fdatasync` say what they sync before they do. What is assumed of the
 file system is what ext4 and XFS give: names change in order (a journal), a change of names is whole or not there, a
-sync of a directory makes its names permanent and all changes of names before; the bytes of a file that were never
+sync of a directory makes its own names permanent; the bytes of a file that were never
 synced may be there, or not, or be zeros, or in part, whatever became of its name and of later bytes.
 """
 
@@ -111,18 +111,28 @@ class Disk:
             for picks in _picks(choices):
                 yield {path: b"" if path.endswith("/") else picks[inode] for path, inode in names.items()}
 
-    def _possible_names(self, ops: list[Op]) -> list[Names]:
-        steps: list[Names] = [{}]
-        permanent = 0
+    def _possible_names(self, ops: list[Op]) -> Iterator[Names]:
+        """What a prefix of the changes, and those that a sync of their directory has made permanent, come to."""
+        changes: list[dict[str, int | None]] = []
+        permanent: set[int] = set()
+        names: Names = {}
         for op in ops:
             if op.kind == "names":
-                steps.append(op.names)
-            elif op.kind == "sync":
-                of = _directory(steps[-1], op.inode)
-                if of is not None:
-                    touched = [n for n in range(1, len(steps)) if _inside(steps[n - 1], of) != _inside(steps[n], of)]
-                    permanent = max(permanent, *touched, 0)
-        return steps[permanent:]
+                gone = dict.fromkeys(names.keys() - op.names.keys())
+                changes.append(gone | {path: inode for path, inode in op.names.items() if names.get(path) != inode})
+                names = op.names
+            elif op.kind == "sync" and (directory := _directory(names, op.inode)) is not None:
+                permanent |= {n for n, change in enumerate(changes) if _concerns(change, directory)}
+        for end in range(len(changes) + 1):
+            names = {}
+            for n in sorted({*range(end), *permanent}):
+                for path in sorted(changes[n]):
+                    inode = changes[n][path]
+                    if inode is None:
+                        names.pop(path, None)
+                    elif _parent(path) in ("", *names):  # else the directory that it was made in is not there
+                        names[path] = inode
+            yield names
 
 
 def _directory(names: Names, inode: int) -> str | None:
@@ -132,12 +142,14 @@ def _directory(names: Names, inode: int) -> str | None:
     return next((path for path, other in names.items() if other == inode and path.endswith("/")), None)
 
 
-def _inside(names: Names, directory: str) -> Names:
-    return {
-        path: inode
-        for path, inode in names.items()
-        if path.startswith(directory) and path != directory and "/" not in path[len(directory) :].rstrip("/")
-    }
+def _parent(path: str) -> str:
+    above, slash, _ = path.rstrip("/").rpartition("/")
+    return above + slash
+
+
+def _concerns(change: dict[str, int | None], directory: str) -> bool:
+    """Whether a name in `directory` was changed; what moves with its own directory is not."""
+    return any(_parent(path) == directory and directory not in change for path in change)
 
 
 def _possible_contents(inode: int, ops: list[Op]) -> list[bytes]:

@@ -411,7 +411,8 @@ async def test_an_outcome_is_told_when_it_is_stored_and_not_before(story: Story,
         return "done"
 
     model.train = train
-    for wanted in (Phase.FAILED, Phase.DONE):
+    outcomes: list[Phase] = [Phase.FAILED, Phase.DONE]
+    for wanted in outcomes:
         told: list[tuple[Phase, str]] = []
 
         class Watched(Journal):

@@ -492,6 +492,40 @@ def test_claims_go_on_while_others_sweep(spool: Spool) -> None:
         sweeper.join()
 
 
+HOLDERS = """if True:
+    import os, sys, time
+    from pathlib import Path
+    from aipod.spool import Spool, Sweeper
+    spool, until, holds = Spool.open(Path(sys.argv[1]), "m.Class", reserve=0), time.monotonic() + 1.5, 0
+    mark = spool.path.parent / "mark"
+    while time.monotonic() < until:
+        entry = spool.claim("a" * 32, {"ticketed": True}) or spool.hold("a" * 32)
+        if entry is not None:
+            os.mkdir(mark)  # raises where there is another holder
+            os.rmdir(mark)
+            holds += 1
+            if holds % 2:
+                entry.destroy()  # and with it the lock's file
+            else:
+                entry.let_go()
+        for _ in Sweeper(spool, upload_ttl=0, ttl=0).sweep():
+            pass
+    print(holds)
+"""
+
+
+def test_a_lock_whose_file_is_removed_never_has_two_holders(spool: Spool) -> None:
+    """I8. Mutants seen: the file is removed after the lock was let go of; `flock` without a look at its links."""
+    command = [sys.executable, "-c", HOLDERS, str(spool.path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sum(map(int, said)) > 100
+    sweep(spool)
+    for name in (A, f"{A}.lock"):
+        (spool.path / name).unlink(missing_ok=True)
+
+
 # Sweeps
 
 

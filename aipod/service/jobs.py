@@ -405,7 +405,10 @@ class Jobs:
 
     def _not_started(self) -> Refused:
         # `ttl`: seconds for which every job is remembered. One that sent `last` longer ago may be forgotten instead.
-        known = {"spool": self._spool.id, "ttl": str(int(min(self._config.ttl, KEEP_ANSWERED)))}
+        known = {
+            "spool": self._spool.id,
+            "ttl": str(int(min(self._config.ttl, self._config.upload_ttl, KEEP_ANSWERED))),
+        }
         return Refused("NOT_STARTED", "there is no such job, and none can start under this ticket", known)
 
 
