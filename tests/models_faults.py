@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import time
 from pathlib import Path
 
@@ -30,6 +31,12 @@ class Counted(aipod.Model):
     def random(self, context: Context, path: Path, *, length: int) -> Path:
         target = context.work_dir / "random"
         target.write_bytes(os.urandom(length))
+        return target
+
+    def seeded(self, context: Context, path: Path, *, length: int) -> Path:
+        """Bytes that zstd cannot make smaller, the same each time."""
+        target = context.work_dir / "seeded"
+        target.write_bytes(random.Random(0).randbytes(length))
         return target
 
     def kwargs(self, context: Context, path: Path, **kwargs: object) -> dict[str, object]:

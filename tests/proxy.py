@@ -41,6 +41,12 @@ class Proxy:
         """Carry nothing in either direction, and say nothing."""
         self._flowing.clear()
 
+    def freeze(self) -> None:
+        """Carry nothing more for the connections that there are; new ones are carried."""
+        self._flowing.clear()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+
     def cut(self) -> None:
         """Reset every connection."""
         for writer in self._open:
@@ -76,9 +82,10 @@ class Proxy:
     ) -> None:
         limit = fault.cut_up if up else fault.cut_down
         carried = 0
+        flowing = self._flowing
         while True:
             data = await reader.read(64 * 1024)
-            await self._flowing.wait()
+            await flowing.wait()
             if not data:
                 raise _Cut
             if limit is not None:

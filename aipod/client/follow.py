@@ -42,7 +42,14 @@ class Follower:
             course, before = self.course, self.course.step
             attempt = Attempt(self._link, self._request, course)
             try:
-                course.tell(self._request, phase="CONNECTING", payload_size=size, job_id=course.id, **self._number())
+                course.tell(
+                    self._request,
+                    phase="CONNECTING",
+                    payload_size=size,
+                    message="",
+                    job_id=course.id,
+                    **self._number(),
+                )
                 return await in_own_task(attempt.run())
             except (Exception, BaseExceptionGroup) as exc:
                 decision = decide(exc, course.known(self._link.target, attempt.op))
