@@ -28,6 +28,19 @@ class Counted(aipod.Model):
         Path(mark).write_text("cancelled")
         return "cancelled"
 
+    def gated(self, context: Context, path: Path, *, mark: str, gate: str, lines: int = 0) -> dict[str, object]:
+        """Runs until the file `gate` is there."""
+        with open(mark, "a") as file:
+            file.write("run\n")
+        for number in range(lines):
+            context.log(f"line {number} grüße")
+        while not Path(gate).exists():
+            if context.cancelled:
+                raise RuntimeError("cancelled")
+            time.sleep(0.01)
+        context.log("the end")
+        return self.chaos(context, path)
+
     def random(self, context: Context, path: Path, *, length: int) -> Path:
         target = context.work_dir / "random"
         target.write_bytes(os.urandom(length))
