@@ -94,26 +94,28 @@ def alive(pid: int) -> bool:
         return False
 
 
-def left_in(spool: Path) -> list[str]:
+def left_in(spool: Path, *, uploads: bool = True) -> list[str]:
     """What is in a spool besides what is always there, and what ended jobs with a ticket keep for who asks again.
 
-    Not by rglob: it raises when a directory goes meanwhile.
+    `uploads`: also uploads that wait for their client. Not by rglob: it raises when a directory goes meanwhile.
     """
     fixed = {"app", "spool-id", "workers", ".probe"}
-    ended = {path.name for path in spool.iterdir() if is_ended(path)} if spool.exists() else set()
+    kept = {path.name for path in spool.iterdir() if is_kept(path, uploads)} if spool.exists() else set()
     found = (Path(base, name) for base, directories, files in os.walk(spool) for name in (*directories, *files))
     names = (path.relative_to(spool) for path in found if path.name not in fixed)
-    return sorted(str(name) for name in names if name.parts[0].removesuffix(".lock") not in ended)
+    return sorted(str(name) for name in names if name.parts[0].removesuffix(".lock") not in kept)
 
 
-def is_ended(entry: Path) -> bool:
+def is_kept(entry: Path, uploads: bool) -> bool:
     """Whether this is the entry of a ticketed job that has ended, without anything that it needed for its run."""
     state = Journal(entry / "state").read()
-    if not state.get("ticketed") or state.get("phase") not in ENDED:
+    if not state.get("ticketed"):
         return False
+    if state.get("phase", "RECEIVING") == "RECEIVING":
+        return not uploads
     # want-*: somebody has taken the upload over
-    kept = {path.name for path in entry.iterdir() if not path.name.startswith("want-")}
-    return kept <= {"state", "res", "log", "seen"}
+    files = {path.name for path in entry.iterdir() if not path.name.startswith("want-")}
+    return state["phase"] in ENDED and files <= {"state", "res", "log", "seen"}
 
 
 def peak_memory(pid: int) -> float:
@@ -187,8 +189,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
                 served.process.kill()
                 served.process.communicate()
                 problems.append(f"did not stop\n{served.log_text()}")
-            if left_in(served.spool):
-                problems.append(f"left in the spool: {left_in(served.spool)}")
+            if left_in(served.spool, uploads=False):
+                problems.append(f"left in the spool: {left_in(served.spool, uploads=False)}")
             problems += [f"process {pid} is left" for pid in below if alive(pid)]
         assert not problems, "\n".join(problems)
 

@@ -210,7 +210,7 @@ def honest(served: Served) -> Any:
 @pytest.mark.parametrize(
     "name",
     ["nope", "_private", "__init__", "__class__", "inherited", "load", "warm_up", "close", "version", "data_dir",
-     "helper", "aipod.methods", "Chaos", "predict.chaos", "x" * 5000],
+     "helper", "Chaos", "predict.chaos", "x" * 5000],
 )  # fmt: skip
 def test_what_cannot_be_called_is_unimplemented_and_named(either: Served, call: Any, name: str) -> None:
     answer = call(either.address, name=name)
@@ -227,6 +227,13 @@ def test_an_rpc_whose_method_the_class_does_not_have(one: Served, call: Any) -> 
     answer = call(one.address, rpc="log")
     assert answer.refusal == (UNIMPLEMENTED, "UNKNOWN_METHOD")
     assert answer.message.startswith("InProcess has no method 'log'")
+
+
+@BOTH
+def test_a_name_with_a_dot_is_the_server_s_own(one: Served, call: Any) -> None:
+    answer = call(one.address, name="aipod.nope")
+    assert answer.refusal == (UNIMPLEMENTED, "UNKNOWN_METHOD")
+    assert answer.message == "the server has no method 'aipod.nope'; it has: aipod.jobs"
 
 
 def test_an_rpc_that_there_is_not(one: Served) -> None:

@@ -249,7 +249,13 @@ class Entry(Look):
         self.payload.unlink(missing_ok=True)
 
     def let_go(self) -> None:
-        """Make what there is durable, and let go of the entry: others may go on with it. Idempotent."""
+        """Make what there is durable, and let go of the entry: others may go on with it. Idempotent.
+
+        One without a journal, as a model can leave it, is nobody's: it is removed.
+        """
+        if self._lock.is_locked and not self.read():
+            self.destroy()
+            return
         try:
             if self._fd is not None:
                 with contextlib.suppress(Refused):  # the disk is full: what was told to be durable is
