@@ -673,7 +673,7 @@ def test_a_job_is_given_up_in_the_end(served: Served, tmp_path: Path, complete: 
         yield b""
 
     async def main() -> aipod.AipodError:
-        config = aipod.Config(reconnect=0.3)
+        config = aipod.Config(reconnect=0.3, connect_timeout=0.5)
         async with open_proxy(served.port) as proxy, aipod.Client(proxy.address, config=config) as client:
             heard = asyncio.Event()
             call = asyncio.create_task(

@@ -85,7 +85,7 @@ class Job:
         """What the job is doing, until it has ended: phase, progress, message, the log from its beginning.
 
             async for event in job.events():
-                print(event.phase, event.progress, event.log, end="")
+                show(event.phase, event.progress, event.log)
 
         The last event has the phase in which the job has ended; its answer is not fetched. Raises `Refused` (NOT_FOUND)
         and `JobLost`. While the caller is busy with one event, the next ones wait at the server. Leave it early through
