@@ -112,7 +112,8 @@ def is_ended(entry: Path) -> bool:
     if not state.get("ticketed") or state.get("phase") not in ENDED:
         return False
     # want-*: somebody has taken the upload over
-    return {path.name for path in entry.iterdir() if not path.name.startswith("want-")} <= {"state", "res", "log", "seen"}
+    kept = {path.name for path in entry.iterdir() if not path.name.startswith("want-")}
+    return kept <= {"state", "res", "log", "seen"}
 
 
 def peak_memory(pid: int) -> float:
@@ -124,11 +125,13 @@ def peak_memory(pid: int) -> float:
 class Served:
     """A `python -m aipod serve` process."""
 
-    def __init__(self, model: str, directory: Path, options: tuple[str, ...], bind: str) -> None:
+    def __init__(
+        self, model: str, directory: Path, options: tuple[str, ...], bind: str, program: tuple[str, ...] = ("aipod",)
+    ) -> None:
         self.spool = directory / "spool"
         self.data = directory / "data"
         self.log = directory / f"server-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "aipod", "serve", model, "--bind", bind, "--spool", str(self.spool)]
+        command = [sys.executable, "-m", *program, "serve", model, "--bind", bind, "--spool", str(self.spool)]
         command += ["--data", str(self.data), "--reserve", "0", *options]
         with self.log.open("w") as stderr:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT)

@@ -6,6 +6,7 @@ import errno
 import functools
 import math
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +16,15 @@ import trio
 from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
-from aipod.job.reply import plain_messages, send_all
+from aipod.job.job import Answer, Job
+from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
-from aipod.job.run import MAX_BROKEN, Answer, Job, run_job
+from aipod.job.run import MAX_BROKEN, Terms, run_job
 from aipod.pool import Pool, open_pool
 from aipod.runner.fake import FakeRunner
 from aipod.service.ai import Place, Viewer
 from aipod.service.viewer import Call, Writer
-from aipod.spool import Entry, Journal, Spool
+from aipod.spool import Entry, Journal, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
@@ -48,7 +50,7 @@ class FakeCall:
 class NoEntry:
     """Of an entry what heartbeats look at."""
 
-    durable = 0
+    durable = written = 0
     log_size = 0
 
 
@@ -85,7 +87,7 @@ async def test_an_own_client_hears_the_phases_at_once_and_a_state_every_second(a
         nursery.start_soon(writer.run)
         nursery.start_soon(viewer.beat)
         await trio.sleep(1.5)
-        viewer.watch(job := fake_job(Open(ticket=b"t" * 16)))
+        viewer.watch(job := fake_job(Open(ticket=b"t" * 16)), 0)
         await trio.sleep(0.25)
         job.enter(Phase.QUEUED)
         await trio.sleep(2.25)
@@ -144,24 +146,33 @@ class Story:
         self.jobs = 0
 
     async def begin(
-        self, *, timeout: float | None = None, deadline: float = math.inf, journal: type[Journal] = Journal
+        self,
+        *,
+        timeout: float | None = None,
+        deadline: float = math.inf,
+        journal: type[Journal] = Journal,
+        open_: Open | None = None,
+        restartable: bool = False,
     ) -> Job:
         """A job whose payload is complete, queued."""
         self.jobs += 1
-        what = Request(f"{self.jobs:032}", "train", "v", b"{}", None, None, Raw(), {})
-        entry = self.spool.claim(what.job_id, {}, size=None)
+        what = Request(f"{self.jobs:032}", "train", "v", b"{}", None, open_, Raw(), {})
+        entry = self.spool.claim(what.job_id, what.fields, what.kwargs)
+        assert entry is not None
         entry.write(b"payload")
         entry.seal()
         entry._journal = journal(entry.path / "state")
         job = Job(what, entry, self.spool.id)
-        place = Place(self.pool, "v")
-        self.nursery.start_soon(run_job, job, place, self.versions, 0.01, timeout, deadline)
+        self.run(job, Terms(0.01, timeout, deadline, restartable))
         return job
+
+    def run(self, job: Job, terms: Terms) -> None:
+        self.nursery.start_soon(run_job, job, Place(self.pool, "v"), self.versions, terms)
 
     async def end(self, job: Job) -> Phase:
         """Wait for the job's end, and let it go."""
         with trio.fail_after(10):
-            await job.ended.wait()
+            await job.over.wait()
         job.cancel()
         with trio.fail_after(10):
             while list(self.spool.path.glob("*.lock")):  # the last that goes
@@ -212,7 +223,7 @@ async def test_a_job_from_the_queue_to_its_answer(story: Story, model: Model) ->
     model.train = train
     job = await story.begin()
     phases = []
-    while not job.ended.is_set():
+    while not job.over.is_set():
         changed = job.changed
         phases.append(job.phase)
         if job.phase == Phase.RUNNING:
@@ -287,12 +298,12 @@ async def test_a_job_that_is_cancelled_in_line_never_runs(story: Story, model: M
         await trio.sleep(0.001)
     assert second.state().place == 0
     second.stop("because")
-    await second.ended.wait()
+    await second.over.wait()
     assert not second.started
     assert second.error is not None
     assert second.error.message == "because"
     go.set()
-    await first.ended.wait()
+    await first.over.wait()
     second.cancel()
     assert await story.end(first) == Phase.DONE
     assert runs == 1
@@ -357,8 +368,111 @@ async def test_a_server_that_is_cancelled_ends_its_jobs_and_their_entries(tmp_pa
         while Phase.RUNNING not in [job.phase for job in jobs]:
             await trio.sleep(0.001)
         nursery.cancel_scope.cancel()
-    assert [job.phase for job in jobs] == [Phase.CANCELLED] * 3
+    assert sorted(job.phase for job in jobs) == [Phase.FAILED, Phase.CANCELLED, Phase.CANCELLED]
+    assert sorted(job.error.reason for job in jobs if job.error) == ["CANCELLED", "CANCELLED", "INTERRUPTED"]
     assert left_in(story.spool.path) == []
+
+
+# Jobs with a ticket: they outlive who brought them
+
+OWN = Open(ticket=b"t" * 16)
+
+
+async def test_a_server_that_is_cancelled_leaves_what_has_not_started_to_the_next_one(
+    tmp_path: Path, model: Model
+) -> None:
+    """I2. Mutant seen: a job whose method has started is handed over too."""
+    model.train = lambda context, path: trio.sleep_forever()
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool, trio.open_nursery() as nursery:
+        story = Story(tmp_path, pool, nursery)
+        jobs = [await story.begin(open_=OWN) for _ in range(2)]
+        while sorted(job.phase for job in jobs) != [Phase.QUEUED, Phase.RUNNING]:
+            await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    assert all(job.over.is_set() and not story.spool.is_held(job.look.id) for job in jobs)
+    states = sorted((story.spool.look(job.look.id).read() for job in jobs), key=lambda state: state["phase"])
+    assert [state["phase"] for state in states] == ["FAILED", "QUEUED"]
+    assert states[0]["reason"] == "INTERRUPTED"
+    assert "attempt" not in states[1]
+    waiting = next(job for job in jobs if job.phase == Phase.QUEUED)
+    assert waiting.look.payload.read_bytes() == b"payload"
+    assert left_in(story.spool.path) == [
+        *(f"{waiting.look.id}{name}" for name in ("", ".lock", "/in", "/state")),
+    ]
+
+
+async def test_an_outcome_is_told_when_it_is_stored_and_not_before(story: Story, model: Model) -> None:
+    """I14. Mutant seen: the phase changes first (as it did once), and a kill before the line makes it another one."""
+    fail = True
+
+    def train(context: Any, path: Path) -> str:
+        if fail:
+            raise KeyError("no such word")
+        return "done"
+
+    model.train = train
+    outcomes: list[Phase] = [Phase.FAILED, Phase.DONE]
+    for wanted in outcomes:
+        told: list[tuple[Phase, str]] = []
+
+        class Watched(Journal):
+            def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+                trio.from_thread.run_sync(lambda: None)  # whoever waits for a change has its turn
+                super().append(fields, sync=sync)
+
+        job = await story.begin(open_=OWN, journal=Watched)
+        while not job.over.is_set():
+            changed = job.changed
+            told.append((job.phase, Journal(job.look.path / "state").read().get("phase", "RECEIVING")))
+            await changed.wait()
+        assert job.phase == wanted
+        assert [phase.name for phase, _ in told] == [stored for _, stored in told]
+        fail = False
+
+
+async def test_an_interrupted_run_of_a_restartable_method_is_repeated_once(story: Story, model: Model) -> None:
+    """I2. Mutant seen: no bound (MAX_ATTEMPTS)."""
+    starts = 0
+
+    async def train(context: Any, path: Path) -> str:
+        nonlocal starts
+        starts += 1
+        (context.new_version / f"of run {starts}").touch()
+        (context.work_dir / f"of run {starts}").touch()
+        if starts != 2:
+            model.runners[-1].crash()
+            await trio.sleep_forever()
+        return " ".join(sorted(path.name for path in context.work_dir.iterdir()))
+
+    model.train = train
+    job = await story.begin(open_=OWN, restartable=True)
+    await job.over.wait()
+    assert (job.phase, job.attempt, starts) == (Phase.DONE, 2, 2)
+    assert job.answer is not None
+    assert job.answer.inline == b'"of run 2"'  # it begins where the first has begun
+    assert [path.name for path in story.versions.data_dir("v").iterdir()] == ["of run 2"]
+    starts = 2
+    job = await story.begin(open_=OWN, restartable=True)
+    await job.over.wait()
+    assert (job.phase, job.attempt, starts) == (Phase.FAILED, 2, 4)
+    assert story.spool.look(job.look.id).read()["reason"] == "WORKER_CRASHED"
+    starts = 2
+    job = await story.begin(open_=OWN, restartable=False)
+    await job.over.wait()
+    assert (job.phase, job.attempt, starts) == (Phase.FAILED, 1, 3)
+
+
+async def test_a_restartable_run_that_a_shutdown_ends_waits_for_the_next_server(tmp_path: Path, model: Model) -> None:
+    model.train = lambda context, path: trio.sleep_forever()
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool, trio.open_nursery() as nursery:
+        story = Story(tmp_path, pool, nursery)
+        job = await story.begin(open_=OWN, restartable=True)
+        while job.phase != Phase.RUNNING:
+            await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    state = story.spool.look(job.look.id).read()
+    assert (state["phase"], state["attempt"]) == ("QUEUED", 1)
+    assert job.look.payload.exists()
 
 
 async def test_no_log_line_is_lost_when_the_job_ends_while_the_log_is_written(story: Story, model: Model) -> None:
@@ -371,7 +485,7 @@ async def test_no_log_line_is_lost_when_the_job_ends_while_the_log_is_written(st
 
     model.train = train
     job = await story.begin()
-    await job.ended.wait()
+    await job.over.wait()
     read = functools.partial(job.entry.read_log, 0, 1 << 20)
     assert (await trio.to_thread.run_sync(read)).decode().splitlines() == lines
     await story.end(job)
@@ -398,7 +512,7 @@ async def test_no_step_of_a_job_s_end_can_end_the_server(
         owner = {"discard": story.versions, "save_log": job}.get(step, job.entry)
         setattr(owner, step, fails)
         with trio.fail_after(10):
-            await job.ended.wait()
+            await job.over.wait()
         job.cancel()
     assert failed == [step]
     assert job.phase == Phase.FAILED
@@ -426,7 +540,7 @@ async def test_a_version_that_cannot_be_published(story: Story, model: Model) ->
     (story.versions.path / "v").write_text("a file where the version's directory would be")
     (blocked := story.versions.path / f".old-{1:032}-v").mkdir()
     job = await story.begin()
-    await job.ended.wait()
+    await job.over.wait()
     blocked.rmdir()
     assert await story.end(job) == Phase.FAILED
     assert job.error is not None
@@ -456,7 +570,8 @@ async def test_a_stop_ends_the_measuring_of_a_huge_result(story: Story, model: M
 
 @pytest.mark.parametrize("kind", ["bytes", "file"])
 async def test_a_viewer_that_leaves_ends_the_making_of_a_huge_answer(tmp_path: Path, kind: str) -> None:
-    entry = Spool.open(tmp_path, "app", reserve=0).claim("0" * 32, {}, size=None)
+    entry = Spool.open(tmp_path, "app", reserve=0).claim("0" * 32, {})
+    assert entry is not None
     entry.result.touch()
     os.truncate(entry.result, SPARSE)
     messages = plain_messages(entry, Answer(kind, None, SPARSE, b""), 1, 1 << 26)
@@ -467,3 +582,45 @@ async def test_a_viewer_that_leaves_ends_the_making_of_a_huge_answer(tmp_path: P
         await send_all(messages, send)
     assert scope.cancelled_caught
     entry.destroy()
+
+
+async def test_an_answer_that_is_released_while_it_is_sent_is_not_a_bug_of_the_server(tmp_path: Path) -> None:
+    entry = Spool.open(tmp_path, "app", reserve=0).claim("0" * 32, {})
+    assert entry is not None
+
+    async def send(message: Raw) -> None: ...
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await send_all(own_messages(entry, Answer("bytes", None, 5, b""), 0, 1), send)
+    assert caught.group_contains(FileNotFoundError)
+    entry.destroy()
+
+
+async def test_the_grace_begins_when_the_last_viewer_leaves_and_not_a_tick_before() -> None:
+    """I16. Mutants seen: it counts from the last tick at which somebody was there; a watcher elsewhere is none."""
+    job = fake_job(OWN)
+    job.phase = Phase.RUNNING
+    job.viewers = 1
+    now = time.monotonic()
+    job.heed(Words(), now - 0.9, 1.0)
+    job.leave()
+    left = time.monotonic()
+    job.heed(Words(), now + 0.1, 1.0)
+    assert not job.stop_asked
+    job.heed(Words(watched=5), now + 0.9, 1.0)  # somebody watches from another process
+    job.heed(Words(watched=5), now + 1.8, 1.0)
+    assert not job.stop_asked
+    job.heed(Words(watched=5), left + 1.9, 1.0)
+    assert job.stop_asked
+    assert job.stopped().reason == "CANCELLED"
+
+
+async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:
+    job = fake_job(OWN)
+    job.heed(Words(), time.monotonic() + 1e6, 1.0)
+    assert not job.stop_asked
+    job.heed(Words(wanted=job.epoch), 0, 1.0)
+    assert not job.upload.cancel_called
+    job.heed(Words(wanted=job.epoch + 1), 0, 1.0)
+    assert (job.upload.cancel_called, job.superseded_by) == (True, job.epoch + 1)
+    assert not job.scope.cancel_called

@@ -9,7 +9,16 @@ import pytest
 import zstandard
 
 from aipod.errors import Refused
-from aipod.job.request import MAX_SOURCE, Request, check_method, job_id, parse_request
+from aipod.job.request import (
+    MAX_RELEASED,
+    MAX_SOURCE,
+    Request,
+    check_method,
+    job_id,
+    parse_attach,
+    parse_request,
+    stored_request,
+)
 from aipod.wire.ai import Op, Open, Raw, StreamInput
 
 METHODS: dict[str, Any] = {"chaos": {}, "predict": {}, "hello": {}}
@@ -143,9 +152,90 @@ def test_the_header_must_be_the_hash_of_the_ticket(name: str) -> None:
     assert refusal(own, Open(ticket=TICKET), name=name).startswith("BAD_TICKET: header x-job-id")
 
 
-@pytest.mark.parametrize("op", [Op.RESUME, Op.ATTACH, Op.CANCEL, Op.RELEASE, Op(99)])
-def test_ops_other_than_run(op: Op) -> None:
-    assert refusal(own, Open(ticket=TICKET, op=op)).startswith("UNSUPPORTED_OP: ")
+def test_an_op_that_nobody_knows() -> None:
+    text = refusal(own, Open(ticket=TICKET, op=Op(99)))
+    assert text.startswith("BAD_MESSAGE: open.op is 99; this server knows [0, 1")
+
+
+def attach(message: Raw | StreamInput, headers: dict[str, str] | None = None) -> tuple[str, Open] | None:
+    return parse_attach(message, {"x-job-id": job_id(TICKET)} if headers is None else headers)
+
+
+@pytest.mark.parametrize("op", [Op.ATTACH, Op.CANCEL, Op.RELEASE])
+@pytest.mark.parametrize("rpc", [Raw, StreamInput])
+def test_a_ticket_is_all_that_these_need(op: Op, rpc: Any) -> None:
+    open_ = Open(ticket=TICKET, op=op)
+    message = Raw(open=open_) if rpc is Raw else StreamInput(raw=Raw(open=open_))
+    assert attach(message) == (job_id(TICKET), open_)
+    with pytest.raises(Refused, match="x-job-id"):
+        attach(message, {})
+
+
+def test_an_unknown_op_needs_no_request_to_be_refused() -> None:
+    assert refusal(attach, Raw(open=Open(ticket=TICKET, op=Op(99)))).startswith("BAD_MESSAGE: open.op")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        *(Raw(), StreamInput(), StreamInput(raw=Raw())),
+        *(Raw(open=Open(ticket=TICKET, op=op)) for op in (Op.RUN, Op.RESUME)),
+    ],
+    ids=range(5),
+)
+def test_what_brings_a_request_is_no_attach(message: Any) -> None:
+    assert attach(message) is None
+
+
+def told(**changes: Any) -> Request:
+    """A request of an own client, with something changed."""
+    given: dict[str, Any] = {"kwargs": {"a": 1}, "method": "hello", "size": 5, "source": b"s", "version": "v"} | changes
+    open_ = Open(ticket=TICKET, epoch=changes.get("epoch", 7), size=given["size"], source=given["source"])
+    headers = {"x-job-id": job_id(TICKET), "x-func-name": given["method"], "x-more": str(changes)}
+    return chaos(given["kwargs"] | {"version": given["version"]}, open_=open_, headers=headers)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kwargs": {"a": 2}},
+        {"kwargs": {}},
+        {"method": "predict"},
+        {"size": 6},
+        {"size": None},
+        {"source": b"t"},
+        {"source": b""},
+        {"version": "w"},
+        {"version": ""},
+    ],
+    ids=str,
+)
+def test_another_request_has_another_fingerprint(changes: dict[str, Any]) -> None:
+    assert told().fingerprint != told(**changes).fingerprint
+
+
+def test_the_same_request_in_another_connection_has_the_same_fingerprint() -> None:
+    assert told(epoch=8, more=1).fingerprint == told().fingerprint
+    resumed = told()
+    assert resumed.open is not None
+    resumed.open.op = Op.RESUME
+    assert resumed.fingerprint == told().fingerprint
+
+
+def test_what_the_journal_has_is_enough_to_run_the_job_elsewhere() -> None:
+    request = told()
+    fields = json.loads(json.dumps(request.fields)) | {"attempt": 1}
+    stored = stored_request(request.job_id, fields, request.kwargs)
+    assert (stored.method, stored.version, stored.kwargs, stored.size) == ("hello", "v", b'{"a": 1}', 5)
+    assert (stored.metadata, stored.attempt, stored.plain) == (request.metadata, 1, False)
+    assert stored.open is not None
+    assert stored.open.epoch == 7
+    assert TICKET.hex() not in json.dumps(request.fields)  # who reads the spool cannot claim the job
+
+
+def test_a_call_may_release_so_many_and_no_more() -> None:
+    assert own(Open(ticket=TICKET, released=[TICKET] * MAX_RELEASED)).open is not None
+    assert refusal(own, Open(ticket=TICKET, released=[TICKET] * (MAX_RELEASED + 1))).startswith("BAD_MESSAGE: open.rel")
 
 
 @pytest.mark.parametrize("depth", [100, 900, 5_000, 200_000])

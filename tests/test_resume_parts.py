@@ -24,7 +24,6 @@ import aipod
 from aipod.client.course import Course, Request
 from aipod.client.failure import (
     OUT_OF_SIGHT,
-    SHORTEST_TTL,
     Action,
     BadAnswer,
     Known,
@@ -188,8 +187,8 @@ def test_a_job_that_is_not_there() -> None:
     [
         (AFTER, SPOOL, Action.ANEW),
         (Known("t", Op.RESUME, SPOOL, 5.0), SPOOL, Action.ANEW),
-        (Known("t", Op.RESUME, SPOOL, SHORTEST_TTL - 1), SPOOL, Action.ANEW),
-        (Known("t", Op.RESUME, SPOOL, SHORTEST_TTL), SPOOL, Action.STOP),  # it may have run and been forgotten
+        (Known("t", Op.RESUME, SPOOL, 899.0), SPOOL, Action.ANEW),
+        (Known("t", Op.RESUME, SPOOL, 900.0), SPOOL, Action.STOP),  # it may have run and been forgotten
         (Known("t", Op.RESUME, SPOOL, -1.0), SPOOL, Action.STOP),  # the clock was set
         (AFTER, "0123-boot2", Action.STOP),  # the machine was started again: the last second may be lost
         (AFTER, "", Action.STOP),
@@ -201,7 +200,7 @@ def test_a_job_that_is_not_there() -> None:
     ],
 )
 def test_when_a_job_that_was_not_started_is_run_anew(known: Known, spool: str, action: Action) -> None:
-    decision = decide(refusal("NOT_STARTED", spool=spool), known)
+    decision = decide(refusal("NOT_STARTED", spool=spool, ttl="900"), known)
     assert decision is not None
     assert decision.action is action
 

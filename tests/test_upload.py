@@ -61,7 +61,8 @@ async def test_empty_messages_weigh_something_too() -> None:
 @pytest.fixture
 def entry(tmp_path: Path) -> Iterator[Entry]:
     spool = Spool.open(tmp_path / "spool", "app", reserve=0)
-    entry = spool.claim("0" * 32, {}, size=None)
+    entry = spool.claim("0" * 32, {})
+    assert entry is not None
     yield entry
     entry.destroy()
     assert left_in(spool.path) == []

@@ -21,7 +21,6 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 
-from aipod.config import HOURS
 from aipod.errors import DOMAIN, AipodError, JobFailed, JobLost, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
@@ -29,8 +28,6 @@ from aipod.wire.ai import Op, Phase, State
 
 # Seconds for which a job may be somewhere else than it was: a proxy that lost a host asks for it again within those.
 OUT_OF_SIGHT = 60.0
-# The shortest time for which a server remembers a job. One that sent `last` longer ago may be forgotten, not unknown.
-SHORTEST_TTL = 1 * HOURS
 
 # What a lost connection looks like once a proxy has put it into words; also the statuses that the first version's
 # retry policy named.
@@ -161,6 +158,7 @@ def _of_reason(
 ) -> Decision:
     refused = Refused(reason, text, metadata)
     spool = metadata.get("spool", "")
+    ttl = float(metadata["ttl"]) if metadata.get("ttl", "").isdecimal() else 0.0
     if reason == "WRONG_SPOOL" and known.op == Op.RUN:
         return Decision(Action.RELEARN, refused, exc, untouched=True, spool=spool)
     if reason == "NOT_FOUND" and known.op == Op.ATTACH and known.phase == Phase.NONE:
@@ -168,7 +166,7 @@ def _of_reason(
     if reason in ("WRONG_SPOOL", "NOT_FOUND"):
         return Decision(Action.RETRY, gone(known, text), exc, within=OUT_OF_SIGHT)
     if reason == "NOT_STARTED":
-        return Decision(Action.ANEW if _anew(spool, known) else Action.STOP, gone(known, text), exc, spool=spool)
+        return Decision(Action.ANEW if _anew(spool, ttl, known) else Action.STOP, gone(known, text), exc, spool=spool)
     if reason == "SUPERSEDED":
         epoch = metadata.get("epoch", "")
         if known.may_outbid and epoch.isdecimal():
@@ -186,10 +184,10 @@ def _of_reason(
     return Decision(Action.STOP, refused, exc)
 
 
-def _anew(spool: str, known: Known) -> bool:
+def _anew(spool: str, ttl: float, known: Known) -> bool:
     """Whether NOT_STARTED means that the method has not run.
 
-    The server remembers every job for at least `SHORTEST_TTL`, but for those of the last second before a power cut: so
+    The server remembers every job for the `ttl` that it tells, but for those of the last second before a power cut: so
     not where its machine, which the end of the spool's id tells, was started again.
     """
     boot = spool.rpartition("-")[2]
@@ -199,7 +197,7 @@ def _anew(spool: str, known: Known) -> bool:
         and known.sent_to is not None
         and bool(boot)
         and boot == known.sent_to.rpartition("-")[2]
-        and 0 <= known.sent_ago < SHORTEST_TTL
+        and 0 <= known.sent_ago < ttl
     )
 
 

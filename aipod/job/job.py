@@ -300,7 +300,12 @@ class Job(Watched):
         elif self.phase != Phase.RECEIVING and now - self._alone_since >= grace:
             self.stop(f"nobody came back for it for {grace:g} s")
 
+    def leave(self) -> None:
+        """One viewer less. The grace begins when the last one leaves."""
+        self.viewers -= 1
+        self._alone_since = time.monotonic()
+
     def cancel(self) -> None:
         """Nobody wants the answer: stop the run, and let the entry go."""
-        self.scope.cancel()
+        self.stop("the job was cancelled")
         self.released.set()

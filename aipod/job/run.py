@@ -45,6 +45,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
     outlives the call that brought the job. Cancelled: the method has ended when it returns. A ticketed job that has not
     started stays queued for the next process, one that has is interrupted.
     """
+    failure: JobFailed | None = None  # told once it is stored: a kill before that may make it another one
     try:
         job.scope.deadline = terms.deadline
         with job.scope:
@@ -54,19 +55,22 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                 nursery.cancel_scope.cancel()
         # A cancel that comes while the answer is stored is caught too: too late, what the run did stands.
         if job.scope.cancelled_caught and job.answer is None and not job.handed_over:
-            _fail(job, job.stopped())
+            failure = job.stopped()
     except BaseException as exc:
         # Refused: the disk is full, or there is no descriptor left.
         known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed | Refused)]
         if known:
-            _fail(job, job_failed(known[0].reason, known[0].message, known[0].metadata))
+            failure = job_failed(known[0].reason, known[0].message, known[0].metadata)
         elif isinstance(exc, Exception):
             log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc)
-            _fail(job, job_failed("INTERNAL", "an internal error; the server's log says more"))
+            failure = job_failed("INTERNAL", "an internal error; the server's log says more")
         else:
-            job.hand_over()
-            if not job.handed_over:
-                _fail(job, job_failed("INTERRUPTED", "the server was shut down while the method ran"))
+            if job.started:
+                failure = job_failed("INTERRUPTED", "the server was shut down while the method ran")
+            elif job.request.plain:
+                failure = job_failed("CANCELLED", "the server was shut down")
+            else:
+                job.hand_over()
             raise
     finally:
         with trio.CancelScope(shield=True):
@@ -75,12 +79,15 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             with _going_on(job):
                 await job.save_log()
             with _going_on(job):
-                if _is_worth_another(job, terms):
-                    job.error, job.handed_over = None, True
-                    job.enter(Phase.QUEUED)
+                if failure is not None and _is_worth_another(job, terms, failure):
+                    failure, job.handed_over = None, True
                     await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED"})
-                elif job.error is not None:
-                    await trio.to_thread.run_sync(_store_failure, job)
+                    job.enter(Phase.QUEUED)
+            if failure is not None:
+                with _going_on(job):
+                    await trio.to_thread.run_sync(_store_failure, job, failure)
+                job.error = failure
+                job.enter(_phase_of(failure))
             _log_end(job)
             if not job.request.plain:
                 with _going_on(job):
@@ -120,12 +127,17 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
     )
     job.queue = queue
     if job.phase != Phase.QUEUED:
-        await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED"})
+        # The size too: other processes tell it as the offset.
+        await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED", "offset": entry.written})
         job.enter(Phase.QUEUED)
     result = None
     broken = 0
     while result is None:
         async with queue.lease() as lease:
+            if job.attempt:
+                # A run that was killed has left half a new version, a work directory, perhaps a result.
+                await trio.to_thread.run_sync(versions.discard, request.job_id)
+                await trio.to_thread.run_sync(entry.forget_run)
             with trio.CancelScope(shield=True):  # what is written is also true of `job`
                 step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
                 await trio.to_thread.run_sync(entry.record, step)
@@ -142,10 +154,8 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                 if broken == MAX_BROKEN:
                     raise job_failed("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
             except JobFailed as exc:
-                job.error = exc
-                if exc.reason != "WORKER_CRASHED" or not _is_worth_another(job, terms):
+                if exc.reason != "WORKER_CRASHED" or not _is_worth_another(job, terms, exc):
                     raise
-                job.error = None
                 log.warning("job %s: its worker died, its method is started once more: %s", request.job_id, exc.message)
                 job.enter(Phase.QUEUED)
             if patience.cancelled_caught:
@@ -156,6 +166,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         with trio.CancelScope(shield=True):
             if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
                 queue.retire()
+            await job.save_log()  # before: who reads DONE in another process reads the log for the last time
             await trio.to_thread.run_sync(entry.store, answer.fields)
             job.answer = answer
     job.enter(Phase.DONE)
@@ -193,9 +204,9 @@ def _measure(entry: Entry, result: Result) -> Answer:
     return Answer(result.kind, None, size, hasher.digest())
 
 
-def _is_worth_another(job: Job, terms: Terms) -> bool:
+def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
     """Whether the run was interrupted, and its method may be started once more."""
-    interrupted = job.error is not None and job.error.reason in ("INTERRUPTED", "WORKER_CRASHED")
+    interrupted = failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
     return interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
 
 
@@ -216,11 +227,9 @@ def _note(job: Job) -> None:
     job.entry.note_progress(job.progress, job.message)
 
 
-def _store_failure(job: Job) -> None:
+def _store_failure(job: Job, error: JobFailed) -> None:
     """Write down why there is no answer. Blocks."""
-    error = job.error
-    assert error is not None, "there is a failure to store"
-    fields = {"phase": job.phase.name, "reason": error.reason, "message": error.message}
+    fields = {"phase": _phase_of(error).name, "reason": error.reason, "message": error.message}
     if "type" in error.metadata:
         fields["type"] = error.metadata["type"]
     try:
@@ -229,9 +238,8 @@ def _store_failure(job: Job) -> None:
         log.warning("job %s: its outcome could not be stored: %s", job.entry.id, exc)
 
 
-def _fail(job: Job, error: JobFailed) -> None:
-    job.error = error
-    job.enter(Phase.CANCELLED if error.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED)
+def _phase_of(failure: JobFailed) -> Phase:
+    return Phase.CANCELLED if failure.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED
 
 
 def _log_end(job: Job) -> None:

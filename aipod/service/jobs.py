@@ -145,12 +145,15 @@ class Jobs:
     def _read(self, look: Look) -> tuple[dict[str, Any], dict[str, Any], bool]:
         """What the spool tells of a job: its journal, its progress, and whether there is work that nobody does."""
         fields = look.read()
-        phase = fields.get("phase", "RECEIVING")
-        if phase not in ("QUEUED", "RUNNING"):
-            return fields, {}, False
-        free = not self._spool.is_held(look.id)
-        # Read again: it may have ended between the first look and the lock.
-        return look.read(), look.live(), free and look.read().get("phase") == phase
+        phase = fields.get("phase")
+        if phase in ("QUEUED", "RUNNING"):
+            free = not self._spool.is_held(look.id)
+            fields = look.read()  # again: it may have ended between the first look and the lock
+            if fields.get("phase") not in ENDED:
+                return fields, look.live(), free and fields.get("phase") == phase
+        if fields.get("phase") in ENDED:
+            look.make_sure()  # its holder may not have synced it yet, and may have been killed before it did
+        return fields, {}, False
 
     # Beginning
 
@@ -252,10 +255,14 @@ class Jobs:
             return
         if job_id in self.held:
             raise AssertionError("a job that is held here was taken up again")
-        request = await trio.to_thread.run_sync(self._recover, entry)
+        request = None
+        try:
+            request = await trio.to_thread.run_sync(self._recover, entry)
+        finally:
+            if request is None:  # or it has raised: the disk is full, say
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(entry.let_go)
         if request is None:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(entry.let_go)
             return
         job = Job(request, entry, self._spool.id, self._keep)
         job.phase = Phase.QUEUED
@@ -316,8 +323,13 @@ class Jobs:
     async def release_all(self, job_ids: list[str]) -> None:
         """Forget ended jobs whose answers have arrived. This is a trio-flavored async function."""
         for job_id in job_ids:
-            if await trio.to_thread.run_sync(self._release, job_id):
-                self._released.append((time.monotonic() + KEEP_RELEASED, job_id))
+            try:
+                released = await trio.to_thread.run_sync(self._release, job_id)
+            except (Refused, OSError) as exc:
+                log.warning("job %s: it could not be released; it stays until its time is over: %s", job_id, exc)
+            else:
+                if released:
+                    self._released.append((time.monotonic() + KEEP_RELEASED, job_id))
 
     def _release(self, job_id: str) -> bool:
         entry = self._spool.hold(job_id)
@@ -349,7 +361,11 @@ class Jobs:
 
     def _remove(self, job_ids: list[str]) -> None:
         for job_id in job_ids:
-            entry = self._spool.hold(job_id)
+            try:
+                entry = self._spool.hold(job_id)
+            except (Refused, OSError) as exc:
+                log.warning("job %s: it could not be removed; it stays until its time is over: %s", job_id, exc)
+                continue
             if entry is not None:
                 if entry.read().get("phase") in ENDED:
                     entry.destroy()
@@ -389,7 +405,10 @@ class Jobs:
 
     def _not_started(self) -> Refused:
         # `ttl`: seconds for which every job is remembered. One that sent `last` longer ago may be forgotten instead.
-        known = {"spool": self._spool.id, "ttl": str(int(min(self._config.ttl, KEEP_ANSWERED)))}
+        known = {
+            "spool": self._spool.id,
+            "ttl": str(int(min(self._config.ttl, self._config.upload_ttl, KEEP_ANSWERED))),
+        }
         return Refused("NOT_STARTED", "there is no such job, and none can start under this ticket", known)
 
 

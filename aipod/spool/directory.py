@@ -14,7 +14,7 @@ from aipod.config import GIB
 from aipod.errors import AipodError, Refused, refused_when_exhausted
 from aipod.spool.entry import Entry
 from aipod.spool.locks import is_locked, try_lock
-from aipod.spool.look import Look
+from aipod.spool.look import Look, sync
 
 # Seconds that a sweep may hold the lock file of a new job, until it sees that there is no entry.
 CLAIM_PATIENCE = 0.1
@@ -48,18 +48,20 @@ def _boot_id() -> str:
 class Spool:
     """A spool directory, opened for one app. `open` it; methods block."""
 
-    def __init__(self, path: Path, *, reserve: int) -> None:
+    def __init__(self, path: Path, *, reserve: int, boot: str) -> None:
         self.path = path
+        self.boot = boot
         self.workers = path / "workers"
         self.id = ""
         self._reserve = reserve
 
     @classmethod
-    def open(cls, path: Path, app: str, *, reserve: int = GIB) -> Spool:
-        """Make or open `path` for `app`. Raises `SpoolError`."""
-        spool = cls(path, reserve=reserve)
+    def open(cls, path: Path, app: str, *, reserve: int = GIB, boot: str | None = None) -> Spool:
+        """Make or open `path` for `app`. `boot`: what names this run of the machine. Raises `SpoolError`."""
+        spool = cls(path, reserve=reserve, boot=_boot_id() if boot is None else boot)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync(path.parent)
             names = {one.name for one in path.iterdir() if not one.name.startswith(".")}
             if names and "app" not in names:
                 raise SpoolError(f"{path} is not empty and is no spool; give --spool a directory of its own")
@@ -69,7 +71,7 @@ class Spool:
                     f"spool {path} belongs to {owner}, not to {app}; choose another directory with --spool, "
                     f"or remove it if its jobs are not wanted"
                 )
-            spool.id = f"{spool._once('spool-id', secrets.token_hex(8))}-{_boot_id()}"
+            spool.id = f"{spool._once('spool-id', secrets.token_hex(8))}-{spool.boot}"
             spool.workers.mkdir(mode=0o700, exist_ok=True)
             probe = try_lock(path / ".probe")
             if probe is not None:
@@ -85,9 +87,12 @@ class Spool:
         if not target.exists():
             fresh = self.path / f".{name}-{secrets.token_hex(4)}"
             fresh.write_text(value)
+            # Before it has its name: a power cut would else leave a spool without a name, and its jobs to nobody.
+            sync(fresh)
             with contextlib.suppress(FileExistsError):
                 os.link(fresh, target)
             fresh.unlink()
+            sync(self.path)
         return target.read_text().strip()
 
     def is_named(self, name: str) -> bool:
@@ -116,7 +121,7 @@ class Spool:
 
     def look(self, job_id: str) -> Look:
         """The job, whether it exists or not, to be read."""
-        return Look(self.path, job_id)
+        return Look(self.path, job_id, self.boot)
 
     def newest(self, count: int) -> list[Look]:
         """At most `count` jobs, those to which something happened last first."""
@@ -126,7 +131,7 @@ class Spool:
                 if is_job_id(entry.name):
                     with contextlib.suppress(FileNotFoundError):
                         found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.name))
-        return [Look(self.path, name) for _, name in heapq.nlargest(count, found)]
+        return [self.look(name) for _, name in heapq.nlargest(count, found)]
 
     def is_held(self, job_id: str) -> bool:
         """True while a living process works on the job."""
@@ -177,6 +182,7 @@ class Spool:
         if not state:
             entry.destroy()
             return None
+        entry.go_on_from(state)
         worker = state.get("worker")
         if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
             lock.release()  # its server is gone, and the kernel is about to end the worker

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
-from aipod.spool.look import ENDED, Look
+from aipod.spool.look import ENDED, Look, sync
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
@@ -36,18 +37,22 @@ class Home(Protocol):
 
     def lock_path(self, job_id: str) -> Path: ...
 
+    @property
+    def boot(self) -> str: ...
+
     def check_space(self, wanted: int) -> None: ...
 
 
 class Entry(Look):
     """A job, held by its lock until `destroy` or `let_go`. Every method blocks: call it from a thread.
 
-    The mutable state is the open payload file and how much of it is written and synced; only the one uploader of the
-    job touches it.
+    The mutable state is the open payload file and how much of it is written and synced, which only the one uploader of
+    the job touches; and whether the entry has settled, which happens in one thread while the run's end is stored in
+    another.
     """
 
     def __init__(self, home: Home, job_id: str, lock: Lock) -> None:
-        super().__init__(home.path, job_id)
+        super().__init__(home.path, job_id, home.boot)
         self._home = home
         self._lock = lock
         self._fd: int | None = None
@@ -55,6 +60,7 @@ class Entry(Look):
         self.written = 0  # bytes in the payload file
         self.durable = 0  # bytes of it that have been synced
         self._settled = False  # the entry's files have their names on disk; from now on the journal is synced
+        self._settling = threading.RLock()  # what is recorded meanwhile would count as on disk, and not be there
         self._began = self._synced_at = time.monotonic()
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
         self._progress: tuple[float, str] = (0.0, "")
@@ -64,6 +70,7 @@ class Entry(Look):
     def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None) -> None:
         """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`."""
         self.path.mkdir(mode=0o700)
+        fields = {**fields, "boot": self._boot}
         if len(kwargs) <= INLINE:
             fields = {**fields, "kwargs": kwargs.decode()}
         else:
@@ -72,12 +79,15 @@ class Entry(Look):
         self._reserve(size)
         self.record(fields)
 
+    def go_on_from(self, state: dict[str, Any]) -> None:
+        """Somebody else has made this entry, and come so far."""
+        self._settled = bool(state.get("settled"))
+        self.written = self.durable = state.get("offset", 0)
+        self._hasher = new_hasher() if self.written == 0 else None
+
     def resume(self) -> None:
         """Go on with the upload at its durable offset. Raises `Refused` (DAMAGED, SPOOL_FULL)."""
         state = self.read()
-        self._settled = self._settled or bool(state.get("settled"))
-        self.written = self.durable = state.get("offset", 0)
-        self._hasher = new_hasher() if self.written == 0 else None
         with refused_when_exhausted():
             self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT, 0o600)
             if os.fstat(self._fd).st_size < self.written:
@@ -85,7 +95,9 @@ class Entry(Look):
             os.lseek(self._fd, self.written, os.SEEK_SET)
             self._reserve(state.get("size"))
         if self.written:
-            self.settle()  # the offset is about to be told
+            # The offset is about to be told, and a killed process may have written it without having synced it.
+            self.settle()
+            self.make_sure()
 
     def _reserve(self, size: int | None) -> None:
         """Have the disk set the payload's room aside, so that of two uploads which fit alone one is refused at once."""
@@ -160,19 +172,19 @@ class Entry(Look):
 
         Raises `Refused` (SPOOL_FULL, OVERLOADED).
         """
-        with refused_when_exhausted():
+        with self._settling, refused_when_exhausted():
             self._journal.append(fields, sync=sync or self._settled)
 
     def settle(self) -> None:
         """Make the whole entry survive a power cut, once. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
-        if self._settled:
-            return
-        with refused_when_exhausted():
+        with self._settling, refused_when_exhausted():
+            if self._settled:
+                return
             for path in (self.payload, self.path / "kw", self.path / "state", self.path, self._home.path):
-                _sync(path)
+                sync(path)
             # Only now: whoever reads it relies on the names above being on disk.
             self._journal.append({"settled": True}, sync=True)
-        self._settled = True
+            self._settled = True
 
     # The run
 
@@ -202,6 +214,11 @@ class Entry(Look):
             # A full disk costs the log, not the job.
             logger.warning("job %s: its log could not be written: %s", self.id, exc)
 
+    def forget_run(self) -> None:
+        """Remove what a run that was killed has left: the next one begins where it began."""
+        remove(self.work)
+        self.result.unlink(missing_ok=True)
+
     # The end
 
     def store(self, fields: dict[str, Any]) -> None:
@@ -209,15 +226,16 @@ class Entry(Look):
 
         Raises `Refused` (SPOOL_FULL, OVERLOADED).
         """
-        if self._settled and self.result.exists():
-            with refused_when_exhausted():
-                _sync(self.result)
-                _sync(self.path)
-        try:
-            self.record(fields)
-        except Refused:
-            self._drop_payload()  # it may be what the disk is full of
-            self.record(fields)
+        with self._settling:
+            if self._settled and self.result.exists():
+                with refused_when_exhausted():
+                    sync(self.result)
+                    sync(self.path)
+            try:
+                self.record(fields)
+            except Refused:
+                self._drop_payload()  # it may be what the disk is full of
+                self.record(fields)
         self._drop_payload()
         for name in ("kw", "live", "cancel"):
             (self.path / name).unlink(missing_ok=True)
@@ -261,15 +279,3 @@ class Entry(Look):
     @property
     def ended(self) -> bool:
         return self.read().get("phase") in ENDED
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a directory, if it is there."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -28,10 +28,11 @@ class Words:
 
 
 class Look:
-    """A job's directory, read."""
+    """A job's directory, read. `boot` names this run of the machine."""
 
-    def __init__(self, spool_path: Path, job_id: str) -> None:
+    def __init__(self, spool_path: Path, job_id: str, boot: str) -> None:
         self.id = job_id
+        self._boot = boot
         self.path = spool_path / job_id
         self.payload = self.path / "in"
         self.result = self.path / "res"
@@ -39,8 +40,14 @@ class Look:
         self._journal = Journal(self.path / "state")
 
     def read(self) -> dict[str, Any]:
-        """The fold of the journal; empty where there is no such job."""
-        return self._journal.read()
+        """The fold of the journal; empty where there is no such job, or a power cut has left nothing to rely on."""
+        state = self._journal.read()
+        return {} if _is_lost(state, self._boot) else state
+
+    def make_sure(self) -> None:
+        """Have it on disk what `read` has read, where the entry is there to stay. Blocks."""
+        if self._journal.read().get("settled"):
+            sync(self.path / "state")
 
     def kwargs(self) -> bytes:
         """The keyword arguments, as JSON."""
@@ -119,6 +126,31 @@ class Look:
         except OSError:
             return []
         return [int(name[5:]) for name in names if name.startswith("want-") and name[5:].isdecimal()]
+
+
+def _is_lost(state: dict[str, Any], boot: str) -> bool:
+    """Whether what the journal says of an entry may be untrue, because the machine has lost power since.
+
+    Lines and files that were never synced may then be there or not, each by itself; only what is checksummed inside
+    the journal is good: the request (the first line), and an outcome without an answer, or with a short one.
+    """
+    if "boot" not in state:
+        return True  # the first line
+    if state["boot"] == boot or state.get("settled"):
+        return False
+    return state.get("phase") not in ENDED or (state["phase"] == "DONE" and state.get("inline") is None)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory, if it is there."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _pieces(path: Path, offset: int) -> Generator[bytes, None, None]:
