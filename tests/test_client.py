@@ -687,7 +687,9 @@ def test_close_ends_calls_and_the_next_call_connects_again(served: Served, tmp_p
             await until(mark.exists)
             heard = asyncio.Event()
             uploading = asyncio.create_task(
-                client.chaos(never(), on_event=lambda event: event.heartbeats and heard.set())
+                client.chaos(
+                    never(), ticket_file=other, on_event=lambda event: event.phase == "RECEIVING" and heard.set()
+                )
             )
             await heard.wait()
             client.close()

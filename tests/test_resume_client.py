@@ -515,6 +515,8 @@ def test_the_server_is_killed_and_started_again(serve: Serve, tmp_path: Path, ph
 def test_jobs_go_to_another_spool_only_before_they_are_complete(serve: Serve, tmp_path: Path) -> None:
     """I13. Two servers with separate spools behind one address. A small job names the wrong spool, and nothing is made
     there but what is asked for once more; a complete one is looked for until its server is back."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
     one, two = (serve(MODEL, "--tick", "0.1", directory=tmp_path / name) for name in ("one", "two"))
     gate = Gate(tmp_path)
     mark = tmp_path / "small"
@@ -524,7 +526,11 @@ def test_jobs_go_to_another_spool_only_before_they_are_complete(serve: Serve, tm
             job = await client.submit("gated", b"x", **gate.kwargs)
             await until(gate.mark.exists)
             waiting = asyncio.create_task(job.wait())
+            before = proxy.connections
             proxy.switch(two.port)
+            await until(
+                lambda: proxy.connections > before
+            )  # else `last` may go to the dead one
             assert await client.chaos(b"x", mark=str(mark)) == SMALL
             assert runs(mark) == 1
             gate.gate.touch()
@@ -667,7 +673,7 @@ def test_a_job_is_given_up_in_the_end(served: Served, tmp_path: Path, complete: 
         yield b""
 
     async def main() -> aipod.AipodError:
-        config = aipod.Config(reconnect=0.3)
+        config = aipod.Config(reconnect=0.3, connect_timeout=0.5)
         async with open_proxy(served.port) as proxy, aipod.Client(proxy.address, config=config) as client:
             heard = asyncio.Event()
             call = asyncio.create_task(
