@@ -19,10 +19,10 @@ Future = concurrent.futures.Future[Any]
 
 
 def own(address: str, method: str, payload: Any = b"", *, on_event: Any = None, **kwargs: Any) -> Any:
-    """One call of aipod's own client."""
+    """One call of aipod's own client; it looks for a lost job for a second only."""
 
     async def main() -> Any:
-        async with aipod.Client(address, config=aipod.Config(attempts=1)) as client:
+        async with aipod.Client(address, config=aipod.Config(attempts=1, reconnect=1.0)) as client:
             if method in METHODS:
                 return await getattr(client, method)(payload, on_event=on_event, **kwargs)
             return await client.chaos(payload, metadata=[("x-func-name", method)], on_event=on_event, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import time
 from pathlib import Path
 
@@ -27,9 +28,28 @@ class Counted(aipod.Model):
         Path(mark).write_text("cancelled")
         return "cancelled"
 
+    def gated(self, context: Context, path: Path, *, mark: str, gate: str, lines: int = 0) -> dict[str, object]:
+        """Runs until the file `gate` is there."""
+        with open(mark, "a") as file:
+            file.write("run\n")
+        for number in range(lines):
+            context.log(f"line {number} grüße")
+        while not Path(gate).exists():
+            if context.cancelled:
+                raise RuntimeError("cancelled")
+            time.sleep(0.01)
+        context.log("the end")
+        return self.chaos(context, path)
+
     def random(self, context: Context, path: Path, *, length: int) -> Path:
         target = context.work_dir / "random"
         target.write_bytes(os.urandom(length))
+        return target
+
+    def seeded(self, context: Context, path: Path, *, length: int) -> Path:
+        """Bytes that zstd cannot make smaller, the same each time."""
+        target = context.work_dir / "seeded"
+        target.write_bytes(random.Random(0).randbytes(length))
         return target
 
     def kwargs(self, context: Context, path: Path, **kwargs: object) -> dict[str, object]:

@@ -15,6 +15,10 @@ class Fault:
     cut_up: int | None = None  # reset both sides once so many bytes have gone up
     cut_down: int | None = None
     flip_down: int | None = None  # invert the byte at this offset
+    frames_up: int | None = (
+        None  # reset both sides behind so many HTTP/2 frames (up, the preface goes along with the first)
+    )
+    frames_down: int | None = None
 
 
 class Proxy:
@@ -25,11 +29,16 @@ class Proxy:
         self.port = 0
         self.faults: list[Fault] = []
         self.connections = 0
+        self.cuts = 0  # that faults have made
+        self.total_up = 0  # bytes of all connections
         self.up = 0  # bytes of the newest connection
         self.down = 0
         self.delay = 0.0  # seconds that everything is on its way, in each direction, of connections from then on
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self._down = asyncio.Event()
+        self._down.set()
+        self._trapped = 0  # connections up to this one are cut as soon as something goes up
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -40,6 +49,28 @@ class Proxy:
     def hold(self) -> None:
         """Carry nothing in either direction, and say nothing."""
         self._flowing.clear()
+
+    def hold_down(self) -> None:
+        """Carry nothing downwards until `let_down`."""
+        self._down.clear()
+
+    def let_down(self) -> None:
+        self._down.set()
+
+    def trap(self) -> None:
+        """Reset the connections that there are when they are next used, and carry nothing of that use."""
+        self._trapped = self.connections
+
+    def switch(self, port: int) -> None:
+        """Reset every connection; new ones go to another port."""
+        self._target = port
+        self.cut()
+
+    def freeze(self) -> None:
+        """Carry nothing more for the connections that there are; new ones are carried."""
+        self._flowing.clear()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
 
     def cut(self) -> None:
         """Reset every connection."""
@@ -75,12 +106,19 @@ class Proxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault, *, up: bool
     ) -> None:
         limit = fault.cut_up if up else fault.cut_down
+        frames = fault.frames_up if up else fault.frames_down
+        counter = _Frames(_PREFACE if up else 0)
         carried = 0
+        flowing, number = self._flowing, self.connections
         while True:
             data = await reader.read(64 * 1024)
-            await self._flowing.wait()
-            if not data:
+            await flowing.wait()
+            if not up:
+                await self._down.wait()
+            if not data or (up and number <= self._trapped):
                 raise _Cut
+            if frames is not None and (end := counter.find(data, frames)) is not None:
+                limit = carried + end
             if limit is not None:
                 data = data[: limit - carried]
             flip = fault.flip_down
@@ -90,10 +128,12 @@ class Proxy:
             await writer.drain()
             carried += len(data)
             if up:
+                self.total_up += len(data)
                 self.up = carried
             else:
                 self.down = carried
             if limit is not None and carried >= limit:
+                self.cuts += 1
                 raise _Cut
 
     async def _carry_late(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -107,6 +147,34 @@ class Proxy:
 
 class _Cut(Exception):
     pass
+
+
+_PREFACE = 24  # bytes of RFC 9113 section 3.4
+
+
+class _Frames:
+    """Counts the HTTP/2 frames in one direction of a connection."""
+
+    def __init__(self, before: int) -> None:
+        self._skip = before
+        self._header = b""
+        self._count = 0  # frames that have begun
+
+    def find(self, data: bytes, wanted: int) -> int | None:
+        """Where in `data`, which comes next, frame number `wanted` ends; None where it does not."""
+        for at, byte in enumerate(data):
+            if self._skip:
+                self._skip -= 1
+            else:
+                self._header += bytes([byte])
+                if len(self._header) < 9:
+                    continue
+                self._skip = int.from_bytes(self._header[:3], "big")
+                self._header = b""
+                self._count += 1
+            if not self._skip and self._count == wanted:
+                return at + 1
+        return None
 
 
 @contextlib.asynccontextmanager

@@ -65,7 +65,7 @@ def test_a_killed_server_leaves_no_process_and_the_next_one_starts_clean(
     # Its main thread may be gone a moment before the others, which hold it too.
     wait_until(lambda: not is_held(lock), seconds=2)
     after = serve(WORK)
-    assert left_in(after.spool) == []
+    wait_until(lambda: left_in(after.spool) == [])
     assert plain(after.address, "turn").json() == 0
     assert [path.name for path in (after.spool / "workers").iterdir()] != [lock.name]
 
@@ -100,7 +100,7 @@ def test_a_server_killed_while_a_payload_arrives(serve: Serve) -> None:
         assert future.result().code is grpc.StatusCode.UNAVAILABLE
     assert left_in(served.spool) != []
     after = serve(WORK)
-    assert left_in(after.spool) == []
+    wait_until(lambda: left_in(after.spool) == [])
     assert plain(after.address, "turn").json() == 0
 
 

@@ -105,7 +105,7 @@ def _decide(exc: BaseException, known: Known) -> Decision | None:
     if isinstance(exc, Local):
         return Decision(Action.STOP, exc.error, exc.error.__cause__)
     if isinstance(exc, BadAnswer):
-        error = AipodError("BAD_ANSWER", f"{exc}; the answer arrived damaged twice, call again")
+        error = AipodError("BAD_ANSWER", f"the answer arrived damaged: {exc}; call again")
         return Decision(Action.STOP if known.damaged else Action.RETRY, error, exc, damaged=True)
     if isinstance(exc, AipodError):
         return Decision(Action.STOP, exc, exc.__cause__)

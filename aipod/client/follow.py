@@ -17,7 +17,7 @@ from aipod.client.patience import Patience
 from aipod.wire.ai import Op, Phase, State
 
 # Seconds after which a job that was left is ended again where it is still being received.
-_ASK_AGAIN = (0.05, 0.2, 0.5)
+ASK_AGAIN = (0.05, 0.2, 0.5)
 
 
 class Follower:
@@ -42,7 +42,14 @@ class Follower:
             course, before = self.course, self.course.step
             attempt = Attempt(self._link, self._request, course)
             try:
-                course.tell(self._request, phase="CONNECTING", payload_size=size, job_id=course.id, **self._number())
+                course.tell(
+                    self._request,
+                    phase="CONNECTING",
+                    payload_size=size,
+                    message="",
+                    job_id=course.id,
+                    **self._number(),
+                )
                 return await in_own_task(attempt.run())
             except (Exception, BaseExceptionGroup) as exc:
                 decision = decide(exc, course.known(self._link.target, attempt.op))
@@ -126,7 +133,7 @@ async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: byte
     The call that brought the job may still be about to create it, or to let go of it, when this one arrives: then it is
     asked again. This is an asyncio-flavored function, to be run in a task of its own.
     """
-    for pause in _ASK_AGAIN:
+    for pause in ASK_AGAIN:
         with contextlib.suppress(GRPCError, NoAnswer):
             state = await ask(link, metadata, ticket, op)
             if state.phase > Phase.RECEIVING:

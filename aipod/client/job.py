@@ -11,7 +11,7 @@ from typing import Any
 
 from aipod.client.course import Course, Request, Until
 from aipod.client.event import Event, OnEvent
-from aipod.client.follow import Follower, ask_surely
+from aipod.client.follow import ASK_AGAIN, Follower, ask_surely
 from aipod.client.link import Link
 from aipod.client.sink import check_target
 from aipod.client.ticket import TicketFile
@@ -125,15 +125,22 @@ class Job:
         A method that looks at `context.cancelled` ends by itself, any other is ended after the server's grace for that.
         Raises `Unreachable`, and `Refused` (NOT_FOUND) where there is no such job.
         """
-        await ask_surely(self._link, self._metadata, self.ticket, Op.CANCEL)
+        await self._end(Op.CANCEL)
 
     async def release(self) -> None:
         """Let the server forget the job and its answer, for everybody; stop it where it has not ended.
 
         Raises `Unreachable`, and `Refused` (NOT_FOUND) where there is no such job.
         """
-        await ask_surely(self._link, self._metadata, self.ticket, Op.RELEASE)
+        await self._end(Op.RELEASE)
         await self._forget_file()
+
+    async def _end(self, op: Op) -> None:
+        for pause in ASK_AGAIN:  # the call that brought the job may be about to let go of its upload
+            state = await ask_surely(self._link, self._metadata, self.ticket, op)
+            if state.phase > Phase.RECEIVING:
+                return
+            await asyncio.sleep(pause)
 
     def _watch(self) -> None:
         """Stay attached until the job has ended or the client is closed, so that it is not taken for abandoned."""

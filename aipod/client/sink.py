@@ -90,13 +90,13 @@ class Sink:
     def add(self, message: Raw) -> None:
         """Take one chunk. Raises `BadAnswer` where it is not the one that must come now, and takes nothing."""
         if message.offset != self.received:
-            raise BadAnswer(f"the answer goes on at byte {message.offset}, not at {self.received}")
+            raise BadAnswer(f"it goes on at byte {message.offset}, not at {self.received}")
         if not message.data:
             return
         try:
             data = decode_chunk(message.data)
         except Refused as exc:
-            raise BadAnswer(f"the answer cannot be read: {exc}") from None
+            raise BadAnswer(f"it cannot be read: {exc}") from None
         if self._target is None:
             self._memory += data
         else:
@@ -114,7 +114,7 @@ class Sink:
         of a FIFO, until `discard`.
         """
         if self.received != self._state.size or self._hasher.digest() != self._state.digest:
-            raise BadAnswer("the answer that arrived is not the one that was stored")
+            raise BadAnswer("it is not the one that was stored")
         if self._target is None:
             return bytes(self._memory) if self.is_binary else json.loads(self._memory)
         with self._lock:

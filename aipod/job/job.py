@@ -307,5 +307,5 @@ class Job(Watched):
 
     def cancel(self) -> None:
         """Nobody wants the answer: stop the run, and let the entry go."""
-        self.scope.cancel()
+        self.stop("the job was cancelled")
         self.released.set()

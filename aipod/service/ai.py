@@ -88,11 +88,17 @@ class AI:
         for scope, plain in self._active.items():
             if plain is not None:
                 plain.stop("the server is shutting down")
-            if plain is None or not plain.started:
-                scope.cancel()
-        with trio.move_on_after(2 * self._config.cancel_grace + 5):  # the three steps, then trailers
-            while self._active or self._jobs.held:
+                if not plain.started:
+                    scope.cancel()
+        with trio.move_on_after(2 * self._config.cancel_grace + 5):  # the three steps
+            while self._jobs.held:
                 await self._wait_less()
+        for seconds in (1.0, 5.0):  # to tell the outcome, and then that there is none here
+            with trio.move_on_after(seconds):
+                while self._active:
+                    await self._wait_less()
+            for scope in self._active:
+                scope.cancel()
 
     async def _wait_less(self) -> None:
         """Wait for a call or a job to end."""
