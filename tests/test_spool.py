@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ A, B, C = "a" * 32, "b" * 32, "c" * 32
 PLAIN: dict[str, Any] = {"ticketed": False}
 TICKETED: dict[str, Any] = {"ticketed": True}
 UPLOAD_TTL, TTL = 3600.0, 86400.0
+NOBODY = 65534
 
 
 def opened(path: Path, app: str = "m.Class") -> Spool:
@@ -240,6 +242,31 @@ def test_an_upload_is_taken_up_at_its_durable_offset(spool: Spool) -> None:
     third.seal()
     assert third.payload.read_bytes() == b"abcdefghi"
     third.destroy()
+
+
+def test_an_upload_that_was_sealed_and_not_queued_can_be_taken_up() -> None:
+    """By who is not root, too, whom the mode of a sealed payload concerns."""
+    with tempfile.TemporaryDirectory() as path:
+        root = os.geteuid() == 0
+        if root:
+            os.chown(path, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        try:
+            spool = opened(Path(path) / "spool")
+            with killed(spool, A, TICKETED) as entry:
+                entry.write(b"abc")
+                entry.checkpoint(now=True)
+                entry.seal()
+            again = spool.hold(A)
+            assert again is not None
+            again.resume()
+            again.write(b"def")
+            again.seal()
+            assert again.payload.read_bytes() == b"abcdef"
+            again.destroy()
+        finally:
+            if root:
+                os.seteuid(0)
 
 
 def test_an_upload_that_was_never_durable_begins_anew_and_is_hashed(spool: Spool) -> None:

@@ -89,6 +89,8 @@ class Entry(Look):
         """Go on with the upload at its durable offset. Raises `Refused` (DAMAGED, SPOOL_FULL)."""
         state = self.read()
         with refused_when_exhausted():
+            with contextlib.suppress(FileNotFoundError):
+                self.payload.chmod(0o600)  # it was sealed, and its server killed before the job was queued
             self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT, 0o600)
             if os.fstat(self._fd).st_size < self.written:
                 raise Refused("DAMAGED", f"the server has lost what it had of this payload below byte {self.written}")
