@@ -23,6 +23,8 @@ from aipod.wire.ai import Phase
 log = logging.getLogger("aipod.job")
 
 LOG_PIECE = 64 * 1024  # of the job's log per heartbeat
+# Ticks for which an outcome that the disk does not take is tried again.
+STORE_TRIES = 600
 # Workers that die between load and run, one after the other, before a job is given up: chance does not do that.
 MAX_BROKEN = 3
 
@@ -83,23 +85,28 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                     failure, job.handed_over = None, True
                     await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED"})
                     job.enter(Phase.QUEUED)
+            stored = failure is None
             if failure is not None:
                 with _going_on(job):
-                    await trio.to_thread.run_sync(_store_failure, job, failure)
+                    stored = await trio.to_thread.run_sync(_store_failure, job, failure)
                 job.error = failure
                 job.enter(_phase_of(failure))
             _log_end(job)
-            if not job.request.plain:
+            if stored and not job.request.plain:
                 with _going_on(job):
                     await trio.to_thread.run_sync(job.entry.let_go)
         job.over.set()
         job.notify()
-        if job.request.plain:
-            try:
+        end = job.entry.destroy if job.request.plain else job.entry.let_go
+        try:
+            if job.request.plain:
                 await job.released.wait()
-            finally:
-                with trio.CancelScope(shield=True), _going_on(job):
-                    await trio.to_thread.run_sync(job.entry.destroy)
+            elif failure is not None and not stored:
+                with _going_on(job):
+                    await _store_later(job, failure, terms.tick)
+        finally:
+            with trio.CancelScope(shield=True), _going_on(job):
+                await trio.to_thread.run_sync(end)
 
 
 @contextlib.contextmanager
@@ -227,8 +234,16 @@ def _note(job: Job) -> None:
     job.entry.note_progress(job.progress, job.message)
 
 
-def _store_failure(job: Job, error: JobFailed) -> None:
-    """Write down why there is no answer. Blocks."""
+async def _store_later(job: Job, failure: JobFailed, tick: float) -> None:
+    """What could not be written down may be later: until then this process alone can tell it."""
+    for _ in range(STORE_TRIES):
+        await trio.sleep(tick)
+        if await trio.to_thread.run_sync(_store_failure, job, failure):
+            return
+
+
+def _store_failure(job: Job, error: JobFailed) -> bool:
+    """Write down why there is no answer; whether that was possible. Blocks."""
     fields = {"phase": _phase_of(error).name, "reason": error.reason, "message": error.message}
     if "type" in error.metadata:
         fields["type"] = error.metadata["type"]
@@ -236,6 +251,8 @@ def _store_failure(job: Job, error: JobFailed) -> None:
         job.entry.store(fields)
     except (Refused, OSError) as exc:
         log.warning("job %s: its outcome could not be stored: %s", job.entry.id, exc)
+        return not job.entry.read()  # a model can remove its own job; then there is nothing to write to
+    return True
 
 
 def _phase_of(failure: JobFailed) -> Phase:

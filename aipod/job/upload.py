@@ -13,7 +13,7 @@ from aipod.codec import StreamDecoder, decode_chunk, new_hasher
 from aipod.config import MIB
 from aipod.errors import Refused
 from aipod.job.request import Request
-from aipod.spool import Entry
+from aipod.spool import SYNC_AFTER, Entry
 from aipod.wire.ai import Raw
 
 # What may wait between the network and the disk, per call. One message may exceed it (they are bounded by
@@ -189,7 +189,14 @@ async def receive_payload(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read)
-        while messages := await inbox.take():
+        while True:
+            with trio.move_on_after(SYNC_AFTER) as pause:
+                messages = await inbox.take()
+            if pause.cancelled_caught:  # the client has nothing to send: what there is becomes durable meanwhile
+                await trio.to_thread.run_sync(entry.checkpoint)
+                continue
+            if not messages:
+                break
             await trio.to_thread.run_sync(sink.feed, messages)
             if any(message.sync for message in messages):
                 await trio.to_thread.run_sync(functools.partial(entry.checkpoint, now=True))

@@ -40,6 +40,8 @@ TAKE_OVER = 10.0
 KEEP_ANSWERED = 900.0
 KEEP_RELEASED = 60.0
 SMALL = 64 * 1024
+# Times that a job's holder is asked to end it, half a tick apart.
+_END_TRIES = 4
 # Seconds between two looks at an entry that somebody is making.
 _LOOK_AGAIN = 0.05
 # Seconds between two removals of small ended jobs.
@@ -301,18 +303,22 @@ class Jobs:
         if job is not None and not job.over.is_set():
             job.stop("it was cancelled by its client")
             return job
-        entry = await self._held(functools.partial(self._spool.hold, job_id))
-        if entry is not None:
-            try:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(_end, entry, release)
-            finally:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(entry.let_go)
-        else:
+        for _ in range(_END_TRIES):
+            entry = await self._held(functools.partial(self._spool.hold, job_id))
+            if entry is not None:
+                try:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(_end, entry, release)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(entry.let_go)
+                break
             look = self._spool.look(job_id)
-            if await trio.to_thread.run_sync(look.read):
-                await trio.to_thread.run_sync(look.ask_to_stop)
+            if not await trio.to_thread.run_sync(look.read):
+                break
+            await trio.to_thread.run_sync(look.ask_to_stop)
+            # Its holder may be letting go of it this moment, and not heed that any more.
+            await trio.sleep(self._config.tick / 2)
         told = Told(self._spool.look(job_id), self._spool.id, self._keep)
         fields, live, _ = await trio.to_thread.run_sync(self._read, told.look)
         if not fields:
