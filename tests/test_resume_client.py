@@ -213,18 +213,21 @@ def test_a_cut_while_the_method_runs_is_not_noticed_and_no_log_is_lost_or_double
     """Mutant: `log_have = 0` in every attempt doubles the log."""
     gate = Gate(tmp_path)
     log: list[str] = []
+    phases: list[str] = []
+
+    def note(event: Event) -> None:
+        log.append(event.log)
+        if phases[-1:] != [event.phase]:
+            phases.append(event.phase)
 
     async def main() -> Any:
         async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
-            call = asyncio.create_task(
-                client.chaos(
-                    b"x", metadata=GATED, lines=50, **gate.kwargs, on_event=lambda event: log.append(event.log)
-                )
-            )
-            for cuts in range(1, 4):
-                await until(lambda: "line 49" in "".join(log))
+            call = asyncio.create_task(client.chaos(b"x", metadata=GATED, lines=50, **gate.kwargs, on_event=note))
+            await until(lambda: "line 49" in "".join(log))
+            for _ in range(3):
+                phases.clear()
                 proxy.cut()
-                await until(lambda cuts=cuts: proxy.connections > cuts)
+                await until(lambda: "CONNECTING" in phases and phases[-1] == "RUNNING")
             gate.gate.touch()
             return await call
 
