@@ -85,7 +85,11 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            try:
+                back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            except BaseException:
+                writer.transport.abort()
+                raise
             self._open |= {writer, back_writer}
             try:
                 async with asyncio.TaskGroup() as group:
