@@ -367,14 +367,15 @@ def test_what_is_recorded_while_the_entry_settles_waits_for_it(spool: Spool, ste
 
     entry = claimed(spool, A, TICKETED)
     entry._journal = Slow(entry.path / "state")
-    settling = threading.Thread(target=entry.settle)
+    settling = threading.Thread(target=entry.settle, daemon=True)
     settling.start()
     reached.wait()
     ending = threading.Thread(target=getattr(entry, step), args=({"phase": "DONE"},))
     ending.start()
     ending.join(0.2)
-    assert "phase" not in Journal(entry.path / "state").read()
+    early = Journal(entry.path / "state").read()
     go_on.set()
+    assert "phase" not in early
     settling.join()
     ending.join()
     lines = [json.loads(line[9:]) for line in (entry.path / "state").read_bytes().splitlines()]
