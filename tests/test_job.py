@@ -446,19 +446,22 @@ async def test_an_interrupted_run_of_a_restartable_method_is_repeated_once(story
 
     model.train = train
     job = await story.begin(open_=OWN, restartable=True)
-    await job.over.wait()
+    with trio.fail_after(10):
+        await job.over.wait()
     assert (job.phase, job.attempt, starts) == (Phase.DONE, 2, 2)
     assert job.answer is not None
     assert job.answer.inline == b'"of run 2"'  # it begins where the first has begun
     assert [path.name for path in story.versions.data_dir("v").iterdir()] == ["of run 2"]
     starts = 2
     job = await story.begin(open_=OWN, restartable=True)
-    await job.over.wait()
+    with trio.fail_after(10):
+        await job.over.wait()
     assert (job.phase, job.attempt, starts) == (Phase.FAILED, 2, 4)
     assert story.spool.look(job.look.id).read()["reason"] == "WORKER_CRASHED"
     starts = 2
     job = await story.begin(open_=OWN, restartable=False)
-    await job.over.wait()
+    with trio.fail_after(10):
+        await job.over.wait()
     assert (job.phase, job.attempt, starts) == (Phase.FAILED, 1, 3)
 
 

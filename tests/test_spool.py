@@ -367,14 +367,15 @@ def test_what_is_recorded_while_the_entry_settles_waits_for_it(spool: Spool, ste
 
     entry = claimed(spool, A, TICKETED)
     entry._journal = Slow(entry.path / "state")
-    settling = threading.Thread(target=entry.settle)
+    settling = threading.Thread(target=entry.settle, daemon=True)
     settling.start()
     reached.wait()
     ending = threading.Thread(target=getattr(entry, step), args=({"phase": "DONE"},))
     ending.start()
     ending.join(0.2)
-    assert "phase" not in Journal(entry.path / "state").read()
+    early = Journal(entry.path / "state").read()
     go_on.set()
+    assert "phase" not in early
     settling.join()
     ending.join()
     lines = [json.loads(line[9:]) for line in (entry.path / "state").read_bytes().splitlines()]
@@ -469,6 +470,26 @@ def test_the_newest_epoch_gets_the_upload_whatever_the_order(spool: Spool) -> No
     assert spool.take_over(A, 1 << 63) is None
     assert [name for name in os.listdir(second.path) if name.startswith("want-")] == [f"want-{1 << 63:020d}"]
     second.destroy()
+
+
+def test_who_asks_while_another_is_getting_the_lock_gets_it(tmp_path: Path) -> None:
+    class Race(Spool):
+        """A newer connection comes between the look and the lock."""
+
+        def hold(self, job_id: str) -> Entry | None:
+            self.look(job_id).ask(9)
+            return super().hold(job_id)
+
+    with killed(opened(tmp_path), A, TICKETED | {"epoch": 5}):
+        pass
+    spool = Race.open(tmp_path, "m.Class", reserve=0)
+    assert refusal(spool.take_over, A, 8) == "SUPERSEDED"
+    assert not spool.is_held(A)
+    entry = spool.take_over(A, 9)
+    assert entry is not None
+    entry.ask(7)  # a delayed one that has looked before
+    assert entry.words().wanted == 9
+    entry.destroy()
 
 
 def test_an_older_epoch_than_the_first_is_superseded_before_anybody_has_asked(spool: Spool) -> None:
