@@ -306,7 +306,7 @@ def test_a_watcher_of_a_job_that_is_not_there(pair: Pair) -> None:
 def test_a_cut_after_any_message(pair: Pair, work: Work) -> None:
     """I5: the connection is cut after the k-th message that the client sends, or receives, for every k.
 
-    Mutants seen: a lost connection cancels the job; `last` is forgotten with its connection.
+    Mutant seen: a lost connection cancels the job.
     """
 
     class Cut(wire.Call):
@@ -354,7 +354,7 @@ def test_a_cut_after_any_message(pair: Pair, work: Work) -> None:
 
 
 def test_of_many_clients_with_one_ticket_one_starts_the_job_and_all_hear_the_answer(pair: Pair, work: Work) -> None:
-    """I2, I6, I7. Mutants seen: the lock is let go between the upload and the run; no lock at all."""
+    """I2, I6, I7. Mutant seen: the lock is let go between the upload and the run."""
 
     async def one_of(client: Client, address: str, epoch: int) -> Outcome:
         mine = work.client()
@@ -623,8 +623,7 @@ BAD: list[tuple[str, list[Raw], str]] = [
 
 @pytest.mark.parametrize(("messages", "reason"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
 def test_bad_input_changes_nothing(pair: Pair, work: Work, messages: list[Raw], reason: str) -> None:
-    """I9: the honest client finishes the same job. Mutants seen: a chunk is written before it is checked whole; `last`
-    is believed."""
+    """I9: the honest client finishes the same job. Mutants seen: a gap is not looked for; `last` is believed."""
 
     async def main() -> None:
         client = work.client(size=10)
@@ -711,7 +710,7 @@ def test_who_has_not_the_ticket_has_nothing(pair: Pair, work: Work, wrong: dict[
 
 
 def test_a_job_that_nobody_watches_is_cancelled_after_the_grace_and_not_before(pair: Pair, work: Work) -> None:
-    """I16. Mutants seen: a watcher in another process does not count; a lost connection cancels at once."""
+    """I16. Mutants seen: a watcher in another process does not count; no grace."""
 
     async def main() -> None:
         client = work.client("wait")
@@ -866,7 +865,7 @@ def limit(served: Served, size: int) -> None:
 
 
 def test_a_disk_that_fills_up_is_a_pause(serve_one: Callable[..., Served], work: Work) -> None:
-    """I10. Mutants seen: ENOSPC loses what was durable; SPOOL_FULL comes without RetryInfo."""
+    """I10. Mutants seen: no checkpoint on leaving; SPOOL_FULL comes without RetryInfo."""
     payload = os.urandom(3 * MIB)
 
     async def main() -> None:

@@ -456,7 +456,7 @@ def test_a_fence_is_there_for_ever_and_fences_nothing_that_is(spool: Spool) -> N
 
 
 def test_the_newest_epoch_gets_the_upload_whatever_the_order(spool: Spool) -> None:
-    """I6. Mutants seen: no look at who else has asked once the lock is held; the last to ask wins, not the highest."""
+    """I6."""
     first = claimed(spool, A, TICKETED | {"epoch": 5})
     assert spool.take_over(A, 7) is None  # asked
     assert first.words().wanted == 7
@@ -473,6 +473,8 @@ def test_the_newest_epoch_gets_the_upload_whatever_the_order(spool: Spool) -> No
 
 
 def test_who_asks_while_another_is_getting_the_lock_gets_it(tmp_path: Path) -> None:
+    """I6. Mutants seen: no look at who else has asked once the lock is held; the last to ask wins, not the highest."""
+
     class Race(Spool):
         """A newer connection comes between the look and the lock."""
 
