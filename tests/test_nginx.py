@@ -526,7 +526,7 @@ def killed_under_grpcio(nginx: Nginx, served: Served) -> tuple[grpc.RpcError, fl
 
 async def killed_under_aipod(nginx: Nginx, served: Served) -> float:
     running = asyncio.Event()
-    async with aipod.Client(nginx.address) as client:
+    async with aipod.Client(nginx.address, config=Config(reconnect=0.5)) as client:
         job = client.chaos(seconds=60, on_event=lambda event: event.phase == "RUNNING" and running.set())
         task = asyncio.create_task(job)
         await running.wait()
@@ -543,7 +543,7 @@ def test_a_server_that_hangs_is_given_up_by_both_clients(serve: Serve, tmp_path:
 
     async def main() -> None:
         running = asyncio.Event()
-        async with aipod.Client(nginx.address, config=Config(silence=60)) as client:
+        async with aipod.Client(nginx.address, config=Config(silence=60, reconnect=0.5)) as client:
             job = client.chaos(seconds=60, on_event=lambda event: event.phase == "RUNNING" and running.set())
             task = asyncio.create_task(job)
             await running.wait()

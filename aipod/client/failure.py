@@ -178,6 +178,8 @@ def _of_reason(
         return Decision(Action.RETRY, gone(known, text), exc, retry_after=delay or 0.0)
     if delay is not None:
         # RetryInfo: the server says that nothing was done now. What it did before is another matter.
+        if known.op == Op.RUN and "kept" not in metadata:
+            return Decision(Action.RETRY, refused, exc, retry_after=delay, untouched=True)
         return Decision(Action.RETRY, refused if known.sent_to is None else gone(known, text), exc, retry_after=delay)
     if reason in _ENDED:
         return Decision(Action.STOP, job_failed(reason, text, metadata), exc)

@@ -168,7 +168,7 @@ class AI:
         if scope.cancelled_caught:
             if trio.current_time() >= scope.deadline:
                 raise job_failed("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
-            raise Refused("DRAINING", "the server is shutting down; try again")
+            raise self._jobs.draining_with_job()
 
     async def _first(self, call: Call) -> Raw | StreamInput:
         with trio.move_on_after(self._config.upload_stall):

@@ -123,7 +123,8 @@ class Jobs:
             if not fields:
                 raise Refused("NOT_FOUND", "there is no such job here: it never was, or has expired")
             if free and job_id not in self.held:
-                self._check_open()
+                if self.draining:
+                    raise self.draining_with_job()
                 await self.adopt(job_id)
                 continue
             told = Told(look, self._spool.id, self._keep)
@@ -395,6 +396,10 @@ class Jobs:
     def _check_open(self) -> None:
         if self.draining:
             raise Refused("DRAINING", "the server is shutting down; try again")
+
+    def draining_with_job(self) -> Refused:
+        """For the caller of a job that is here to stay: it must not be created anywhere else."""
+        return Refused("DRAINING", "the server is shutting down; its job waits for the next one", {"kept": self._spool.id})
 
     def _check_spool(self, open_: Open) -> None:
         if open_.spool and not self._spool.is_named(open_.spool):
