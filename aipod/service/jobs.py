@@ -399,7 +399,8 @@ class Jobs:
 
     def draining_with_job(self) -> Refused:
         """For the caller of a job that is here to stay: it must not be created anywhere else."""
-        return Refused("DRAINING", "the server is shutting down; its job waits for the next one", {"kept": self._spool.id})
+        text = "the server is shutting down; the job waits for the next one"
+        return Refused("DRAINING", text, {"kept": self._spool.id})
 
     def _check_spool(self, open_: Open) -> None:
         if open_.spool and not self._spool.is_named(open_.spool):
