@@ -9,6 +9,7 @@ from pathlib import Path
 
 import aipod
 from aipod import Context
+from tests.marks import say
 
 
 class Counted(aipod.Model):
@@ -21,10 +22,10 @@ class Counted(aipod.Model):
 
     def patient(self, context: Context, path: Path, *, mark: str) -> str:
         """Runs until it is cancelled, and says so in `mark`."""
-        Path(mark).write_text("running")
+        say(mark, "running")
         while not context.cancelled:
             time.sleep(0.01)
-        Path(mark).write_text("cancelled")
+        say(mark, "cancelled")
         return "cancelled"
 
     def random(self, context: Context, path: Path, *, length: int) -> Path:
