@@ -10,6 +10,7 @@ from pathlib import Path
 
 import aipod
 from aipod import Context
+from tests.marks import say
 
 
 class Counted(aipod.Model):
@@ -22,10 +23,10 @@ class Counted(aipod.Model):
 
     def patient(self, context: Context, path: Path, *, mark: str) -> str:
         """Runs until it is cancelled, and says so in `mark`."""
-        Path(mark).write_text("running")
+        say(mark, "running")
         while not context.cancelled:
             time.sleep(0.01)
-        Path(mark).write_text("cancelled")
+        say(mark, "cancelled")
         return "cancelled"
 
     def gated(self, context: Context, path: Path, *, mark: str, gate: str, lines: int = 0) -> dict[str, object]:

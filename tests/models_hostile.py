@@ -13,6 +13,7 @@ import trio
 
 import aipod
 from aipod import Context
+from tests.marks import say
 
 
 class Mute(Exception):
@@ -34,19 +35,12 @@ def dig(base: Path, depth: int) -> None:
     os.close(fd)
 
 
-def say(mark: str) -> None:
-    """Tell the test that `mark` is reached, and by which process, in one step."""
-    fresh = Path(mark + ".tmp")
-    fresh.write_text(str(os.getpid()))
-    fresh.rename(mark)
-
-
 class InProcess(aipod.Model):
     def chaos(self, context: Context, path: Path) -> int:
         return path.stat().st_size
 
     def wait(self, context: Context, path: Path, *, mark: str, until: str) -> None:
-        say(mark)
+        say(mark, str(os.getpid()))
         while not Path(until).exists():
             time.sleep(0.01)
 
@@ -88,7 +82,7 @@ class InProcess(aipod.Model):
 
     def close_descriptors(self, context: Context, path: Path, *, mark: str) -> None:
         os.closerange(3, 1024)
-        say(mark)
+        say(mark, str(os.getpid()))
         time.sleep(60)
 
     def sparse(self, context: Context, path: Path) -> Path:

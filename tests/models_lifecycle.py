@@ -15,13 +15,7 @@ import trio
 
 import aipod
 from aipod import Context
-
-
-def say(mark: str, text: str) -> None:
-    """Write `mark` in one step."""
-    fresh = Path(mark + ".tmp")
-    fresh.write_text(text)
-    fresh.rename(mark)
+from tests.marks import say
 
 
 class Work(aipod.Model):
@@ -144,7 +138,7 @@ class Together(aipod.Model):
 
 class SlowLoad(aipod.Model):
     def load(self) -> None:
-        (self.data_dir.parent / "loading").write_text(str(os.getpid()))
+        say(self.data_dir.parent / "loading", str(os.getpid()))
         time.sleep(60)
 
     def chaos(self, context: Context, path: Path) -> None: ...

@@ -16,6 +16,7 @@ import trio
 
 import aipod
 from aipod import Context
+from tests.marks import say
 
 LONG = 100_000  # characters: over what travels inline
 
@@ -25,13 +26,6 @@ class Mute(Exception):
 
     def __str__(self) -> str:
         raise RuntimeError
-
-
-def say(mark: Path, text: str) -> None:
-    """Write `mark` in one step."""
-    fresh = mark.with_suffix(".tmp")
-    fresh.write_text(text)
-    fresh.rename(mark)
 
 
 def talk(context: Context) -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import aipod
 from aipod import Context
+from tests.marks import say
 
-mark = Path(os.environ["AIPOD_TEST_MARK"])
-mark.with_suffix(".tmp").write_text(str(os.getpid()))
-mark.with_suffix(".tmp").rename(mark)
+say(os.environ["AIPOD_TEST_MARK"], str(os.getpid()))
 time.sleep(60)
 
 

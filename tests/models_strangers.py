@@ -13,6 +13,7 @@ import trio
 
 import aipod
 from aipod import Context
+from tests.marks import say
 
 
 def _seen(context: Context, path: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -28,10 +29,10 @@ def _seen(context: Context, path: Path, kwargs: dict[str, Any]) -> dict[str, Any
 
 
 def _until_cancelled(context: Context, mark: str) -> None:
-    Path(mark).write_text("started")
+    say(mark, "started")
     while not context.cancelled:
         time.sleep(0.01)
-    Path(mark).write_text("cancelled")
+    say(mark, "cancelled")
     raise RuntimeError("stopped because nobody wants the answer")
 
 
@@ -85,21 +86,21 @@ class Loop(aipod.Model):
         return _seen(context, path, kwargs)
 
     async def watch(self, context: Context, path: Path, *, mark: str) -> None:
-        Path(mark).write_text("started")
+        say(mark, "started")
         try:
             await trio.sleep_forever()
         finally:
             assert context.cancelled
-            Path(mark).write_text("cancelled")
+            say(mark, "cancelled")
 
     @aipod.method(flavor="asyncio")
     async def watch_asyncio(self, context: Context, path: Path, *, mark: str) -> None:
-        Path(mark).write_text("started")
+        say(mark, "started")
         try:
             await asyncio.Event().wait()
         finally:
             assert context.cancelled
-            Path(mark).write_text("cancelled")
+            say(mark, "cancelled")
 
     def watch_thread(self, context: Context, path: Path, *, mark: str) -> None:
         _until_cancelled(context, mark)

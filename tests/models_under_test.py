@@ -16,6 +16,7 @@ import trio
 
 import aipod
 from aipod import Context
+from tests.marks import say
 
 
 class Base:
@@ -97,20 +98,20 @@ class Plain(aipod.Model, Base):
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if context.cancelled:
-                Path(mark).write_text("cancelled")
+                say(mark, "cancelled")
                 raise RuntimeError("cancelled")
             time.sleep(0.02)
         return "done"
 
     def stubborn(self, context: Context, path: Path, *, seconds: float, mark: str) -> str:
-        Path(mark).write_text(str(os.getpid()))
+        say(mark, str(os.getpid()))
         time.sleep(seconds)
         return "done"
 
     def hold_gil(self, context: Context, path: Path, *, seconds: int, mark: str = "") -> str:
         """A C call that does not release the GIL."""
         if mark:
-            Path(mark).write_text(str(os.getpid()))
+            say(mark, str(os.getpid()))
         ctypes.PyDLL(None).sleep(seconds)
         return "held"
 
@@ -183,7 +184,7 @@ class Async(aipod.Model):
         try:
             await trio.sleep_forever()
         finally:
-            Path(mark).write_text("cancelled")
+            say(mark, "cancelled")
 
     async def boom(self, context: Context, path: Path) -> None:
         raise ValueError("the secret is 42")

@@ -96,7 +96,10 @@ class Channel(grpclib.client.Channel):
         super().close()
 
     async def aclose(self) -> None:
-        """`close`, and wait until the socket is closed, which with TLS takes an answer: for a second at most."""
+        """`close`, and wait until the socket is closed, which with TLS takes an answer: for a second at most.
+
+        This is an asyncio-flavored function. Cancelled, it is closed all the same, only not waited for.
+        """
         self.close()
         if self._latest is None:
             return
