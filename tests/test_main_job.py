@@ -80,8 +80,9 @@ def test_every_kind_of_payload_comes_back_bit_for_bit(serve: Serve, tmp_path: Pa
 
     run(main)
     assert sorted(path.name for path in tmp_path.iterdir() if "back" in path.name) == ["back"]
-    # The answer is here before its entry is gone.
-    wait_until(lambda: not list(served.spool.glob("*.lock")))
+    # The answer is here before its entry is released: what is left then are the journals.
+    wait_until(lambda: not list(served.spool.glob("*/res")))
+    assert all(name.startswith("workers/") for name in left_in(served.spool))
 
 
 def test_answers_of_every_kind(serve: Serve, tmp_path: Path) -> None:
