@@ -155,7 +155,7 @@ def test_a_client_that_leaves_waits_for_a_goodbye_but_not_for_long(serve: Serve,
     async def main() -> bool:
         async with aipod.Client(served.address, config=config(tls_ca=files.ca)) as client:
             await client.chaos(metadata=[("x-func-name", "echo")])
-            protocol: Any = client._channel._protocol  # type: ignore[union-attr]
+            protocol: Any = client._link.channel()._protocol
             served.process.send_signal(signal.SIGSTOP)
         return bool(protocol.ended.is_set())
 
