@@ -17,7 +17,7 @@ import collections
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
@@ -188,7 +188,7 @@ class Jobs:
     async def claim_plain(self, request: Request) -> Entry:
         """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
         claim = functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
-        entry = await self._held(claim)
+        entry = await self._held(claim, Entry.destroy)
         assert entry is not None, "two random tickets are not the same"
         return entry
 
@@ -200,16 +200,18 @@ class Jobs:
             await trio.to_thread.run_sync(job.entry.store, fields)
         job.enter(Phase.CANCELLED)
 
-    async def _held(self, claim: Any) -> Entry | None:
-        """What `claim` gives; cancelled meanwhile, it is let go of again."""
+    async def _held(
+        self, claim: Callable[[], Entry | None], undo: Callable[[Entry], None] = Entry.let_go
+    ) -> Entry | None:
+        """What `claim` gives; cancelled meanwhile, `undo` is called with it."""
         with trio.CancelScope(shield=True):
-            entry: Entry | None = await trio.to_thread.run_sync(claim)
+            entry = await trio.to_thread.run_sync(claim)
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
         except BaseException:
             if entry is not None:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(entry.let_go)
+                    await trio.to_thread.run_sync(undo, entry)
             raise
         return entry
 
@@ -385,11 +387,14 @@ class Jobs:
         """Once a tick: do what other processes have asked of the jobs here. This is a trio-flavored function."""
         while True:
             await trio.sleep(self._config.tick)
-            jobs = [job for job in self.held.values() if not job.request.plain and not job.over.is_set()]
-            if jobs:
-                words = await trio.to_thread.run_sync(_words, jobs)
-                for job, word in zip(jobs, words, strict=True):
-                    job.heed(word, time.monotonic(), self._config.grace)
+            await self._heed_once()
+
+    async def _heed_once(self) -> None:
+        jobs = [job for job in self.held.values() if not job.request.plain and not job.over.is_set()]
+        if jobs:
+            words = await trio.to_thread.run_sync(_words, jobs)
+            for job, word in zip(jobs, words, strict=True):
+                job.heed(word, time.monotonic(), self._config.grace)
 
     # Checks
 
