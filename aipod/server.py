@@ -41,8 +41,9 @@ T = TypeVar("T")
 
 # Seconds between sweeps for uploads that nobody came back to.
 SWEEP = 30.0
-# Seconds that connections get to take the last trailers and GOAWAY.
-LINGER = 0.5
+# Seconds that peers get to take the last trailers and GOAWAY, and to close: when nothing hurries, and when it does.
+LINGER = 2.0
+LINGER_AT_ONCE = 0.5
 # A job takes one or two descriptors, a connection one; the usual soft limit is 1024.
 MAX_FILES = 65536
 
@@ -96,9 +97,17 @@ async def serve(
                         server.stop_listening()
                         for sock in sockets:  # else callers would wait in the backlog while models close
                             sock.close()
-                        with trio.CancelScope(shield=True):
-                            await trio.sleep(LINGER if server.protocols else 0)
+                        with trio.move_on_after(LINGER_AT_ONCE, shield=True):
+                            await _emptied(server)
+                        with trio.move_on_after(LINGER):
+                            await _emptied(server)
                 jobs.cancel_scope.cancel()
+
+
+async def _emptied(server: Server) -> None:
+    """Wait until the peers, which have been told that this is the end, have closed their connections."""
+    while server.protocols:
+        await trio.sleep(0.02)
 
 
 async def _unless(stop: trio.Event, fn: Callable[..., Awaitable[T]], *args: Any) -> T | None:
