@@ -106,7 +106,7 @@ async def serve(
 
 async def _emptied(server: Server) -> None:
     """Wait until the peers, which have been told that this is the end, have closed their connections."""
-    while server.protocols:
+    while server.protocols:  # noqa: ASYNC110 - once in its life
         await trio.sleep(0.02)
 
 

@@ -1,5 +1,7 @@
 """kill -9 of the server at every durable step of a job, one after the other: the job ends well, or as interrupted.
 
+The steps are the same on every Python: the first of those that are supported tries each one, the others every fourth.
+
 Each time a server is killed at its n-th step (`tests.killed_server`), and the client comes back with the same ticket to
 another one on the same spool: in turn one that has been there all the time, and one that was started afterwards.
 
@@ -12,9 +14,9 @@ it does not find; a cancelled upload's end is told and not stored.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +32,7 @@ from tests.models_resume import LONG, answer_to
 
 MODEL = "tests.models_resume:Jobs"
 PAYLOAD = os.urandom(2500)
+EVERY = 1 if sys.version_info < (3, 12) else 4
 # Nothing happens at ticks: the steps are the same every time.
 OPTIONS = ("--tick", "30", "--drain", "0")
 
@@ -189,7 +192,8 @@ def test_a_server_killed_at_any_step(
     assert became in wanted
     assert steps > 5
     with ThreadPoolExecutor(2) as threads:
-        results = list(threads.map(play, range(1, steps + 1)))
-    assert [n for n, (_, reached) in enumerate(results, 1) if reached != n - 1] == []  # each was killed where it should
-    seen = collections.Counter(became for became, _ in results)
-    assert set(seen) == wanted
+        killed_at = range(1, steps + 1, EVERY)
+        results = dict(zip(killed_at, threads.map(play, killed_at), strict=True))
+    assert [n for n, (_, reached) in results.items() if reached != n - 1] == []  # each was killed where it should
+    seen = {became for became, _ in results.values()}
+    assert seen == wanted if EVERY == 1 else seen <= wanted

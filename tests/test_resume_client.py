@@ -485,7 +485,8 @@ def test_the_server_is_killed_and_started_again(serve: Serve, tmp_path: Path, ph
 
         def kill(event: Event) -> None:
             feed.note(event)
-            if not killed.is_set() and event.phase == phase and (phase == "DONE" or feed.durable.is_set()):
+            due = {"DONE": True, "RUNNING": gate.mark.exists()}.get(phase, feed.durable.is_set())
+            if not killed.is_set() and event.phase == phase and due:
                 first.process.kill()
                 killed.set()
 

@@ -203,6 +203,8 @@ def test_when_a_job_that_was_not_started_is_run_anew(known: Known, spool: str, a
     decision = decide(refusal("NOT_STARTED", spool=spool, ttl="900"), known)
     assert decision is not None
     assert decision.action is action
+    if action is Action.ANEW:  # should there be no patience for another time: it has not run
+        assert isinstance(decision.error, aipod.Unreachable)
 
 
 def test_a_process_that_has_just_started_outbids_once() -> None:

@@ -215,9 +215,23 @@ def test_an_outcome_without_an_answer_keeps_none(spool: Spool, phase: str) -> No
     entry.append_log("a line\n")
     entry.result.write_bytes(b"x")
     entry.store({"phase": phase})
-    kept = ["log", "res", "state"] if phase == "FAILED" else ["state"]
+    kept = ["state"] if phase == "RELEASED" else ["log", "state"]
     assert sorted(path.name for path in entry.path.iterdir()) == kept
     entry.destroy()
+
+
+def test_a_sweep_removes_what_a_job_whose_server_was_killed_at_its_end_does_not_need(spool: Spool) -> None:
+    """The outcome is in the journal; the payload, gigabytes perhaps, was about to be removed."""
+    entry = claimed(spool, A, TICKETED)
+    entry.write(b"x" * 100_000)
+    entry.ask(7)
+    entry.work.mkdir()
+    entry.record({"phase": "DONE", "kind": "json", "answer": 1, "digest": "", "inline": "1"})
+    entry._close()  # killed
+    entry._lock.release()
+    assert sum(Sweeper(spool, upload_ttl=100, ttl=100).sweep()) == 0
+    assert left_in(spool.path) == []
+    assert sorted(path.name for path in entry.path.iterdir()) == ["state"]
 
 
 def test_an_upload_is_taken_up_at_its_durable_offset(spool: Spool) -> None:

@@ -166,7 +166,10 @@ def _of_reason(
     if reason in ("WRONG_SPOOL", "NOT_FOUND"):
         return Decision(Action.RETRY, gone(known, text), exc, within=OUT_OF_SIGHT)
     if reason == "NOT_STARTED":
-        return Decision(Action.ANEW if _anew(spool, ttl, known) else Action.STOP, gone(known, text), exc, spool=spool)
+        if not _anew(spool, ttl, known):
+            return Decision(Action.STOP, gone(known, text), exc)
+        never = Unreachable(f"no lasting connection to {known.target}: the job was lost before it started")
+        return Decision(Action.ANEW, never, exc, spool=spool)
     if reason == "SUPERSEDED":
         epoch = metadata.get("epoch", "")
         if known.may_outbid and epoch.isdecimal():

@@ -353,7 +353,7 @@ class Jobs:
             entry.let_go()
 
     def answered(self, watched: Job | Told) -> None:
-        """The whole answer was sent to a viewer: a small job is not kept for long."""
+        """The whole answer was sent to the call that brought the job: a small one is not kept for long."""
         if watched.answer is None or watched.answer.size <= SMALL:
             self._answered.append((time.monotonic() + KEEP_ANSWERED, watched.look.id))
 

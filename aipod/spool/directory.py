@@ -165,7 +165,7 @@ class Spool:
         entry = self.claim(job_id, {"ticketed": True, "phase": "RELEASED", "fenced": True})
         if entry is None:
             return False
-        entry.store({})
+        entry.store({"phase": "RELEASED"})
         entry.let_go()
         return True
 

@@ -18,7 +18,7 @@ from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
-from aipod.spool.look import ENDED, Look, sync
+from aipod.spool.look import ENDED, Look, sync, want_name
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
@@ -238,13 +238,19 @@ class Entry(Look):
             except Refused:
                 self._drop_payload()  # it may be what the disk is full of
                 self.record(fields)
+        self.tidy(fields.get("phase", ""))
+
+    def tidy(self, phase: str) -> None:
+        """Remove what a job that has ended in `phase` does not need any more. Idempotent."""
         self._drop_payload()
-        for name in ("kw", "live", "cancel"):
+        gone = ["kw", "live", "cancel", *map(want_name, self._asked())]
+        if phase != "DONE":
+            gone.append("res")
+        if phase == "RELEASED":
+            gone.append("log")
+        for name in gone:
             (self.path / name).unlink(missing_ok=True)
         remove(self.work)
-        if fields.get("phase") in ("CANCELLED", "RELEASED"):
-            for path in (self.result, self.path / "log"):
-                path.unlink(missing_ok=True)
 
     def _drop_payload(self) -> None:
         self._close()

@@ -92,10 +92,10 @@ class Look:
 
     def ask(self, epoch: int) -> None:
         """Ask for the upload. The number is in a file's name, so that of two who ask at once the higher one stays."""
-        (self.path / f"want-{epoch:020d}").touch(mode=0o600)
+        (self.path / want_name(epoch)).touch(mode=0o600)
         for asked in self._asked():
             if asked < epoch:
-                (self.path / f"want-{asked:020d}").unlink(missing_ok=True)
+                (self.path / want_name(asked)).unlink(missing_ok=True)
 
     def wanted(self) -> int:
         """The highest epoch that has asked for the upload."""
@@ -126,6 +126,11 @@ class Look:
         except OSError:
             return []
         return [int(name[5:]) for name in names if name.startswith("want-") and name[5:].isdecimal()]
+
+
+def want_name(epoch: int) -> str:
+    """The name of the file with which an uploader with `epoch` asks for an upload."""
+    return f"want-{epoch:020d}"
 
 
 def _is_lost(state: dict[str, Any], boot: str) -> bool:

@@ -81,6 +81,8 @@ class Sweeper:
                 self._seen[job_id] = (times, now, keep)
                 since = now
             if now - since < keep:
+                if state.get("phase") in ENDED:
+                    entry.tidy(state["phase"])  # its process may have been killed before it had
                 entry.let_go()
                 return False
         self._seen.pop(job_id, None)
