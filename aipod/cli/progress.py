@@ -23,6 +23,7 @@ _PHASES = {
     "DONE": "download",
     "FAILED": "failed",
     "CANCELLED": "cancelled",
+    "RELEASED": "released",
 }
 
 
@@ -120,7 +121,7 @@ class _Detail(ProgressColumn):
 def _amounts(event: Event) -> tuple[int, float | None]:
     """What is done of what, in the current phase."""
     if event.phase == "RECEIVING":
-        return event.sent, event.payload_size
+        return max(event.sent, event.offset), event.payload_size  # who attaches sends nothing
     if event.phase == "DONE":
         return event.received, event.answer_size
     if event.phase == "RUNNING" and event.progress:
