@@ -94,7 +94,9 @@ class Progress:
     def _detail(self, event: Event, done: int, total: float | None) -> str:
         message = " ".join(event.message.split())
         if event.phase in ("CONNECTING", "WAITING") and event.attempt > 1:
-            return f"attempt {event.attempt} of {event.attempts}" + (f": {message}" if message else "")
+            # Once the server has been heard of only time counts.
+            of = "" if event.heartbeats else f" of {event.attempts}"
+            return f"attempt {event.attempt}{of}" + (f": {message}" if message else "")
         if event.phase == "QUEUED":
             return f"{event.place} before" if event.place else ""
         if event.phase == "RUNNING":
