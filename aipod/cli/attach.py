@@ -14,7 +14,7 @@ from aipod.cli import end_on_signals
 from aipod.cli.answer import deliver, limited
 from aipod.cli.options import Server, output_option, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
-from aipod.cli.ticket import read_ticket, ticket_argument, what_is_left
+from aipod.cli.ticket import read_ticket, telling, ticket_argument
 from aipod.client import Client, Event
 
 
@@ -32,10 +32,8 @@ def attach(context: click.Context, /, ticket: str, timeout: float | None, output
     """
     end_on_signals()
     server = take_server(options)
-    try:
+    with telling(context, ticket):
         asyncio.run(_attach(server, read_ticket(ticket), timeout, output))
-    finally:
-        context.obj.left = what_is_left(context, ticket)
 
 
 async def _attach(server: Server, ticket: bytes, timeout: float | None, output: Path | None) -> None:

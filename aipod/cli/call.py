@@ -17,7 +17,7 @@ from aipod.cli.answer import deliver, limited
 from aipod.cli.options import Server, output_option, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
 from aipod.cli.request import Asked, request_options, take_request
-from aipod.cli.ticket import check_ticket_file, ticket_option, what_is_left
+from aipod.cli.ticket import check_ticket_file, telling, ticket_option
 from aipod.client import Client, Event, Job
 from aipod.client.ticket import TicketFile
 from aipod.errors import AipodError, JobFailed
@@ -52,11 +52,9 @@ def call(
     if ticket is None:
         asyncio.run(_call(server, asked, timeout, output))
         return
-    check_ticket_file(ticket)
-    try:
+    check_ticket_file(ticket, from_stdin=asked.from_stdin)
+    with telling(context, str(ticket)):
         asyncio.run(_call_with_ticket(server, asked, timeout, output, ticket))
-    finally:
-        context.obj.left = what_is_left(context, str(ticket))
 
 
 async def _call(server: Server, asked: Asked, timeout: float | None, output: Path | None) -> None:

@@ -28,6 +28,7 @@ class Asked:
     payload: Any
     kwargs: dict[str, Any]
     version: str
+    from_stdin: bool
 
 
 def request_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +53,7 @@ def take_request(options: dict[str, Any]) -> Asked:
         click.echo("aipod: note: what is on stdin is not sent; give - as FILE to send it", err=True)
     pairs = (split_pair(pair, "-k") for pair in options.pop("kwargs"))
     kwargs = {name: _json_or_text(text) for name, text in pairs}
-    return Asked(options.pop("method"), payload, kwargs, options.pop("version"))
+    return Asked(options.pop("method"), payload, kwargs, options.pop("version"), file == "-")
 
 
 def _json_or_text(text: str) -> Any:

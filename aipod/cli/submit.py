@@ -15,7 +15,7 @@ from aipod.cli.call import hand_over
 from aipod.cli.options import Server, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
 from aipod.cli.request import Asked, request_options, take_request
-from aipod.cli.ticket import check_ticket_file, ticket_option, what_is_left
+from aipod.cli.ticket import check_ticket_file, telling, ticket_option
 from aipod.client import Client
 
 
@@ -34,11 +34,9 @@ def submit(context: click.Context, /, timeout: float | None, ticket: Path, **opt
     end_on_signals()
     asked = take_request(options)
     server = take_server(options)
-    check_ticket_file(ticket)
-    try:
+    check_ticket_file(ticket, from_stdin=asked.from_stdin)
+    with telling(context, str(ticket)):
         click.echo(asyncio.run(_submit(server, asked, timeout, ticket)))
-    finally:
-        context.obj.left = what_is_left(context, str(ticket))
 
 
 async def _submit(server: Server, asked: Asked, timeout: float | None, ticket: Path) -> str:
