@@ -42,6 +42,10 @@ class Counted(aipod.Model):
         context.log("the end")
         return self.chaos(context, path)
 
+    def gated_echo(self, context: Context, path: Path, *, mark: str, gate: str, lines: int = 0) -> Path:
+        self.gated(context, path, mark=mark, gate=gate, lines=lines)
+        return path
+
     def random(self, context: Context, path: Path, *, length: int) -> Path:
         target = context.work_dir / "random"
         target.write_bytes(os.urandom(length))

@@ -352,7 +352,8 @@ def test_nobody_there_is_status_3(tmp_path: Path) -> None:
 
 def test_a_server_that_is_killed_is_status_3(serve: Serve, tmp_path: Path) -> None:
     served = serve(MODEL)
-    with start("call", "--to", served.address, "patient", "-k", f"mark={tmp_path}/mark") as process:
+    command = ("call", "--to", served.address, "patient", "-k", f"mark={tmp_path}/mark", "--reconnect", "0.5")
+    with start(*command) as process:
         wait_until((tmp_path / "mark").exists)
         served.process.kill()
         served.process.communicate()
@@ -444,7 +445,7 @@ class Screen(io.StringIO):
 @pytest.mark.parametrize(
     "event",
     [
-        Event("WAITING", attempt=2, attempts=5, message="no lasting connection to 127.0.0.1:1: Connect call failed"),
+        Event("WAITING", attempt=2, attempts=5, message="UNAVAILABLE: the server is shutting down; try again"),
         Event("RECEIVING", sent=1_234_500_000, payload_size=99_999_000_000),
         Event("RUNNING", progress=0.5, message="epoch 3\nof many more than anybody would like to wait for"),
         Event("DONE", received=5, answer_size=1_000_000_000),
@@ -472,7 +473,7 @@ def test_a_terminal_shows_retries(terminal: Terminal) -> None:
     with start("call", "chaos", "--attempts", "2", "--to", f"127.0.0.1:{free_port()}", stderr=terminal.end) as process:
         terminal.read_until_closed(process)
     assert process.returncode == 3
-    assert "attempt 2 of 2: no lasting" in terminal.text
+    assert "attempt 2 of 2: Connection refused" in terminal.text
 
 
 def test_a_terminal_gets_json_but_no_bytes(served: Served, to: tuple[str, str], terminal: Terminal) -> None:
@@ -524,16 +525,22 @@ def test_health_of_a_draining_server_is_status_1(serve: Serve, tmp_path: Path) -
     assert served.process.returncode == 0
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("call",), ("health",), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [(), ("serve",), ("call",), ("submit",), ("attach",), ("cancel",), ("jobs",), ("health",), ("demo",)]
+)
 def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
     done = aipod(*command, "--help")
     assert (done.status, done.err) == (0, "")
     text = done.out.decode()
     assert text.startswith("Usage: aipod")
     wanted = {
-        (): ["serve", "call", "health", "demo", "AIPOD_<NAME>"],
+        (): ["serve", "call", "submit", "attach", "cancel", "jobs", "health", "demo", "AIPOD_<NAME>"],
         ("serve",): ["--bind", "--spool", "--data", "--drain", "[30s]", "--runner", "--instances", "--config"],
-        ("call",): ["METHOD [FILE|-]", "--to", "-k NAME=JSON", "--version", "--upstream", "--meta", "-o"],
+        ("call",): ["METHOD [FILE|-]", "--to", "-k NAME=JSON", "--version", "--upstream", "--meta", "-o", "--ticket"],
+        ("submit",): ["METHOD [FILE|-]", "--to", "-k NAME=JSON", "--ticket", "[required]"],
+        ("attach",): ["TICKET-FILE|-", "--to", "--upstream", "-o", "as often as it is", "stdin"],
+        ("cancel",): ["TICKET-FILE|-", "--to", "--release"],
+        ("jobs",): ["--json", "--to", "--upstream"],
         ("health",): ["SERVICE", "--to"],
         ("demo",): ["--size"],
     }[command]

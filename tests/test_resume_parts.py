@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import os
 import random
+import re
 import stat
 import threading
 import time
@@ -100,6 +102,27 @@ def test_a_lost_connection_is_tried_again_and_typed(exc: Exception, wrapped: boo
         assert decision is not None
         assert (decision.cause, decision.retry_after, decision.within) == (next(leaves(whole)), 0.0, None)
         assert "may have run" in str(decision.error)
+
+
+@pytest.mark.parametrize(
+    ("exc", "why"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('127.0.0.1', 1)"), "Connection refused"),
+        (StreamTerminatedError("Connection lost"), "Connection lost"),
+        (TimeoutError(), "no answer in time"),
+        (GRPCError(Status.UNAVAILABLE, "a proxy's"), "UNAVAILABLE: a proxy's"),
+        (GRPCError(Status.CANCELLED), "CANCELLED"),
+        (refusal("DRAINING"), "UNAVAILABLE: text"),
+        (BadAnswer("it goes on at byte 3, not at 2"), "the answer arrived damaged: .*"),
+    ],
+)
+def test_who_watches_is_told_the_cause_in_short(exc: Exception, why: str) -> None:
+    """Mutant: the error that is raised in the end says that the job may have run, while it is still being tried."""
+    for known in (BEFORE, AFTER, WATCHED):
+        decision = decide(exc, known)
+        assert decision is not None
+        assert decision.action is Action.RETRY
+        assert re.fullmatch(why, decision.why)
 
 
 def test_what_was_not_processed_leaves_the_request_incomplete() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `serve`, `call`, `health`, `demo`.
+"""The command line: `serve`, `call`, `submit`, `attach`, `cancel`, `jobs`, `health`, `demo`.
 
 Exit status: 0; 1 job failed or refused; 2 usage; 3 unreachable, given up or lost; 130 Ctrl-C. The last line of stderr
 on failure is `aipod: REASON: text`; a traceback comes only with --debug.
@@ -28,6 +28,7 @@ class Flags:
     """What holds for every command; the context's `obj`."""
 
     debug: bool = False
+    left: str = ""  # what becomes of a job that a command leaves, and how to come back to it
 
 
 def _set_debug(context: click.Context, param: click.Parameter, value: bool) -> None:
@@ -50,7 +51,7 @@ class _Commands(click.Group):
     """Imports a command when it is needed: a server has no use for a client and a progress bar."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["call", "demo", "health", "serve"]
+        return ["attach", "call", "cancel", "demo", "health", "jobs", "serve", "submit"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.commands and cmd_name in self.list_commands(ctx):
@@ -65,8 +66,8 @@ class _Commands(click.Group):
 def cli() -> None:
     """Large inputs to Python model code and the answer back, over one gRPC stream.
 
-    Every option of a command is also AIPOD_<NAME> in the environment; those of serve and call are also keys in table
-    [aipod] of a TOML file (--config). Command line, then environment, then file, then default.
+    Every option of a command is also AIPOD_<NAME> in the environment; those of serve and of what calls it are also keys
+    in table [aipod] of a TOML file (--config). Command line, then environment, then file, then default.
     """
 
 
@@ -90,7 +91,7 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as exc:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail("INTERRUPTED", "stopped by Ctrl-C", INTERRUPTED)
+        return _fail("INTERRUPTED", f"stopped by Ctrl-C{flags.left}", INTERRUPTED)
     except click.exceptions.NoArgsIsHelpError as exc:
         exc.show()
         return _fail("USAGE", "a command is missing", USAGE)
@@ -105,11 +106,11 @@ def run(arguments: list[str]) -> int:
         if flags.debug:
             traceback.print_exc()
         if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(exc)):
-            return _fail("INTERRUPTED", "stopped by Ctrl-C", INTERRUPTED)
-        return _explain(exc)
+            return _fail("INTERRUPTED", f"stopped by Ctrl-C{flags.left}", INTERRUPTED)
+        return _explain(exc, flags.left)
 
 
-def _explain(exc: BaseException) -> int:
+def _explain(exc: BaseException, left: str) -> int:
     for leaf in leaves(exc):
         if isinstance(leaf, UsageError):
             return _fail(leaf.reason, leaf.message, USAGE)
@@ -119,9 +120,12 @@ def _explain(exc: BaseException) -> int:
             return _fail(leaf.reason, leaf.message, LOST)
         if isinstance(leaf, AipodError):
             kind = leaf.metadata.get("type")
+            text = f"{kind}: {leaf.message}" if kind else leaf.message
+            if leaf.reason == "DEADLINE_EXCEEDED":
+                text += left
             # An address that may not or cannot be bound on any machine is a wrong option, one in use is not.
             usage = leaf.reason == "BIND_FAILED" and isinstance(leaf.__cause__, ValueError)
-            return _fail(leaf.reason, f"{kind}: {leaf.message}" if kind else leaf.message, USAGE if usage else FAILED)
+            return _fail(leaf.reason, text, USAGE if usage else FAILED)
     first = next(leaves(exc))
     if isinstance(first, OSError) and first.strerror:
         return _fail("ERROR", f"{first.strerror}: {first.filename or type(first).__name__}", FAILED)

@@ -4,193 +4,119 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
-import select
-import stat
+import dataclasses
 import sys
-import tempfile
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from aipod.cli import end_on_signals
-from aipod.cli.options import Seconds, config_options, make_config
+from aipod.cli.answer import deliver, limited
+from aipod.cli.options import Server, output_option, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
-from aipod.client import Event
-from aipod.config import CHUNK, MIB, Config
-from aipod.errors import AipodError
+from aipod.cli.request import Asked, request_options, take_request
+from aipod.cli.ticket import check_ticket_file, telling, ticket_option
+from aipod.client import Client, Event, Job
+from aipod.client.ticket import TicketFile
+from aipod.errors import AipodError, JobFailed
 
 RPCS = ("train", "predict", "log")
-# Where -o may point and still mean what the shell has opened: opened anew, a file would be written from its start.
-STDOUT = (None, Path("-"), Path("/dev/stdout"))
+# Seconds for telling the server that its answer is here.
+RELEASE = 2.0
 
 
 @click.command(short_help="Call a method with a file and write its answer.")
-@click.argument("method")
-@click.argument("file", required=False, metavar="[FILE|-]")
-@click.option("--to", default="127.0.0.1:50051", envvar="AIPOD_TO", show_default=True, help="HOST:PORT or unix:PATH.")
-@click.option(
-    "-k", "kwargs", multiple=True, metavar="NAME=JSON", help="A keyword argument; what is no JSON is a string."
-)
-@click.option("--version", default="", envvar="AIPOD_VERSION", help="Version of the model.")
-@click.option(
-    "--upstream", default="", envvar="AIPOD_UPSTREAM", help="Which servers, for a proxy that asks (header x-upstream)."
-)
-@click.option("--meta", multiple=True, metavar="K=V", envvar="AIPOD_META", help="Call metadata.")
-@click.option("--timeout", type=Seconds(), envvar="AIPOD_TIMEOUT", help="Time for the whole call.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    envvar="AIPOD_OUTPUT",
-    help="Write the answer to this file; - is stdout.",
-)
-@config_options(("tls", "tls_ca", "tls_cert", "tls_key", "silence", "connect_timeout", "attempts", "level"))
+@request_options
+@timeout_option("Time for the whole call.")
+@output_option
+@ticket_option("Keep in FILE what the same command needs to continue the job.", required=False)
+@server_options("level")
+@click.pass_context
 def call(
-    method: str,
-    file: str | None,
-    to: str,
-    kwargs: tuple[str, ...],
-    version: str,
-    upstream: str,
-    meta: tuple[str, ...],
-    timeout: float | None,
-    output: Path | None,
-    **options: Any,
+    context: click.Context, /, timeout: float | None, output: Path | None, ticket: Path | None, **options: Any
 ) -> None:
     """Call a method with a file (- is stdin) and write its answer.
 
     A JSON answer is one line on stdout; bytes go to -o or a pipe.
+
+    Ctrl-C cancels the job. With --ticket it goes on, also after --timeout and when this command is killed: the same
+    command continues the upload, the wait or the download, until it has written the answer, or the error that the job
+    has ended with, and removes FILE. FILE is as secret as the job. What comes on stdin must come again while its upload
+    is not complete, the same bytes.
     """
-    config = make_config(options)
     end_on_signals()
-    metadata = [_split(pair, "--meta") for pair in meta]
-    if upstream:
-        metadata.append(("x-upstream", upstream))
-    if method not in RPCS:
-        metadata.append(("x-func-name", method))
-    arguments = {
-        "kwargs": {name: _json_or_text(text) for name, text in (_split(pair, "-k") for pair in kwargs)},
-        "version": version,
-        "metadata": metadata,
-        "timeout": timeout,
-    }
-    payload: Any = b"" if file is None else _stdin() if file == "-" else Path(file)
-    if file is None and _stdin_has_data():
-        click.echo("aipod: note: what is on stdin is not sent; give - as FILE to send it", err=True)
-    to_stdout = _to_terminal if sys.stdout.isatty() else _to_pipe
-    deliver: Callable[..., Any] = to_stdout if output in STDOUT else _to_file
-    asyncio.run(_call(to, config, method if method in RPCS else "chaos", payload, arguments, deliver, output))
+    asked = take_request(options)
+    server = take_server(options)
+    if ticket is None:
+        asyncio.run(_call(server, asked, timeout, output))
+        return
+    check_ticket_file(ticket, from_stdin=asked.from_stdin)
+    with telling(context, str(ticket)):
+        asyncio.run(_call_with_ticket(server, asked, timeout, output, ticket))
 
 
-def _split(pair: str, option: str) -> tuple[str, str]:
-    name, equals, value = pair.partition("=")
-    if not equals or not name:
-        raise click.UsageError(f"{option} {pair!r} is not NAME=VALUE")
-    return name, value
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-async def _call(
-    to: str,
-    config: Config,
-    rpc: str,
-    payload: Any,
-    arguments: dict[str, Any],
-    deliver: Callable[..., Any],
-    output: Path | None,
-) -> None:
-    from aipod.client import Client
-
+async def _call(server: Server, asked: Asked, timeout: float | None, output: Path | None) -> None:
+    metadata = list(server.metadata)
+    if asked.method not in RPCS:
+        metadata.append(("x-func-name", asked.method))
     with Progress(sys.stderr) as progress:
-        async with Client(to, config=config) as client:
+        async with Client(server.to, config=server.config) as client:
+            method = getattr(client, asked.method if asked.method in RPCS else "chaos")
 
-            async def ask(save_to: Path | None, on_event: Callable[[Event], None] = progress.show) -> Any:
-                answer = await getattr(client, rpc)(payload, save_to=save_to, on_event=on_event, **arguments)
-                progress.close()
-                return answer
+            async def ask(save_to: Path | None, on_event: Callable[[Event], None]) -> Any:
+                return await method(
+                    asked.payload,
+                    version=asked.version,
+                    metadata=metadata,
+                    timeout=timeout,
+                    save_to=save_to,
+                    on_event=on_event,
+                    kwargs=asked.kwargs,
+                )
 
             await deliver(ask, progress, output)
 
 
-async def _to_file(ask: Callable[..., Any], progress: Progress, output: Path) -> None:
-    await ask(output)
-    progress.say(f"wrote {output}")
+async def _call_with_ticket(
+    server: Server, asked: Asked, timeout: float | None, output: Path | None, ticket: Path
+) -> None:
+    """The job is let go of when its answer is written, not when it has arrived: a pipe may break."""
+    file, job = TicketFile(ticket), None
+    with Progress(sys.stderr) as progress:
+        async with Client(server.to, config=server.config) as client:
+
+            async def ask(save_to: Path | None, on_event: Callable[[Event], None]) -> Any:
+                nonlocal job
+                job = await hand_over(client, server, asked, ticket, progress)
+                try:
+                    return await job.wait(save_to=save_to, on_event=on_event, keep=True)
+                except JobFailed:
+                    await asyncio.to_thread(file.remove)  # asked again it would say the same
+                    raise
+
+            async with limited(timeout):
+                await deliver(ask, progress, output, kept=True)
+            await asyncio.to_thread(file.remove)
+            assert job is not None
+            with contextlib.suppress(AipodError, TimeoutError):  # the server forgets it by itself, later
+                async with asyncio.timeout(RELEASE):
+                    await job.release()
 
 
-async def _to_terminal(ask: Callable[..., Any], progress: Progress, _: None) -> None:
+async def hand_over(client: Client, server: Server, asked: Asked, ticket: Path, progress: Progress) -> Job:
+    """Submit the job, or continue the one of the ticket file. This is an asyncio-flavored function."""
+
     def show(event: Event) -> None:
-        progress.show(event)
-        if event.phase == "DONE" and not progress.is_json:
-            # Nothing tells before the run; but what a terminal cannot show need not come.
-            text = (
-                f"the method has run, but its answer, {event.answer_size} bytes, is nothing for a terminal and is lost"
-            )
-            raise AipodError("NOT_SHOWN", f"{text}; call again with -o FILE, or with a pipe, to have it")
+        progress.show(dataclasses.replace(event, log=""))  # whoever waits is told all of it
 
-    answer = await ask(None, show)
-    click.echo(json.dumps(answer, ensure_ascii=False))
-
-
-async def _to_pipe(ask: Callable[..., Any], progress: Progress, _: None) -> None:
-    """The answer may be of any size and of either kind: it goes through a file, and out once it is checked."""
-    with tempfile.TemporaryDirectory(prefix="aipod-") as directory:
-        out = sys.stdout.buffer
-        with (await ask(Path(directory) / "answer")).open("rb") as file:
-            while piece := file.read(MIB):
-                out.write(piece)
-        if progress.is_json:
-            out.write(os.linesep.encode())
-        out.flush()
-
-
-def _stdin_has_data() -> bool:
-    """Whether there is something in the pipe or file that is stdin."""
-    try:
-        status = os.fstat(0)
-        if stat.S_ISREG(status.st_mode):
-            return os.lseek(0, 0, os.SEEK_CUR) < status.st_size
-        if stat.S_ISFIFO(status.st_mode):
-            poll = select.poll()
-            poll.register(0, select.POLLIN)
-            return any(event & select.POLLIN for _, event in poll.poll(0))
-    except OSError:  # it is closed
-        pass
-    return False
-
-
-async def _stdin() -> AsyncIterator[bytes]:
-    """What comes on stdin. This is an asyncio-flavored generator."""
-    loop = asyncio.get_running_loop()
-    while True:
-        arrived: asyncio.Future[bytes] = loop.create_future()
-        # Nobody waits for this thread, unlike for asyncio.to_thread's: Ctrl-C ends a call whose input never comes.
-        threading.Thread(target=_read_stdin, args=(loop, arrived), daemon=True).start()
-        if not (piece := await arrived):
-            return
-        yield piece
-
-
-def _read_stdin(loop: asyncio.AbstractEventLoop, arrived: asyncio.Future[bytes]) -> None:
-    def settle() -> None:
-        if arrived.cancelled():
-            return
-        arrived.set_result(data) if isinstance(data, bytes) else arrived.set_exception(data)
-
-    data: bytes | OSError
-    try:
-        data = os.read(0, CHUNK)
-    except OSError as exc:
-        data = exc
-    with contextlib.suppress(RuntimeError):  # the loop has gone
-        loop.call_soon_threadsafe(settle)
+    return await client.submit(
+        asked.method,
+        asked.payload,
+        version=asked.version,
+        metadata=server.metadata,
+        on_event=show,
+        ticket_file=ticket,
+        kwargs=asked.kwargs,
+    )

@@ -7,19 +7,15 @@ from typing import Any
 
 import click
 
-from aipod.cli.options import Seconds, config_options, make_config
+from aipod.cli.options import config_options, make_config, timeout_option, to_option, upstream_option
 from aipod.config import Config
 
 
 @click.command(short_help="Print whether a server takes jobs.")
 @click.argument("service", default="")
-@click.option("--to", default="127.0.0.1:50051", envvar="AIPOD_TO", show_default=True, help="HOST:PORT or unix:PATH.")
-@click.option(
-    "--timeout", type=Seconds(), default=5.0, envvar="AIPOD_TIMEOUT", show_default=True, help="Time for the answer."
-)
-@click.option(
-    "--upstream", default="", envvar="AIPOD_UPSTREAM", help="Which servers, for a proxy that asks (header x-upstream)."
-)
+@to_option
+@timeout_option("Time for the answer.", 5.0)
+@upstream_option
 @config_options(("tls", "tls_ca", "tls_cert", "tls_key"))
 @click.pass_context
 def health(context: click.Context, /, service: str, to: str, timeout: float, upstream: str, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Command line options made from the fields of `Config`, so that an option exists once.
+"""Command line options, each of which exists once: those of every client, and those made from the fields of `Config`.
 
 click takes each from the command line, else from AIPOD_<NAME>, else from its default map: table [aipod] of --config.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import tomllib
 import typing
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from aipod.config import GIB, HOURS, KIB, MIB, MINUTES, Config, ConfigError
 
@@ -29,7 +31,9 @@ _BYTES = {
 
 _DEFAULTS = Config()
 # Settings of `call` that are no part of `Config`; one file may serve both commands.
-CALL_SETTINGS = ("to", "version", "upstream", "meta", "timeout", "output")
+CALL_SETTINGS = ("to", "version", "upstream", "meta", "timeout", "output", "ticket")
+# What of `Config` says how a client connects, and how long it tries.
+_CONNECTION = ("tls", "tls_ca", "tls_cert", "tls_key", "silence", "connect_timeout", "attempts", "reconnect")
 
 
 class Size(click.ParamType[int]):
@@ -54,6 +58,80 @@ class Seconds(click.ParamType[float]):
         if match is None:
             self.fail(f"{value!r} is not a time; write 90, 90s, 1.5min or 2h", param, ctx)
         return float(match[1]) * _TIMES[(match[2] or "").lower()]
+
+
+to_option = click.option(
+    "--to", default="127.0.0.1:50051", envvar="AIPOD_TO", show_default=True, help="HOST:PORT or unix:PATH."
+)
+upstream_option = click.option(
+    "--upstream", default="", envvar="AIPOD_UPSTREAM", help="Which servers, for a proxy that asks (header x-upstream)."
+)
+meta_option = click.option("--meta", multiple=True, metavar="K=V", envvar="AIPOD_META", help="Call metadata.")
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    envvar="AIPOD_OUTPUT",
+    help="Write the answer to this file; - is stdout.",
+)
+
+
+def timeout_option(help: str, default: float | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--timeout, which means something else to each command."""
+    return click.option(
+        "--timeout", type=Seconds(), default=default, envvar="AIPOD_TIMEOUT", show_default=True, help=help
+    )
+
+
+def server_options(*more: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds what says which server is called and how, and the fields `more`; see `take_server`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = config_options((*_CONNECTION, *more))(function)
+        return to_option(upstream_option(meta_option(function)))
+
+    return decorate
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """Which server a command calls, and how."""
+
+    to: str
+    config: Config
+    metadata: Sequence[tuple[str, str]]
+
+
+def take_server(options: dict[str, Any]) -> Server:
+    """The server from what the options of `server_options` are. Raises click.UsageError."""
+    rest = dict(options)
+    to, upstream, meta = rest.pop("to"), rest.pop("upstream"), rest.pop("meta")
+    metadata = [split_pair(pair, "--meta") for pair in meta]
+    if upstream:
+        metadata.append(("x-upstream", upstream))
+    return Server(to, make_config(rest), metadata)
+
+
+def repeat_server(context: click.Context) -> str:
+    """The options of `server_options` as they were given on the command line, to be given to another command."""
+    words: list[str] = []
+    for param in context.command.params:
+        name = str(param.name)
+        if name not in ("to", "upstream", "meta", *_CONNECTION):
+            continue
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            value = context.params[name]
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [param.opts[0]] if one is True else [param.opts[0], str(one)]
+    return "".join(" " + shlex.quote(word) for word in words)
+
+
+def split_pair(pair: str, option: str) -> tuple[str, str]:
+    """NAME=VALUE in two. Raises click.UsageError."""
+    name, equals, value = pair.partition("=")
+    if not equals or not name:
+        raise click.UsageError(f"{option} {pair!r} is not NAME=VALUE")
+    return name, value
 
 
 def config_options(names: Sequence[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -23,6 +23,7 @@ _PHASES = {
     "DONE": "download",
     "FAILED": "failed",
     "CANCELLED": "cancelled",
+    "RELEASED": "released",
 }
 
 
@@ -93,7 +94,9 @@ class Progress:
     def _detail(self, event: Event, done: int, total: float | None) -> str:
         message = " ".join(event.message.split())
         if event.phase in ("CONNECTING", "WAITING") and event.attempt > 1:
-            return f"attempt {event.attempt} of {event.attempts}" + (f": {message}" if message else "")
+            # Once the server has been heard of only time counts.
+            of = "" if event.heartbeats else f" of {event.attempts}"
+            return f"attempt {event.attempt}{of}" + (f": {message}" if message else "")
         if event.phase == "QUEUED":
             return f"{event.place} before" if event.place else ""
         if event.phase == "RUNNING":
@@ -120,7 +123,7 @@ class _Detail(ProgressColumn):
 def _amounts(event: Event) -> tuple[int, float | None]:
     """What is done of what, in the current phase."""
     if event.phase == "RECEIVING":
-        return event.sent, event.payload_size
+        return max(event.sent, event.offset), event.payload_size  # who attaches sends nothing
     if event.phase == "DONE":
         return event.received, event.answer_size
     if event.phase == "RUNNING" and event.progress:

@@ -301,7 +301,7 @@ class Client:
                 return await follower.run(), follower.course
         except BaseException as exc:
             self._leave(request, follower.course, exc)
-            await _forget_ended(follower.course)
+            await _forget_over(follower.course, exc)
             if isinstance(exc, TimeoutError) and scope.expired():
                 raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc.__cause__
             raise
@@ -330,9 +330,10 @@ class Client:
             self._link.errand(ask, self._link, request.metadata, course.ticket, Op.RELEASE)
 
 
-async def _forget_ended(course: Course) -> None:
-    """A job that has ended without an answer says the same for ever: another try takes a new ticket."""
-    if course.file is not None and course.phase > Phase.DONE:
+async def _forget_over(course: Course, error: BaseException) -> None:
+    """A job that has ended without an answer, or never began, is not continued: another try takes a new ticket."""
+    new = not (course.found or course.answered) and course.sent_to is None
+    if course.file is not None and (course.phase > Phase.DONE or (new and isinstance(error, Refused))):
         await asyncio.to_thread(course.file.remove)
 
 

@@ -59,6 +59,7 @@ class Course:
     ticket: bytes = dataclasses.field(default_factory=lambda: secrets.token_bytes(16))
     op: Op = Op.RUN  # RUN until `last` goes out, RESUME from then on
     file: TicketFile | None = None
+    found: bool = False  # another process has begun it
     epoch: int = 0
     sent_to: str | None = None  # the spool that `last` was, or is this moment, sent to
     sent_at: float = 0.0  # seconds since 1970 when it was sent for the first time
@@ -85,6 +86,7 @@ class Course:
             saved.ticket,
             Op.RUN if saved.sent is None else Op.RESUME,
             file,
+            True,
             saved.epoch,
             None if saved.sent is None else saved.spool,
             saved.sent or 0.0,

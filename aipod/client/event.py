@@ -12,7 +12,7 @@ class Event:
     """What a call is doing. Bytes are uncompressed; `log` is what is new since the last event."""
 
     # CONNECTING, RECEIVING (the upload), QUEUED, RUNNING, DONE (the download), FAILED, CANCELLED; WAITING before
-    # another attempt: `attempt` is that one's number, `message` why the last one failed
+    # another attempt: `attempt` is that one's number, `message` in short why the last one failed
     phase: str
     sent: int = 0
     payload_size: int | None = None

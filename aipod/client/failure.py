@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
@@ -91,6 +92,13 @@ class Decision:
     spool: str = ""  # the server's own
     epoch: int = 0  # the one that won
 
+    @property
+    def why(self) -> str:
+        """What went wrong, in short: for who watches while it is tried again."""
+        if self.cause is None or isinstance(self.cause, BadAnswer):
+            return str(self.error)
+        return _short(self.cause)
+
 
 def decide(exc: BaseException, known: Known) -> Decision | None:
     """What follows from `exc`; None where it is not ours to explain."""
@@ -120,10 +128,15 @@ def _decide(exc: BaseException, known: Known) -> Decision | None:
 
 
 def _lost(exc: BaseException, known: Known) -> Decision:
-    text = str(exc) or "no answer in time"
+    return Decision(Action.RETRY, gone(known, _short(exc)), exc)
+
+
+def _short(exc: BaseException) -> str:
     if isinstance(exc, GRPCError):
-        text = f"{exc.status.name}: {exc.message}"
-    return Decision(Action.RETRY, gone(known, text), exc)
+        return f"{exc.status.name}: {exc.message}" if exc.message else exc.status.name
+    if isinstance(exc, ConnectionError) and exc.errno:
+        return os.strerror(exc.errno)  # asyncio's own text does not say whether it was refused
+    return str(exc) or "no answer in time"
 
 
 def gone(known: Known, text: str) -> JobLost | Unreachable:

@@ -61,7 +61,7 @@ class Follower:
                 self._patience.seen()
             pause = self._prepare(decision, attempt)
             if pause:
-                self._tell_waiting(str(decision.error))
+                self._tell_waiting(decision.why)
             await asyncio.sleep(pause)
             if self._link.closes != self._closes:
                 raise decision.error from decision.cause

@@ -57,8 +57,12 @@ class Job:
         timeout: float | None = None,
         save_to: str | os.PathLike[str] | None = None,
         on_event: OnEvent | None = None,
+        keep: bool = False,
     ) -> Any:
         """The answer, as `Client.predict` returns it; the same each time it is asked for.
+
+        The ticket file that the job was submitted with is removed then, and where the job has ended without an answer;
+        with `keep` it stays until `release`.
 
         Raises `ModelError`, `JobCancelled`, `Interrupted` and `JobFailed` for a job that ended without one, `Refused`
         (NOT_FOUND) for a ticket that the server does not know, `JobLost` where server or job are not found again,
@@ -71,9 +75,11 @@ class Job:
             async with asyncio.timeout(timeout):
                 answer = await self._follow(request)
         except JobFailed:
-            await self._forget_file()  # it is the job's answer: asked again it would say the same
+            if not keep:
+                await self._forget_file()  # it is the job's answer: asked again it would say the same
             raise
-        await self._forget_file()
+        if not keep:
+            await self._forget_file()
         return answer
 
     async def save(self, path: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,65 @@
+"""`aipod jobs`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from aipod.cli import end_on_signals
+from aipod.cli.options import Server, server_options, take_server, timeout_option
+from aipod.client import Client
+
+HEADINGS = ("ID", "METHOD", "VERSION", "PHASE", "PROGRESS", "MESSAGE")
+
+
+@click.command(short_help="List the jobs of a server.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@timeout_option("Time for the answer.", 30.0)
+@server_options()
+def jobs(as_json: bool, timeout: float, **options: Any) -> None:
+    """List the jobs of a server, newest first, the ended ones that it still has as well.
+
+    An id names a job to people and in logs; its ticket, which owns it, nobody is told.
+    """
+    end_on_signals()
+    listed = asyncio.run(_ask(take_server(options), timeout))
+    if not listed:
+        click.echo("aipod: note: the server has no jobs", err=True)
+        return
+    if as_json:
+        for job in listed:
+            click.echo(json.dumps(job, ensure_ascii=False))
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in table([HEADINGS, *(_row(job) for job in listed)]):
+        click.echo(line[:width])
+
+
+async def _ask(server: Server, timeout: float) -> list[dict[str, Any]]:
+    async with Client(server.to, config=server.config) as client:
+        metadata = [*server.metadata, ("x-func-name", "aipod.jobs")]
+        listed: list[dict[str, Any]] = await client.chaos(metadata=metadata, timeout=timeout)
+        return listed
+
+
+def _row(job: dict[str, Any]) -> tuple[str, ...]:
+    progress = f"{job['progress']:.0%}" if job["phase"] == "RUNNING" and job["progress"] else ""
+    cells = (job["id"], job["method"], job["version"], job["phase"], progress, job["message"])
+    return tuple(_plain(str(cell)) for cell in cells)
+
+
+def _plain(text: str) -> str:
+    """What a model has said as one line that a terminal does nothing else with than to show it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with their columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
