@@ -1,6 +1,6 @@
 """kill -9 of the server at every durable step of a job, one after the other: the job ends well, or as interrupted.
 
-The steps are the same on every Python: the first of those that are supported tries each one, the others every fourth.
+The steps are the same on every Python: the first of those that are supported tries each one, the others every fifth.
 
 Each time a server is killed at its n-th step (`tests.killed_server`), and the client comes back with the same ticket to
 another one on the same spool: in turn one that has been there all the time, and one that was started afterwards.
@@ -32,7 +32,7 @@ from tests.models_resume import LONG, answer_to
 
 MODEL = "tests.models_resume:Jobs"
 PAYLOAD = os.urandom(2500)
-EVERY = 1 if sys.version_info < (3, 12) else 4
+EVERY = 1 if sys.version_info < (3, 12) else 5
 # Nothing happens at ticks: the steps are the same every time.
 OPTIONS = ("--tick", "30", "--drain", "0")
 
