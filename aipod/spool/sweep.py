@@ -70,24 +70,33 @@ class Sweeper:
         looked, since, keep = self._seen.get(job_id, ((), now, 0.0))
         if looked == times and now - since < keep:
             return False
-        entry = self._spool.hold(job_id)
-        if entry is None:
-            self._seen.pop(job_id, None)
-            return self._remove_lock(job_id)
-        state = entry.read()
+        look = self._spool.look(job_id)
+        state = look.read()
         if state.get("ticketed"):
-            keep = self._ttl if state.get("phase") in ENDED else self._upload_ttl
+            ended = state.get("phase") in ENDED
             if looked != times:
-                self._seen[job_id] = (times, now, keep)
-                since = now
+                since, keep = now, self._ttl if ended else self._upload_ttl
+                self._seen[job_id] = times, since, keep
             if now - since < keep:
-                if state.get("phase") in ENDED:
-                    entry.tidy(state["phase"])  # its process may have been killed before it had
-                entry.let_go()
+                if ended and look.payload.exists():
+                    self._tidy(job_id)
                 return False
         self._seen.pop(job_id, None)
+        entry = self._spool.hold(job_id)
+        if entry is None:
+            return self._remove_lock(job_id)
+        if _times(entry.path) != times:  # somebody was here meanwhile
+            entry.let_go()
+            return False
         entry.destroy()
         return True
+
+    def _tidy(self, job_id: str) -> None:
+        """Do what the process that ended the job has not come to: it was killed, or is about to do it."""
+        entry = self._spool.hold(job_id)
+        if entry is not None:
+            entry.tidy(entry.read()["phase"])
+            entry.let_go()
 
     def _remove_lock(self, job_id: str) -> bool:
         """Remove a lock file without an entry, if nobody holds it."""
