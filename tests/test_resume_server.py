@@ -670,8 +670,36 @@ def test_a_digest_that_is_another_stops_the_job_before_it_starts(pair: Pair, wor
                 await one.chunk(PAYLOAD[have:], have)
                 await one.send(Raw(offset=len(PAYLOAD), last=True, digest=digest(b"another")), end=True)
                 assert (await refused(one.outcome)).reason == "DIGEST_MISMATCH"
+            client.begins_anew()
         assert work.lines == []
         assert (await client.visit(pair.a.address)).phase == Phase.DONE
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [(bytes(len(PAYLOAD)), "DIGEST_MISMATCH"), (PAYLOAD + b"more", "SIZE_MISMATCH")],
+    ids=["other bytes", "more bytes"],
+)
+def test_an_upload_of_other_bytes_can_be_begun_anew(pair: Pair, work: Work, wrong: bytes, reason: str) -> None:
+    """They were durable, and told to be: the honest client is told that nothing is. Mutant seen: they are kept."""
+
+    async def main() -> None:
+        client = work.client()
+        client.sized = False
+        async with opened(client, pair.a.address) as one:
+            await one.chunk(wrong, 0, sync=True)
+            await one.until(lambda state: state.offset == len(wrong))
+        async with opened(client, pair.b.address) as one:
+            assert one.states[-1].offset == len(wrong)
+            await one.last(PAYLOAD)
+            assert (await refused(one.outcome)).reason == reason
+        client.begins_anew()
+        async with opened(client, pair.a.address) as one:
+            assert one.states[-1].offset == 0
+        assert work.lines == []
+        assert (await client.visit(pair.b.address)).phase == Phase.DONE
 
     run(main)
 

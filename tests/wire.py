@@ -207,7 +207,8 @@ async def attach(address: str, ticket: bytes, *, before: bytes = b"", **fields: 
 class Client:
     """One job of an honest client: it comes back until it knows how the job has ended.
 
-    It checks what it is told on the way: durable offsets never decrease, the phase never goes back (but where a
+    It checks what it is told on the way: durable offsets never decrease (`begins_anew` after an upload that turned out
+    at its end to be of other bytes), the phase never goes back (but where a
     restartable method runs again), the spool is always the same.
     """
 
@@ -216,6 +217,7 @@ class Client:
         self.payload = payload
         self.kwargs = kwargs
         self.restartable = restartable
+        self.sized = True  # it says beforehand how long its payload is
         self.ticket = os.urandom(16)
         self.epoch = 0
         self.spool = ""
@@ -226,7 +228,12 @@ class Client:
 
     @property
     def fields(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "size": len(self.payload), "spool": self.spool, "source": b"a file"}
+        return {
+            "epoch": self.epoch,
+            "size": len(self.payload) if self.sized else None,
+            "spool": self.spool,
+            "source": b"a file",
+        }
 
     async def visit(self, address: str, *, chunk: int = 1000, wait: bool = False, kind: type[Call] = Call) -> Outcome:
         """One connection, to the end of the job. `wait`: for each chunk to be durable."""
@@ -268,6 +275,9 @@ class Client:
         again = self.restartable and (self.phase, state.phase) == (Phase.RUNNING, Phase.QUEUED)
         assert state.phase >= self.phase or again, f"{state.phase.name} after {self.phase.name}"
         self.phase = state.phase
+
+    def begins_anew(self) -> None:
+        self.offset = 0
 
     async def until_known(self, addresses: Sequence[str]) -> Outcome:
         """Visit one after the other until one tells the outcome. Raises `Refusal` for what cannot be mended."""

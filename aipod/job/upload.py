@@ -100,7 +100,8 @@ class PlainSink:
 class ChunkSink:
     """An own client's payload: chunks at their offsets, complete with `last` (nothing behind it is read).
 
-    What the entry has already is skipped: a client that comes back may begin anywhere below.
+    What the entry has already is skipped: a client that comes back may begin anywhere below. Where it turns out at the
+    end that what has arrived is not the payload, all of it is forgotten, for nobody could complete it.
     """
 
     def __init__(self, entry: Entry, size: int | None, limit: int) -> None:
@@ -137,10 +138,13 @@ class ChunkSink:
         written = self._entry.written
         if not self.complete:
             raise Refused("TRUNCATED", "the request ended before a message with last")
-        if self._total != written or self._size not in (None, written):
-            wanted = self._total if self._size in (None, written) else self._size
-            raise Refused("SIZE_MISMATCH", f"the payload has {written} bytes, but {wanted} were declared")
+        if self._size not in (None, written):
+            raise Refused("SIZE_MISMATCH", f"the payload has {written} bytes, but {self._size} were declared")
+        if self._total != written:
+            self._entry.start_over()
+            raise Refused("SIZE_MISMATCH", f"the payload has {written} bytes, but last came at {self._total}")
         if self._digest and self._digest != (self._entry.digest or self._read_digest()):
+            self._entry.start_over()
             raise Refused("DIGEST_MISMATCH", "the payload's digest is not the one that was sent with it")
         self._entry.seal()
 

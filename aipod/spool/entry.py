@@ -148,6 +148,16 @@ class Entry(Look):
             self.durable = written
         self._synced_at = time.monotonic()
 
+    def start_over(self) -> None:
+        """Have the next one that holds this upload begin anew: what has arrived is not the payload.
+
+        `durable` stays what it was, for the caller of this connection was told so. Raises `Refused` (SPOOL_FULL).
+        """
+        assert self._fd is not None, "the payload is sealed"
+        self.record({"offset": 0}, sync=True)
+        os.ftruncate(self._fd, 0)
+        self._close()
+
     def seal(self) -> None:
         """Close the payload and make it read-only: it is complete."""
         if self._fd is not None:
