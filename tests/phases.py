@@ -194,8 +194,12 @@ def holder(servers: Sequence[Served], job_id: str) -> Served:
 
 def connected(servers: Sequence[Served]) -> list[Served]:
     """The servers that somebody is connected to."""
-    sockets = established({one.port for one in servers})
-    return [one for one in servers if any(name in sockets for name in open_files(one))]
+    return [one for one in servers if connections(one)]
+
+
+def connections(served: Served) -> int:
+    """How many connections a server has."""
+    return len(established({served.port}).intersection(open_files(served)))
 
 
 def open_files(served: Served) -> list[str]:

@@ -1,0 +1,191 @@
+"""Jobs that lose connections and servers: several servers on one port and one spool, silent connections, many cuts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+import aipod
+from tests.conftest import Served, free_port, left_in, run
+from tests.phases import MODEL, Stand, Trial, connections, until
+
+OPTIONS = ("--tick", "0.2", "--instances", "1", "--drain", "5", "--reuse-port")
+
+
+class Port:
+    """Two servers that listen on one port, with one spool and one data directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.address = f"127.0.0.1:{free_port()}"
+        self.servers = [self._start() for _ in range(2)]
+
+    def _start(self) -> Served:
+        return Served(MODEL, self._directory, OPTIONS, self.address)
+
+    def kill(self, number: int) -> None:
+        self.servers[number].process.kill()
+        self.servers[number].process.communicate()
+
+    def start_again(self) -> None:
+        self.servers = [self._start() if one.process.poll() is not None else one for one in self.servers]
+
+    @contextlib.asynccontextmanager
+    async def clients(self, config: aipod.Config | None = None) -> AsyncIterator[list[aipod.Client]]:
+        """A client that is connected to the first server, and one that is to the second."""
+        async with contextlib.AsyncExitStack() as stack:
+            found: dict[int, aipod.Client] = {}
+            for _ in range(100):  # the kernel chooses, by the client's port
+                if len(found) == 2:
+                    break
+                before = [connections(one) for one in self.servers]
+                client = await stack.enter_async_context(aipod.Client(self.address, config=config))
+                await client.chaos(metadata=[("x-func-name", "aipod.jobs")])
+                after = [connections(one) for one in self.servers]
+                found.setdefault(before != [after[0] - 1, after[1]], client)
+            yield [found[0], found[1]]
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Port]:
+    port = Port(tmp_path_factory.mktemp("port"))
+    yield port
+    assert [served.stop() for served in port.servers] == [0, 0]
+    assert left_in(port.servers[0].spool) == []
+
+
+# ---- two servers on one port
+
+
+def test_either_server_watches_cancels_and_answers_a_job_of_the_other(port: Port, tmp_path: Path) -> None:
+    port.start_again()
+
+    async def main() -> None:
+        async with port.clients() as (one, two):
+            trial = Trial(tmp_path, "running")
+            job = await one.submit("work", b"x", kwargs={**trial.kwargs, "length": 1_000_000})
+            same = two.attach(job.ticket)
+            log = ""
+            async with contextlib.aclosing(same.events()) as events:
+                async for event in events:
+                    log += event.log
+                    if event.phase == "RUNNING" and log:
+                        trial.gate.touch()
+            assert log == "started\n"
+            answers = [await same.wait(), await job.wait(), await same.wait()]
+            assert len(answers[0]) == 1_000_000
+            assert answers[0] == answers[1] == answers[2]
+            assert trial.starts == 1
+
+            trial = Trial(tmp_path, "running", method="cancel")
+            job = await one.submit("work", b"x", kwargs=trial.kwargs)
+            await until(lambda: trial.starts == 1)
+            same = two.attach(str(job))
+            await same.cancel()
+            for handle in (same, job):
+                with pytest.raises(aipod.JobCancelled):
+                    await handle.wait()
+            await same.release()
+            with pytest.raises(aipod.JobFailed) as caught:
+                await job.wait()
+            assert caught.value.reason == "RELEASED"
+
+    run(main)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
+def test_a_server_is_killed_with_jobs_in_every_phase(port: Port, tmp_path: Path, number: int) -> None:
+    """The other one adopts them; what ran is interrupted, once and for all."""
+    port.start_again()
+
+    async def main() -> None:
+        async with port.clients() as clients:
+            stand = Stand(tmp_path, lambda: port.kill(number))
+            await stand.take_place(clients[number])
+            await stand.lost()
+            stand.go_on()
+            await stand.check("upload", "queued", "download")
+            with pytest.raises(aipod.Interrupted):
+                await stand.calls["running"]
+            assert stand.trials["running"].starts == 1
+
+    run(main)
+
+
+def test_a_restartable_job_is_run_once_more_by_the_other_server(port: Port, tmp_path: Path) -> None:
+    port.start_again()
+
+    async def main() -> None:
+        async with port.clients() as (one, _):
+            trial = Trial(tmp_path, "running", lambda: port.kill(0), method="again")
+            call = trial.call(one)
+            await trial.reached.wait()
+            await until(lambda: trial.starts == 2)
+            trial.go_on()
+            trial.check(await call, starts=2)
+
+    run(main)
+
+
+def test_versions_that_two_servers_write_are_left_alone_by_each_other(port: Port, tmp_path: Path) -> None:
+    """One server is killed and started again, which sweeps, while the other one writes."""
+    port.start_again()
+
+    async def main() -> None:
+        async with port.clients() as (one, two):
+            trials = {name: Trial(tmp_path, "running", method=name) for name in ("old", "killed", "kept")}
+            for version in ("killed", "kept"):
+                mark = str(trials["old"].mark)
+                await one.train(b"old", version=version, kwargs={"mark": mark})
+            calls = {}
+            for name, client in (("killed", one), ("kept", two)):
+                kwargs = {"mark": str(trials[name].mark), "gate": str(trials[name].gate)}
+                calls[name] = asyncio.create_task(client.train(name.encode(), version=name, kwargs=kwargs))
+                await until(lambda name=name: trials[name].starts == 1)
+            port.kill(0)
+            await asyncio.to_thread(port.start_again)
+            with pytest.raises(aipod.Interrupted):
+                await calls["killed"]
+            trials["kept"].gate.touch()
+            await calls["kept"]
+            assert trials["kept"].starts == 1
+        async with port.clients() as clients:
+            for client in clients:
+                for version, written in (("killed", "old"), ("kept", "kept")):
+                    read = client.chaos(version=version, metadata=[("x-func-name", "read")])
+                    assert await read == [written, written]
+        left = [path.name for path in port.servers[0].data.iterdir() if path.name.startswith(".")]
+        assert left == []
+
+    run(main)
+
+
+def test_two_servers_that_write_one_version_leave_one_of_the_two_whole(port: Port, tmp_path: Path) -> None:
+    port.start_again()
+
+    async def main() -> None:
+        async with port.clients() as clients:
+            for turn in range(3):
+                trials = [Trial(tmp_path, "running", method=f"{turn}-{number}") for number in range(2)]
+                calls = [
+                    asyncio.create_task(
+                        client.train(
+                            f"{turn}{number}".encode(),
+                            version="both",
+                            kwargs={"mark": str(trial.mark), "gate": str(tmp_path / str(turn))},
+                        )
+                    )
+                    for number, (client, trial) in enumerate(zip(clients, trials, strict=True))
+                ]
+                await until(lambda trials=trials: [trial.starts for trial in trials] == [1, 1])
+                (tmp_path / str(turn)).touch()
+                await asyncio.gather(*calls)
+                for client in clients:
+                    read = await client.chaos(version="both", metadata=[("x-func-name", "read")])
+                    assert read in ([f"{turn}{number}"] * 2 for number in range(2))
+
+    run(main)
