@@ -19,6 +19,10 @@ def answer_to(payload: str, length: int) -> bytes:
 
 
 class Survivor(aipod.Model):
+    def load(self) -> None:
+        names = ("first", "second") if self.data_dir.exists() else ()
+        self.data = [(self.data_dir / name).read_text() for name in names]
+
     def work(self, context: Context, path: Path, *, mark: str, gate: str = "", length: int = 100) -> Path:
         """Runs until the file `gate` is there."""
         note(mark, f"start {os.getppid()}")
@@ -47,4 +51,5 @@ class Survivor(aipod.Model):
         (context.new_version / "second").write_bytes(path.read_bytes())
 
     def read(self, context: Context, path: Path) -> list[str]:
-        return [(self.data_dir / name).read_text() for name in ("first", "second")]
+        """What there was when this instance was loaded."""
+        return self.data

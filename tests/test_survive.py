@@ -164,6 +164,22 @@ def test_versions_that_two_servers_write_are_left_alone_by_each_other(port: Port
     run(main)
 
 
+def test_what_one_server_has_trained_the_other_one_answers_with(port: Port, tmp_path: Path) -> None:
+    """Also an instance that was loaded before. Mutant: without `Present.replaced` the second read is old."""
+    port.start_again()
+
+    async def main() -> None:
+        read = {"version": "shared", "metadata": [("x-func-name", "read")]}
+        async with port.clients() as clients:
+            for text in ("one", "two"):
+                for trainer in clients:
+                    await trainer.train(text.encode(), version="shared", kwargs={"mark": str(tmp_path / "mark")})
+                    assert [await client.chaos(**read) for client in clients] == [[text, text]] * 2
+                    text += "!"
+
+    run(main)
+
+
 def test_two_servers_that_write_one_version_leave_one_of_the_two_whole(port: Port, tmp_path: Path) -> None:
     port.start_again()
 
