@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import itertools
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 import aipod
+from aipod.client import Event
+from aipod.config import GIB, MIB
 from tests.conftest import Served, free_port, left_in, run
+from tests.models_survive import answer_to
 from tests.phases import MODEL, Stand, Trial, connections, until
+from tests.proxy import Fault, open_proxy
+from tests.tap import Chunks
 
 OPTIONS = ("--tick", "0.2", "--instances", "1", "--drain", "5", "--reuse-port")
 
@@ -205,3 +213,64 @@ def test_two_servers_that_write_one_version_leave_one_of_the_two_whole(port: Por
                     assert read in ([f"{turn}{number}"] * 2 for number in range(2))
 
     run(main)
+
+
+# ---- the wire
+
+
+WINDOW = aipod.Config().max_window
+BIG = int(os.environ.get("AIPOD_TEST_LONG", "1")) > 1
+CUTS = 20
+
+
+@pytest.mark.parametrize("way", ["reset", *(["silence"] if BIG else [])])
+@pytest.mark.parametrize("size", [160 * MIB, *([2 * GIB] if BIG else [])], ids=lambda size: f"{size // MIB} MiB")
+def test_an_upload_that_is_cut_20_times(port: Port, tmp_path: Path, size: int, way: str) -> None:
+    """Nothing is sent again that was told to be durable, and never more than a window and 8 MiB.
+
+    Mutant: `start = 0` in every attempt.
+    """
+    port.start_again()
+    payload, mark = tmp_path / "payload", tmp_path / "mark"
+    sha256 = hashlib.sha256()
+    with payload.open("wb") as file:
+        for _ in range(size // MIB):
+            sha256.update(piece := os.urandom(MIB))
+            file.write(piece)
+    told = [0]  # to be durable, before each connection
+    offset = 0
+    sent: list[Chunks] = []
+
+    def note(event: Event) -> None:
+        nonlocal offset
+        if event.phase == "WAITING":
+            told.append(event.offset)
+        assert event.offset >= offset
+        offset = event.offset
+
+    def tap() -> Chunks:
+        sent.append(Chunks())
+        return sent[-1]
+
+    async def main() -> None:
+        each = size // (CUTS + 1)
+        fault = Fault(cut_up=each) if way == "reset" else Fault(swallow_up=each)
+        config = aipod.Config() if way == "reset" else aipod.Config(silence=0.5)
+        async with open_proxy(port.servers[0].port, *[fault] * CUTS) as proxy:
+            proxy.tap = tap
+            async with aipod.Client(proxy.address, config=config) as client:
+                to = [("x-func-name", "work")]
+                answer = await client.chaos(payload, metadata=to, mark=str(mark), on_event=note)
+            assert answer == answer_to(sha256.hexdigest(), 100)
+            assert (proxy.connections, proxy.cuts) == (CUTS + 1, CUTS)
+
+    run(main, timeout=400)
+    assert mark.read_text().count("start") == 1
+    assert len(told) == len(sent) == CUTS + 1
+    for before, chunks in zip(told, sent, strict=True):
+        assert chunks.spans[0][0] >= before
+        assert all(one[1] == other[0] for one, other in itertools.pairwise(chunks.spans))
+    again = sum(chunks.sent for chunks in sent) - size
+    ends = [(before.spans[-1][1] - after.spans[0][0]) // MIB for before, after in itertools.pairwise(sent)]
+    print(f"sent again: {again / MIB:.1f} MiB in all; whole chunks, in MiB: {ends}")
+    assert again <= CUTS * (WINDOW + 8 * MIB)
