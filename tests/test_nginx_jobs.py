@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import aipod
+from aipod.client import Event
 from tests.conftest import Served, free_port, left_in, require, run
 from tests.phases import MODEL, PHASES, Stand, Trial, connected, holder, until
 from tests.test_nginx import everywhere, nobody, proxy, to
@@ -58,6 +59,25 @@ def test_nginx_is_stopped_and_started_again_in_every_phase(served: Served, tmp_p
 
     with proxy(tmp_path, everywhere(served.address)) as nginx:
         run(main)
+
+
+def test_an_idle_connection_does_not_notice_either(served: Served, tmp_path: Path) -> None:
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with aipod.Client(nginx.address, config=aipod.Config(attempts=1)) as client:
+            for number, between in enumerate((nginx.reload, nginx.quit, nginx.start, None)):
+                if between != nginx.start:
+                    mark = tmp_path / f"mark{number}"
+                    to_work = [("x-func-name", "work")]
+                    await client.chaos(b"x", metadata=to_work, mark=str(mark), on_event=events.append)
+                    assert mark.read_text().count("start") == 1
+                if between is not None:
+                    between()
+
+    with proxy(tmp_path, everywhere(served.address)) as nginx:
+        run(main)
+    assert [event.message for event in events if event.phase == "WAITING"] == []
 
 
 # ---- two servers with a spool each, chosen by the job's id

@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import itertools
 import os
+import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import pytest
 import aipod
 from aipod.client import Event
 from aipod.config import GIB, MIB
-from tests.conftest import Served, free_port, left_in, run
+from aipod.wire.ai import Op, Phase
+from tests import wire
+from tests.conftest import Serve, Served, free_port, left_in, run
 from tests.models_survive import answer_to
 from tests.phases import MODEL, Stand, Trial, connections, until
 from tests.proxy import Fault, open_proxy
@@ -30,10 +34,19 @@ class Port:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.address = f"127.0.0.1:{free_port()}"
+        self._own: dict[subprocess.Popen[str], str] = {}
         self.servers = [self._start() for _ in range(2)]
 
     def _start(self) -> Served:
-        return Served(MODEL, self._directory, OPTIONS, self.address)
+        return Served(MODEL, self._directory, (*OPTIONS, "--bind", "127.0.0.1:0"), self.address)
+
+    def own_address(self, number: int) -> str:
+        """Where only this one listens."""
+        process = self.servers[number].process
+        if process not in self._own:
+            assert process.stdout is not None
+            self._own[process] = process.stdout.readline().split()[-1]
+        return self._own[process]
 
     def kill(self, number: int) -> None:
         self.servers[number].process.kill()
@@ -274,3 +287,85 @@ def test_an_upload_that_is_cut_20_times(port: Port, tmp_path: Path, size: int, w
     ends = [(before.spans[-1][1] - after.spans[0][0]) // MIB for before, after in itertools.pairwise(sent)]
     print(f"sent again: {again / MIB:.1f} MiB in all; whole chunks, in MiB: {ends}")
     assert again <= CUTS * (WINDOW + 8 * MIB)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["same process", "other process"])
+def test_take_over_from_a_silent_connection_within_two_ticks(port: Port, tmp_path: Path, number: int) -> None:
+    """I6. The old one is open and in the middle of a chunk; nothing that it sends arrives. Time is the server's: the
+    heartbeats that the newer one hears before the upload is its own.
+
+    Mutants: the holder does not heed who asks; it waits for its call to end before it lets go.
+    """
+    port.start_again()
+    mark = tmp_path / "mark"
+    payload = os.urandom(8 * MIB)
+
+    async def main() -> None:
+        client = wire.Client("work", payload, {"mark": str(mark)})
+
+        def opened(address: str) -> contextlib.AbstractAsyncContextManager[wire.Call]:
+            return wire.call(address, client.ticket, Op.RUN, "work", client.kwargs, **client.fields)
+
+        async def send(call: wire.Call, offset: int) -> None:
+            for start in range(offset, len(payload), MIB):
+                await call.chunk(payload[start : start + MIB], start)
+
+        own = int(port.own_address(0).rpartition(":")[2])
+        async with open_proxy(own, Fault(swallow_up=5 * MIB + 1000)) as proxy:
+            client.epoch = 1
+            async with opened(proxy.address) as silent:
+                sending = asyncio.create_task(send(silent, 0))
+                await until(lambda: proxy.cuts == 1)
+                client.epoch = 2
+                async with opened(port.own_address(number)) as one:
+                    beats = 0
+                    while (message := await one.receive()) is not None and message.state is None:
+                        beats += 1
+                    assert (one.states[0].phase, one.states[0].offset) == (Phase.RECEIVING, 5 * MIB)
+                    assert beats <= 1 + 2, "one at once, and one for each tick"
+                    await send(one, 5 * MIB)
+                    await one.last(payload)
+                    assert (await one.outcome()).data == answer_to(hashlib.sha256(payload).hexdigest(), 100)
+                sending.cancel()
+
+    run(main)
+    assert mark.read_text().count("start") == 1
+
+
+# ---- a connection that was idle
+
+
+@pytest.mark.parametrize("how", ["server killed", "server drained", "reset", "reset when used", "silence"])
+def test_a_request_that_died_on_an_idle_connection_is_run_once(serve: Serve, tmp_path: Path, how: str) -> None:
+    """The caller does not notice: with one attempt only, and no word of waiting."""
+    address = f"127.0.0.1:{free_port()}"
+    served = serve(MODEL, "--tick", "0.2", bind=address)
+    events: list[Event] = []
+
+    async def main() -> None:
+        config = aipod.Config(attempts=1, silence=1.0)
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address, config=config) as client:
+            for turn, payload in enumerate((b"", b"x", tmp_path / "large", b"y")):
+                mark = tmp_path / f"mark{turn}"
+                call = client.chaos(payload, metadata=[("x-func-name", "work")], mark=str(mark), on_event=events.append)
+                sha256 = hashlib.sha256(payload.read_bytes() if isinstance(payload, Path) else payload).hexdigest()
+                assert await call == answer_to(sha256, 100)
+                assert mark.read_text().count("start") == 1
+                if how.startswith("server"):
+                    number = signal.SIGKILL if how == "server killed" else signal.SIGTERM
+                    await asyncio.to_thread(served.stop, number=number)
+                    await asyncio.to_thread(restart)
+                elif how == "reset":
+                    proxy.cut()
+                elif how == "reset when used":
+                    proxy.trap()
+                else:
+                    proxy.freeze()
+
+    def restart() -> None:
+        nonlocal served
+        served = serve(MODEL, "--tick", "0.2", bind=address)
+
+    (tmp_path / "large").write_bytes(os.urandom(20 * MIB))
+    run(main)
+    assert [event.message for event in events if event.phase == "WAITING"] == []

@@ -99,6 +99,7 @@ class Follower:
             if self._anew > self._link.config.attempts:
                 raise decision.error from decision.cause
             self.course = Course(file=course.file, event=course.event)
+            return 0.0  # the attempts that were lost have waited
         free = attempt.idle and not attempt.heard and decision.action is Action.RETRY
         pause = self._patience.pause(known=known, at_least=decision.retry_after, free=free, within=decision.within)
         if pause is None:
