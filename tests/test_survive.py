@@ -294,7 +294,7 @@ def test_take_over_from_a_silent_connection_within_two_ticks(port: Port, tmp_pat
     """I6. The old one is open and in the middle of a chunk; nothing that it sends arrives. Time is the server's: the
     heartbeats that the newer one hears before the upload is its own.
 
-    Mutants: the holder does not heed who asks; it waits for its call to end before it lets go.
+    Mutants: `heed` gives nothing up (the other process hears BUSY), nor does `find` (the same one does too).
     """
     port.start_again()
     mark = tmp_path / "mark"
