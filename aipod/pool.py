@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
 import trio
 
@@ -22,12 +23,32 @@ log = logging.getLogger("aipod.pool")
 MakeRunner = Callable[[str], Runner]
 
 
+class Data(Protocol):
+    """What a version's data was when an instance began to load it."""
+
+    @property
+    def replaced(self) -> bool:
+        """It has other data now. Asked for every job, so it must not take long."""
+
+    def close(self) -> None: ...
+
+
+class _Fixed:
+    """Data that nobody replaces."""
+
+    replaced = False
+
+    def close(self) -> None:
+        pass
+
+
 @dataclasses.dataclass(eq=False)
 class Instance:
     """One runner of a version and who uses it. A retired one gets no new jobs and ends when it is free."""
 
     version: str
     runner: Runner
+    data: Data
     users: int = 0
     last_used: int = 0
     retired: bool = False
@@ -47,8 +68,18 @@ class Waiter:
 class Pool:
     """Made by `open_pool`."""
 
-    def __init__(self, make: MakeRunner, *, shared: bool, per_version: int, total: int, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        make: MakeRunner,
+        data: Callable[[str], Data],
+        *,
+        shared: bool,
+        per_version: int,
+        total: int,
+        nursery: trio.Nursery,
+    ) -> None:
         self._make = make
+        self._data = data
         self._shared = shared  # one instance per version runs all its jobs at once
         self._per_version = per_version
         self._total = total
@@ -120,6 +151,8 @@ class Pool:
         for instance in [one for one in self._instances if one.version == version]:
             if instance.ready and instance.users == 0 and instance.runner.broken:
                 self._shut(instance)  # it died while nobody used it
+            elif not instance.retired and instance.data.replaced:
+                self._retire(instance)  # by another process, which cannot call `retire`
         mine = [instance for instance in self._instances if instance.version == version and not instance.retired]
         for instance in sorted(mine, key=lambda one: -one.last_used):
             if instance.ready and (instance.users == 0 or self._shared):
@@ -130,7 +163,7 @@ class Pool:
             if not self._closing:
                 self._evict()
             return None
-        instance = Instance(version, self._make(version))
+        instance = Instance(version, self._make(version), self._data(version))
         self._instances.append(instance)
         return instance
 
@@ -146,6 +179,7 @@ class Pool:
         instance.retired = instance.retired or instance.runner.broken
         if instance.users == 0 and not instance.ready:
             self._instances.remove(instance)  # it did not load, or nobody came to load it
+            instance.data.close()
         elif instance.users == 0 and instance.retired:
             self._shut(instance)
         self._assign()
@@ -153,14 +187,18 @@ class Pool:
     def retire(self, version: str) -> None:
         """The version's data has changed: its instances end when they are free, the next job gets a new one."""
         for instance in [one for one in self._instances if one.version == version]:
-            instance.retired = True
-            if instance.users == 0:
-                self._shut(instance)
+            self._retire(instance)
         self._assign()
+
+    def _retire(self, instance: Instance) -> None:
+        instance.retired = True
+        if instance.users == 0:
+            self._shut(instance)
 
     def _shut(self, instance: Instance) -> None:
         self._instances.remove(instance)
         self._closing.append(instance)
+        instance.data.close()
         self._nursery.start_soon(self._close, instance)
 
     async def _close(self, instance: Instance) -> None:
@@ -174,6 +212,7 @@ class Pool:
         """Shut all instances down, `close` hooks included. Nothing may be leased any more."""
         async with trio.open_nursery() as nursery:
             for instance in self._instances:
+                instance.data.close()
                 nursery.start_soon(_shutdown, instance)
             self._instances = []
 
@@ -204,10 +243,17 @@ class Lease:
 
 
 @contextlib.asynccontextmanager
-async def open_pool(make: MakeRunner, *, shared: bool, per_version: int, total: int) -> AsyncIterator[Pool]:
+async def open_pool(
+    make: MakeRunner,
+    data: Callable[[str], Data] = lambda version: _Fixed(),
+    *,
+    shared: bool,
+    per_version: int,
+    total: int,
+) -> AsyncIterator[Pool]:
     """A pool whose instances are all gone when the `async with` is left. This is a trio-flavored async function."""
     async with trio.open_nursery() as nursery:
-        pool = Pool(make, shared=shared, per_version=per_version, total=total, nursery=nursery)
+        pool = Pool(make, data, shared=shared, per_version=per_version, total=total, nursery=nursery)
         try:
             yield pool
         finally:

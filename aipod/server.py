@@ -79,7 +79,11 @@ async def serve(
             status = Status()
             async with (
                 open_pool(
-                    make, shared=description.is_async, per_version=config.instances, total=config.max_instances
+                    make,
+                    versions.present,
+                    shared=description.is_async,
+                    per_version=config.instances,
+                    total=config.max_instances,
                 ) as pool,
                 trio.open_nursery() as jobs,
             ):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,41 @@ def check_version(version: str) -> str:
     return version
 
 
+class Present:
+    """The data that a version has at one moment, to be told from what it has later. Quick: it does not read it.
+
+    The open descriptor keeps the kernel from giving the directory's number to a later one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+        self._known = True
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._known = False  # no descriptor is left, say: an old answer is better than none
+
+    @property
+    def replaced(self) -> bool:
+        """The version has other data now. One that has none at this moment may be in the middle of `publish`."""
+        if not self._known:
+            return False
+        try:
+            now = os.stat(self._path)
+        except OSError:
+            return False
+        return self._fd < 0 or not os.path.samestat(now, os.fstat(self._fd))
+
+    def close(self) -> None:
+        """Let go of the descriptor. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd, self._known = -1, False
+
+
 class Versions:
     """The data directory, for the jobs of the spool `owner` (its id and a dot)."""
 
@@ -42,6 +78,10 @@ class Versions:
     def data_dir(self, version: str) -> Path:
         """Where the version's data is, whether it exists yet or not."""
         return self.path / version
+
+    def present(self, version: str) -> Present:
+        """The data that the version has now."""
+        return Present(self.data_dir(version))
 
     def fresh(self, job_id: str) -> Path:
         """Where a job may write a new version; not made until it does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 
 @dataclasses.dataclass
@@ -13,6 +13,7 @@ class Fault:
     """What happens to one connection; counts are of bytes in one direction, None is never."""
 
     cut_up: int | None = None  # reset both sides once so many bytes have gone up
+    swallow_up: int | None = None  # carry nothing more in either direction, though it is taken, once so many are up
     cut_down: int | None = None
     flip_down: int | None = None  # invert the byte at this offset
     frames_up: int | None = (
@@ -33,6 +34,8 @@ class Proxy:
         self.total_up = 0  # bytes of all connections
         self.up = 0  # bytes of the newest connection
         self.down = 0
+        # Called for each connection; what it gives is called with all that the client has sent, cut off or not.
+        self.tap: Callable[[], Callable[[bytes], None]] = lambda: _look_away
         self.delay = 0.0  # seconds that everything is on its way, in each direction, of connections from then on
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -109,9 +112,10 @@ class Proxy:
     async def _carry(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault, *, up: bool
     ) -> None:
-        limit = fault.cut_up if up else fault.cut_down
+        limit = (fault.cut_up or fault.swallow_up) if up else fault.cut_down
         frames = fault.frames_up if up else fault.frames_down
         counter = _Frames(_PREFACE if up else 0)
+        tap = self.tap() if up else _look_away
         carried = 0
         flowing, number = self._flowing, self.connections
         while True:
@@ -121,6 +125,7 @@ class Proxy:
                 await self._down.wait()
             if not data or (up and number <= self._trapped):
                 raise _Cut
+            tap(data)
             if frames is not None and (end := counter.find(data, frames)) is not None:
                 limit = carried + end
             if limit is not None:
@@ -138,7 +143,12 @@ class Proxy:
                 self.down = carried
             if limit is not None and carried >= limit:
                 self.cuts += 1
-                raise _Cut
+                if not up or fault.swallow_up is None:
+                    raise _Cut
+                self.freeze()
+                while data := await reader.read(64 * 1024):
+                    tap(data)
+                await flowing.wait()
 
     async def _carry_late(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Without faults: what comes now goes out `delay` from now, as much as it may be meanwhile."""
@@ -150,6 +160,10 @@ class Proxy:
 
 
 class _Cut(Exception):
+    pass
+
+
+def _look_away(data: bytes) -> None:
     pass
 
 

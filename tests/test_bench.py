@@ -1,4 +1,7 @@
-"""`python -m bench wire`: each peer moves what it was given, and the harness compares and prints."""
+"""`python -m bench wire`: each peer moves what it was given, and the harness compares and prints.
+
+`python -m bench faults`: jobs survive a short run, and what must not be is told.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.faults.run import Totals, check_starts
 from bench.peers import common
 from bench.wire import NEEDS, ROWS
 from tests.conftest import ROOT, missing
@@ -80,3 +84,34 @@ def test_a_receipt_tells_what_was_lost_or_changed() -> None:
     for wrong in (sent[:-1], sent[1:], [*sent, b""], [*sent[:64], flipped, sent[65]]):
         with pytest.raises(common.WrongData):
             common.check(receipt(wrong), size, 1000)
+
+
+@pytest.mark.slow
+def test_jobs_survive_random_faults() -> None:
+    command = [sys.executable, "-m", "bench", "faults", "--seconds", "10"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failed, 0 wrong, 0 hangs" in done.stdout
+    assert int(done.stdout.split("kills: ")[1].split()[0]) > 0
+
+
+def test_what_must_not_be_in_a_run_of_faults_is_told() -> None:
+    totals = Totals()
+    for name, how in (("work-1", "right"), ("work-2", "left"), ("again-3", "interrupted"), ("work-4", "right")):
+        totals.end(name, how)
+    lines = ["work-1", "work-2", "again-3", "again-3", "work-4"]
+    counts = check_starts(lines, totals.right, totals.problems)
+    assert counts == {"work": {1: 3}, "again": {2: 1}}
+    assert totals.problems == []
+    totals.end("work-5", "wrong")
+    totals.end("work-6", "JOB_LOST: it may have run")
+    totals.end("work-7", "right")
+    check_starts([*lines, "work-1", "again-3"], totals.right, totals.problems)
+    assert totals.problems == [
+        "work-5: wrong",
+        "work-6: JOB_LOST: it may have run",
+        "work-1: 2 starts",
+        "again-3: 3 starts",
+        "work-7: an answer without a start",
+    ]
+    assert totals.ends == {"right": 3, "left": 1, "interrupted": 1, "wrong": 1, "failed": 1}

@@ -82,7 +82,10 @@ class Nginx:
         self.address = f"127.0.0.1:{self.port}"
         self._command = nginx_command(directory)
         (directory / "nginx.conf").write_text(derived(directory, self.port, upstreams, **values))
-        self.process = subprocess.Popen([*self._command, "-g", f"daemon off; pid {directory}/pid;"])
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen([*self._command, "-g", f"daemon off; pid {self.directory}/pid;"])
         try:
             wait_until(self._answers)
         except BaseException:
@@ -104,7 +107,7 @@ class Nginx:
     def reload(self) -> None:
         """`nginx -s reload`; returns when the workers of before take no more connections."""
         before = set(children(self.process.pid))
-        subprocess.run([*self._command, "-g", f"pid {self.directory}/pid;", "-s", "reload"], check=True, timeout=10)
+        self._signal("reload")
         wait_until(lambda: all(not alive(pid) or b"shutting down" in command_line(pid) for pid in before))
 
     def mark_down(self, address: str) -> None:
@@ -114,6 +117,14 @@ class Nginx:
         assert f"server {address} " in text
         conf.write_text(text.replace(f"server {address} ", f"server {address} down "))
         self.reload()
+
+    def quit(self) -> None:
+        """`nginx -s stop`: connections are closed in the middle of whatever they carry."""
+        self._signal("stop")
+        self.process.wait(10)
+
+    def _signal(self, word: str) -> None:
+        subprocess.run([*self._command, "-g", f"pid {self.directory}/pid;", "-s", word], check=True, timeout=10)
 
     def stop(self) -> None:
         self.process.terminate()

@@ -173,6 +173,38 @@ async def test_a_version_that_is_retired_while_it_loads_serves_that_one_job(auto
 
 
 @pytest.mark.parametrize("shared", [False, True])
+async def test_data_that_another_process_has_replaced_is_loaded_anew(autojump_clock: MockClock, shared: bool) -> None:
+    """Also for the job that waited in line meanwhile. What was looked at is let go of, once."""
+
+    class Numbered:
+        number, closed = 0, list[int]()
+
+        def __init__(self, version: str) -> None:
+            self._loaded = Numbered.number
+
+        @property
+        def replaced(self) -> bool:
+            return self._loaded != Numbered.number
+
+        def close(self) -> None:
+            Numbered.closed.append(self._loaded)
+
+    models = Models(shared=shared)
+    async with open_pool(models, Numbered, shared=shared, per_version=1, total=16) as pool:
+        async with trio.open_nursery() as nursery:
+            await line_up(nursery, lambda: use(pool, "v", 10))
+            await trio.sleep(LOAD + 1)
+            Numbered.number = 1
+            await line_up(nursery, lambda: use(pool, "v"))
+        await use(pool, "v")
+    assert [runner.verbs for _, runner in models.made] == [
+        ["start", "run sleep", "shutdown"],
+        ["start", "run sleep", "run sleep", "shutdown"],
+    ]
+    assert Numbered.closed == [0, 1]
+
+
+@pytest.mark.parametrize("shared", [False, True])
 async def test_a_load_that_fails_is_told_to_its_job_and_the_next_one_tries_again(
     autojump_clock: MockClock, shared: bool
 ) -> None:

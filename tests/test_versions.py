@@ -58,6 +58,32 @@ def test_published_data_replaces_the_former(versions: Versions) -> None:
         assert names(versions) == ["v"]
 
 
+def test_data_is_told_from_what_replaced_it(versions: Versions) -> None:
+    """Also where its number was free for another directory. Mutant: no descriptor is kept."""
+    absent = versions.present("v")
+    assert not absent.replaced
+    for text in ("one", "two", "three"):
+        before = versions.present("v")
+        write(versions, A, text)
+        assert not before.replaced
+        versions.publish(A, "v")
+        assert before.replaced
+        assert absent.replaced
+        present = versions.present("v")
+        (versions.data_dir("v") / "more").write_text("the model's own")
+        assert not present.replaced
+        before.close()
+        present.close()
+        present.close()
+    first = versions.present("v")
+    for text in ("four", "five", "six"):
+        write(versions, A, text)
+        versions.publish(A, "v")
+        assert first.replaced
+    first.close()
+    absent.close()
+
+
 def test_discarded_data_is_gone(versions: Versions) -> None:
     write(versions, A, "one")
     versions.discard(A)

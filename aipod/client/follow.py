@@ -99,6 +99,7 @@ class Follower:
             if self._anew > self._link.config.attempts:
                 raise decision.error from decision.cause
             self.course = Course(file=course.file, event=course.event)
+            return 0.0  # the attempts that were lost have waited
         free = attempt.idle and not attempt.heard and decision.action is Action.RETRY
         pause = self._patience.pause(known=known, at_least=decision.retry_after, free=free, within=decision.within)
         if pause is None:
@@ -106,22 +107,27 @@ class Follower:
         return pause
 
 
-async def ask_surely(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op) -> State:
-    """`ask`, as often as it makes sense. Raises `Unreachable`, and `Refused` where there is no such job.
+async def ask_surely(
+    link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, *, taken: bool = False
+) -> State:
+    """`ask`, as often as it makes sense. `taken`: the job is known to be at a server, perhaps at none that answers now.
 
+    Raises `JobLost` where no connection lasts or that job is not found again, and `Refused` where there is none.
     This is an asyncio-flavored function.
     """
     patience = Patience(link.config)
+    known = Known(link.target, Op.ATTACH, phase=Phase.QUEUED if taken else Phase.NONE)
     while True:
         idle = link.channel().connected
         try:
             async with asyncio.timeout(link.config.silence):
                 return await in_own_task(ask(link, metadata, ticket, op))
         except (Exception, BaseExceptionGroup) as exc:
-            decision = decide(exc, Known(link.target, Op.ATTACH))
+            decision = decide(exc, known)
             if decision is None:
                 raise
-        pause = patience.pause(known=False, at_least=decision.retry_after, free=idle)
+        out_of_sight = decision.within is not None
+        pause = patience.pause(known=out_of_sight, at_least=decision.retry_after, free=idle, within=decision.within)
         if decision.action is not Action.RETRY or pause is None:
             raise decision.error from decision.cause
         await asyncio.sleep(pause)

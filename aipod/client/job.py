@@ -129,21 +129,23 @@ class Job:
         """Ask the server to stop the job; harmless where it has ended. What it then answers is told by `wait`.
 
         A method that looks at `context.cancelled` ends by itself, any other is ended after the server's grace for that.
-        Raises `Unreachable`, and `Refused` (NOT_FOUND) where there is no such job.
+        Raises `JobLost` where no server answers or the job is not found again, and `Refused` (NOT_FOUND) for a ticket
+        that the server does not know.
         """
         await self._end(Op.CANCEL)
 
     async def release(self) -> None:
         """Let the server forget the job and its answer, for everybody; stop it where it has not ended.
 
-        Raises `Unreachable`, and `Refused` (NOT_FOUND) where there is no such job.
+        Raises `JobLost` where no server answers or the job is not found again, and `Refused` (NOT_FOUND) for a ticket
+        that the server does not know.
         """
         await self._end(Op.RELEASE)
         await self._forget_file()
 
     async def _end(self, op: Op) -> None:
         for pause in ASK_AGAIN:  # the call that brought the job may be about to let go of its upload
-            state = await ask_surely(self._link, self._metadata, self.ticket, op)
+            state = await ask_surely(self._link, self._metadata, self.ticket, op, taken=self._taken)
             if state.phase > Phase.RECEIVING:
                 return
             await asyncio.sleep(pause)

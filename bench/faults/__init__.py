@@ -1,0 +1,1 @@
+"""Random faults: `python -m bench faults`."""

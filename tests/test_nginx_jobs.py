@@ -1,0 +1,200 @@
+"""Jobs behind deploy/nginx.conf: nginx is reloaded and restarted, one of two servers with a spool each is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+import aipod
+from aipod.client import Event
+from tests.conftest import Served, free_port, left_in, require, run
+from tests.phases import MODEL, PHASES, Stand, Trial, connected, holder, until
+from tests.test_nginx import everywhere, nobody, proxy, to
+
+OPTIONS = ("--tick", "0.2", "--instances", "1", "--drain", "5")
+REPORT = to("report")  # servers with a spool each, chosen by the job's id
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    require("nginx")
+    served = Served(MODEL, tmp_path_factory.mktemp("one"), OPTIONS, "127.0.0.1:0")
+    yield served
+    assert served.stop() == 0
+    assert left_in(served.spool) == []
+
+
+def test_a_reload_is_not_noticed_in_any_phase(served: Served, tmp_path: Path) -> None:
+    """The old workers carry the jobs to their ends; what begins then goes through the new ones."""
+
+    async def main() -> None:
+        stand = Stand(tmp_path, nginx.reload)
+        async with aipod.Client(nginx.address) as client, aipod.Client(nginx.address) as newer:
+            await stand.take_place(client)
+            async with newer:
+                with pytest.raises(aipod.Refused, match="no method"):
+                    await newer.chaos(metadata=[("x-func-name", "none")])
+            stand.go_on()
+            await stand.check(*PHASES)
+            assert {phase: trial.connections for phase, trial in stand.trials.items()} == dict.fromkeys(PHASES, 1)
+
+    with proxy(tmp_path, everywhere(served.address)) as nginx:
+        run(main)
+
+
+def test_nginx_is_stopped_and_started_again_in_every_phase(served: Served, tmp_path: Path) -> None:
+    async def main() -> None:
+        stand = Stand(tmp_path, nginx.quit)
+        async with aipod.Client(nginx.address) as client:
+            await stand.take_place(client)
+            await stand.lost()
+            await asyncio.to_thread(nginx.start)
+            stand.go_on()
+            await stand.check(*PHASES)
+            assert min(trial.connections for trial in stand.trials.values()) > 1
+
+    with proxy(tmp_path, everywhere(served.address)) as nginx:
+        run(main)
+
+
+def test_an_idle_connection_does_not_notice_either(served: Served, tmp_path: Path) -> None:
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with aipod.Client(nginx.address, config=aipod.Config(attempts=1)) as client:
+            for number, between in enumerate((nginx.reload, nginx.quit, nginx.start, None)):
+                if between != nginx.start:
+                    mark = tmp_path / f"mark{number}"
+                    to_work = [("x-func-name", "work")]
+                    await client.chaos(b"x", metadata=to_work, mark=str(mark), on_event=events.append)
+                    assert mark.read_text().count("start") == 1
+                if between is not None:
+                    between()
+
+    with proxy(tmp_path, everywhere(served.address)) as nginx:
+        run(main)
+    assert [event.message for event in events if event.phase == "WAITING"] == []
+
+
+# ---- two servers with a spool each, chosen by the job's id
+
+
+class Two:
+    """Two servers with separate spools, on ports that they keep."""
+
+    def __init__(self, directory: Path) -> None:
+        self._homes = {f"127.0.0.1:{free_port()}": directory / name for name in ("one", "two")}
+        for home in self._homes.values():
+            home.mkdir()
+        self.servers = [self._start(address) for address in self._homes]
+        self.addresses = [nobody()] * 4 + list(self._homes)  # upstream "report"
+
+    def _start(self, address: str) -> Served:
+        return Served(MODEL, self._homes[address], OPTIONS, address)
+
+    def kill(self, served: Served) -> None:
+        served.process.kill()
+        served.process.communicate()
+
+    def kill_the_one_of(self, trial: Trial) -> None:
+        if trial.phase == "download":
+            (one,) = connected(self.servers)
+            self.kill(one)
+        else:
+            self.kill(holder(self.servers, trial.events[-1].job_id))
+
+    def start_again(self) -> None:
+        self.servers = [self._start(one.address) if one.process.poll() is not None else one for one in self.servers]
+
+
+@contextlib.asynccontextmanager
+async def direct(two: Two) -> AsyncIterator[list[aipod.Client]]:
+    """Clients of both servers, past nginx."""
+    one, other = (aipod.Client(served.address) for served in two.servers)
+    async with one, other:
+        yield [one, other]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    require("nginx")
+    two = Two(tmp_path_factory.mktemp("two"))
+    yield two
+    two.start_again()
+    assert [served.stop() for served in two.servers] == [0, 0]
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["started again", "gone"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_of_two_spools_one_loses_its_server(two: Two, tmp_path: Path, phase: str, again: bool) -> None:
+    """I13. Before the commit the job goes to the other spool; afterwards it waits for its own, or says `JobLost`."""
+    two.start_again()
+    patience = aipod.Config(reconnect=60.0 if again or phase == "upload" else 2.0)
+
+    async def main() -> None:
+        trial = Trial(tmp_path, phase, lambda: two.kill_the_one_of(trial))
+        async with aipod.Client(nginx.address, config=patience) as client, direct(two) as others:
+            await trial.block(*others)
+            call = trial.call(client, REPORT)
+            await trial.reached.wait()
+            await until(lambda: trial.events[-1].phase == "WAITING")
+            if again:
+                await asyncio.to_thread(two.start_again)
+                trial.go_on()
+            elif phase == "upload":
+                trial.go_on()
+            if phase == "upload" or (again and phase != "running"):
+                trial.check(await call)
+                return
+            with pytest.raises(aipod.Interrupted if again else aipod.JobLost) as caught:
+                await call
+            trial.go_on()
+            assert again or "may have run" in str(caught.value)
+            assert trial.starts == (0 if phase == "queued" else 1)
+
+    with proxy(tmp_path, two.addresses) as nginx:
+        run(main)
+
+
+def test_a_small_job_goes_where_its_id_leads(two: Two, tmp_path: Path) -> None:
+    """The client thinks of the spool that answered last; the other one creates nothing for it."""
+    two.start_again()
+
+    async def main() -> None:
+        async with aipod.Client(nginx.address, config=aipod.Config(attempts=1)) as client:
+            for number in range(10):
+                mark = tmp_path / str(number)
+                await client.chaos(b"x", metadata=[*REPORT, ("x-func-name", "work")], mark=str(mark))
+                assert mark.read_text().count("start") == 1
+        assert len({mark.read_text() for mark in tmp_path.glob("[0-9]")}) == 2, "one server had all of them"
+
+    with proxy(tmp_path, two.addresses) as nginx:
+        run(main)
+
+
+def test_a_job_whose_server_is_gone_is_cancelled_when_it_is_back(two: Two, tmp_path: Path) -> None:
+    """The other server knows no such job, which says nothing about it."""
+    two.start_again()
+
+    async def main() -> None:
+        async with aipod.Client(nginx.address) as client, direct(two) as others:
+            trial = Trial(tmp_path, "queued")
+            await trial.block(*others)
+            job = await client.submit("work", metadata=REPORT, kwargs=trial.kwargs)
+            two.kill(holder(two.servers, job.id))
+            cancelling = asyncio.create_task(job.cancel())
+            await asyncio.wait([cancelling], timeout=0.5)
+            assert not cancelling.done()
+            await asyncio.to_thread(two.start_again)
+            await cancelling
+            trial.go_on()
+            with pytest.raises(aipod.JobCancelled):
+                await job.wait()
+            assert trial.starts == 0
+
+    with proxy(tmp_path, two.addresses) as nginx:
+        run(main)
