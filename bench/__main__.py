@@ -3,6 +3,7 @@
     large   a file of random bytes up and back, as one call each; rates and peak memory of both sides
     small   1 KiB up and down through a warm worker process, and through a method on the loop: p50, p99
     wire    the transport alone, beside its peers in one run; see `python -m bench wire --help`
+    disk    the steps on disk of a small job, also beside 100,000 ended ones; see `python -m bench disk --help`
     faults  no measurement: jobs under random cuts and kills; see `python -m bench faults --help`
 
 Without --to a server is started for the run. Absolute figures say little about another machine; those of `wire` are
@@ -30,7 +31,7 @@ import click
 from aipod import Client
 from aipod.cli.options import Size
 from aipod.client import Event
-from bench import wire
+from bench import disk, wire
 from bench.faults import run as faults
 
 MODEL = "aipod.examples.basics:Echo"
@@ -109,10 +110,13 @@ def main() -> None:
     if sys.argv[1:2] == ["wire"]:
         wire.main(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["disk"]:
+        disk.main(sys.argv[2:])
+        return
     if sys.argv[1:2] == ["faults"]:
         sys.exit(faults.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", choices=("large", "small", "wire", "faults"))
+    parser.add_argument("name", nargs="?", choices=("large", "small", "wire", "disk", "faults"))
     parser.add_argument("--size", default="1GiB", help="of the large file")
     parser.add_argument(
         "--to", help="HOST:PORT of a running server of aipod.examples.basics:Echo (or of a proxy before it)"

@@ -81,7 +81,7 @@ def measure(name: str, spool: Spool, beside: Path) -> None:
     )
 
 
-def run(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench disk", description=__doc__)
     parser.add_argument("--ended", type=int, default=100_000, help="ended jobs in the spool (default %(default)s)")

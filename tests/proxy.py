@@ -112,7 +112,9 @@ class Proxy:
     async def _carry(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault, *, up: bool
     ) -> None:
-        limit = (fault.cut_up or fault.swallow_up) if up else fault.cut_down
+        limit = fault.cut_down
+        if up:
+            limit = fault.swallow_up if fault.cut_up is None else fault.cut_up
         frames = fault.frames_up if up else fault.frames_down
         counter = _Frames(_PREFACE if up else 0)
         tap = self.tap() if up else _look_away

@@ -253,14 +253,13 @@ class Entry(Look):
     def tidy(self, phase: str) -> None:
         """Remove what a job that has ended in `phase` does not need any more. Idempotent."""
         self._drop_payload()
-        gone = ["kw", "live", "cancel", *map(want_name, self._asked())]
+        gone = ["kw", "live", "cancel", "work", *map(want_name, self._asked())]
         if phase != "DONE":
             gone.append("res")
         if phase == "RELEASED":
             gone.append("log")
         for name in gone:
-            (self.path / name).unlink(missing_ok=True)
-        remove(self.work)
+            remove(self.path / name)
 
     def _drop_payload(self) -> None:
         self._close()
