@@ -340,18 +340,21 @@ def test_a_request_that_died_on_an_idle_connection_is_run_once(serve: Serve, tmp
     address = f"127.0.0.1:{free_port()}"
     served = serve(MODEL, "--tick", "0.2", bind=address)
     events: list[Event] = []
+    payloads = [b"x", b"", tmp_path / "large"]
+    if how.startswith("server"):
+        payloads.pop()  # a start takes seconds
 
     async def main() -> None:
         config = aipod.Config(attempts=1, silence=1.0)
         async with open_proxy(served.port) as proxy, aipod.Client(proxy.address, config=config) as client:
-            for turn, payload in enumerate((b"x", b"", tmp_path / "large")):
+            for turn, payload in enumerate(payloads):
                 mark = tmp_path / f"mark{turn}"
                 call = client.chaos(payload, metadata=[("x-func-name", "work")], mark=str(mark), on_event=events.append)
                 sha256 = hashlib.sha256(payload.read_bytes() if isinstance(payload, Path) else payload).hexdigest()
                 assert await call == answer_to(sha256, 100)
                 assert mark.read_text().count("start") == 1
-                if turn == 2:
-                    continue
+                if turn == len(payloads) - 1:
+                    break
                 if how.startswith("server"):
                     number = signal.SIGKILL if how == "server killed" else signal.SIGTERM
                     await asyncio.to_thread(served.stop, number=number)
