@@ -118,15 +118,14 @@ def test_either_server_watches_cancels_and_answers_a_job_of_the_other(port: Port
     run(main)
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
-def test_a_server_is_killed_with_jobs_in_every_phase(port: Port, tmp_path: Path, number: int) -> None:
+def test_a_server_is_killed_with_jobs_in_every_phase(port: Port, tmp_path: Path) -> None:
     """The other one adopts them; what ran is interrupted, once and for all."""
     port.start_again()
 
     async def main() -> None:
-        async with port.clients() as clients:
-            stand = Stand(tmp_path, lambda: port.kill(number))
-            await stand.take_place(clients[number])
+        async with port.clients() as (one, _):
+            stand = Stand(tmp_path, lambda: port.kill(0))
+            await stand.take_place(one)
             await stand.lost()
             stand.go_on()
             await stand.check("upload", "queued", "download")
@@ -341,16 +340,21 @@ def test_a_request_that_died_on_an_idle_connection_is_run_once(serve: Serve, tmp
     address = f"127.0.0.1:{free_port()}"
     served = serve(MODEL, "--tick", "0.2", bind=address)
     events: list[Event] = []
+    payloads = [b"x", b"", tmp_path / "large"]
+    if how.startswith("server"):
+        payloads.pop()  # a start takes seconds
 
     async def main() -> None:
         config = aipod.Config(attempts=1, silence=1.0)
         async with open_proxy(served.port) as proxy, aipod.Client(proxy.address, config=config) as client:
-            for turn, payload in enumerate((b"", b"x", tmp_path / "large", b"y")):
+            for turn, payload in enumerate(payloads):
                 mark = tmp_path / f"mark{turn}"
                 call = client.chaos(payload, metadata=[("x-func-name", "work")], mark=str(mark), on_event=events.append)
                 sha256 = hashlib.sha256(payload.read_bytes() if isinstance(payload, Path) else payload).hexdigest()
                 assert await call == answer_to(sha256, 100)
                 assert mark.read_text().count("start") == 1
+                if turn == len(payloads) - 1:
+                    break
                 if how.startswith("server"):
                     number = signal.SIGKILL if how == "server killed" else signal.SIGTERM
                     await asyncio.to_thread(served.stop, number=number)

@@ -204,7 +204,7 @@ class Client:
         )
         request.until, request.on_event = Until.TAKEN, on_event
         _, course = await self._run(request, course, None)
-        job = Job(self._link, course.ticket, request.metadata, taken=True, file=course.file)
+        job = Job(self._link, course.ticket, request.metadata, taken=True, file=course.file, misses=course.misses)
         job._watch()
         return job
 
@@ -318,7 +318,7 @@ class Client:
         absent = absent or (isinstance(error, Refused) and not course.answered)
         if course.file is None and not absent:
             op = Op.RELEASE if course.phase == Phase.DONE else Op.CANCEL
-            self._link.errand(end_left, self._link, request.metadata, course.ticket, op)
+            self._link.errand(end_left, self._link, request.metadata, course.ticket, op, course.misses)
 
     async def _delivered(self, request: Request, course: Course) -> None:
         """The caller has the answer: nobody will ask for it again."""
@@ -327,7 +327,7 @@ class Client:
         if course.event.answer_size <= RELEASED_LATER:
             self._link.release(course.spool, course.ticket)
         else:
-            self._link.errand(ask, self._link, request.metadata, course.ticket, Op.RELEASE)
+            self._link.errand(ask, self._link, request.metadata, course.ticket, Op.RELEASE, course.misses)
 
 
 async def _forget_over(course: Course, error: BaseException) -> None:

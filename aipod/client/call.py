@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import grpclib.client
 from grpclib.const import Cardinality
 
-from aipod.client.course import Course, Request, Until
+from aipod.client.course import Course, Request, Until, lead_to
 from aipod.client.event import Event as Event  # also known from here
 from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
 from aipod.client.link import Link
@@ -65,7 +65,7 @@ class Attempt:
             Raw if request.rpc == "chaos" else StreamInput,
             Raw,
             deadline=request.deadline,
-            metadata=[*request.metadata, ("x-job-id", course.id)],
+            metadata=[*request.metadata, *course.headers],
         )
 
     def _spool(self, source: Source | None) -> str:
@@ -319,7 +319,7 @@ class Attempt:
             raise
 
 
-async def ask(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op) -> State:
+async def ask(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int = 0) -> State:
     """Cancel or release a job: one message up, one state down. Raises what `decide` reads.
 
     This is an asyncio-flavored function, to be run in a task of its own.
@@ -329,7 +329,7 @@ async def ask(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op
         Cardinality.STREAM_STREAM,
         Raw,
         Raw,
-        metadata=[*metadata, ("x-job-id", job_id(ticket))],
+        metadata=[*metadata, *lead_to(job_id(ticket), misses)],
     )
     state: State | None = None
     async with stream:

@@ -52,6 +52,15 @@ class Request:
         return next((value for name, value in self.metadata if name == "x-upstream"), "")
 
 
+def lead_to(job_id: str, misses: int) -> list[tuple[str, str]]:
+    """The headers by which a proxy chooses among servers with a spool each.
+
+    A job whose own server was down when it began is at another one, and stays there when its own is back. So a job that
+    was missed is asked for elsewhere, by a number that goes into the proxy's choice, and at its own in turns.
+    """
+    return [("x-job-id", job_id), *([("x-job-missed", str(misses))] if misses % 2 else [])]
+
+
 @dataclasses.dataclass
 class Course:
     """One job as its client knows it. A job that is run anew has a new one."""
@@ -74,6 +83,7 @@ class Course:
     may_outbid: bool = False
     damaged: int = 0
     spool: str = ""  # the one that spoke last
+    misses: int = 0  # times that it was asked for where it is not
     event: Event = dataclasses.field(default_factory=lambda: Event("CONNECTING"))
     _log: codecs.IncrementalDecoder = dataclasses.field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
@@ -98,6 +108,11 @@ class Course:
     def id(self) -> str:
         """The job's public name."""
         return job_id(self.ticket)
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """What leads a call to the job."""
+        return lead_to(self.id, self.misses)
 
     @property
     def have(self) -> int:

@@ -93,6 +93,7 @@ class Follower:
         if decision.action is Action.OUTBID:
             course.epoch, course.may_outbid = decision.epoch, False
             return 0.0
+        course.misses += decision.within is not None
         known = course.answered or course.sent_to is not None
         if decision.action is Action.ANEW:
             self._anew += 1
@@ -108,7 +109,7 @@ class Follower:
 
 
 async def ask_surely(
-    link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, *, taken: bool = False
+    link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int = 0, *, taken: bool = False
 ) -> State:
     """`ask`, as often as it makes sense. `taken`: the job is known to be at a server, perhaps at none that answers now.
 
@@ -121,19 +122,20 @@ async def ask_surely(
         idle = link.channel().connected
         try:
             async with asyncio.timeout(link.config.silence):
-                return await in_own_task(ask(link, metadata, ticket, op))
+                return await in_own_task(ask(link, metadata, ticket, op, misses))
         except (Exception, BaseExceptionGroup) as exc:
             decision = decide(exc, known)
             if decision is None:
                 raise
         out_of_sight = decision.within is not None
+        misses += out_of_sight
         pause = patience.pause(known=out_of_sight, at_least=decision.retry_after, free=idle, within=decision.within)
         if decision.action is not Action.RETRY or pause is None:
             raise decision.error from decision.cause
         await asyncio.sleep(pause)
 
 
-async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op) -> None:
+async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int) -> None:
     """End a job that its caller has left, best effort: the errand of one who has gone.
 
     The call that brought the job may still be about to create it, or to let go of it, when this one arrives: then it is
@@ -141,7 +143,7 @@ async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: byte
     """
     for pause in ASK_AGAIN:
         with contextlib.suppress(GRPCError, NoAnswer):
-            state = await ask(link, metadata, ticket, op)
+            state = await ask(link, metadata, ticket, op, misses)
             if state.phase > Phase.RECEIVING:
                 return
         await asyncio.sleep(pause)

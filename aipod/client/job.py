@@ -32,12 +32,20 @@ class Job:
     """
 
     def __init__(
-        self, link: Link, ticket: bytes, metadata: Sequence[tuple[str, str]], *, taken: bool, file: TicketFile | None
+        self,
+        link: Link,
+        ticket: bytes,
+        metadata: Sequence[tuple[str, str]],
+        *,
+        taken: bool,
+        file: TicketFile | None,
+        misses: int = 0,
     ) -> None:
         self._link = link
         self._metadata = metadata
         self._taken = taken  # the server has said that it has the job
         self._file = file
+        self._misses = misses  # which of several servers it is at
         self.ticket = ticket
 
     @property
@@ -145,7 +153,7 @@ class Job:
 
     async def _end(self, op: Op) -> None:
         for pause in ASK_AGAIN:  # the call that brought the job may be about to let go of its upload
-            state = await ask_surely(self._link, self._metadata, self.ticket, op, taken=self._taken)
+            state = await ask_surely(self._link, self._metadata, self.ticket, op, self._misses, taken=self._taken)
             if state.phase > Phase.RECEIVING:
                 return
             await asyncio.sleep(pause)
@@ -160,12 +168,13 @@ class Job:
 
     async def _follow(self, request: Request) -> Any:
         phase = Phase.QUEUED if self._taken else Phase.NONE
-        course = Course(self.ticket, Op.ATTACH, fresh=False, answered=self._taken, phase=phase)
+        course = Course(self.ticket, Op.ATTACH, fresh=False, answered=self._taken, phase=phase, misses=self._misses)
         follower = Follower(self._link, request, course)
         try:
             return await follower.run()
         finally:
             self._taken = self._taken or follower.course.answered
+            self._misses = follower.course.misses
             if course.sink is not None:
                 await asyncio.to_thread(course.discard)
 
