@@ -696,6 +696,7 @@ def test_released_tickets_go_to_the_spool_they_are_of() -> None:
     assert opening.released == [bytes([n]) for n in range(RELEASED_PER_CALL)]
     link.put_back(taken)
     assert len(link.take_released(Open(), "one")) == RELEASED_PER_CALL
+    assert link.take_released(Open(ticket=b"z"), "two") == [], "a call does not release what it asks for"
     again = Open()
     link.take_released(again, "two")
     assert again.released == [b"z"]

@@ -93,7 +93,8 @@ class Follower:
         if decision.action is Action.OUTBID:
             course.epoch, course.may_outbid = decision.epoch, False
             return 0.0
-        course.misses += decision.within is not None
+        missed = decision.within is not None
+        course.misses += missed
         known = course.answered or course.sent_to is not None
         if decision.action is Action.ANEW:
             self._anew += 1
@@ -105,7 +106,7 @@ class Follower:
         pause = self._patience.pause(known=known, at_least=decision.retry_after, free=free, within=decision.within)
         if pause is None:
             raise decision.error from decision.cause
-        return pause
+        return 0.0 if missed and course.misses % 2 else pause  # elsewhere it is asked for at once
 
 
 async def ask_surely(
@@ -132,7 +133,7 @@ async def ask_surely(
         pause = patience.pause(known=out_of_sight, at_least=decision.retry_after, free=idle, within=decision.within)
         if decision.action is not Action.RETRY or pause is None:
             raise decision.error from decision.cause
-        await asyncio.sleep(pause)
+        await asyncio.sleep(0.0 if out_of_sight and misses % 2 else pause)
 
 
 async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int) -> None:

@@ -65,7 +65,8 @@ class Link:
         """Put tickets for `spool` into `opening`. What is returned goes to `put_back` where the call was lost."""
         if not spool:
             return []
-        mine = [pair for pair in self._released if pair[0] == spool][:RELEASED_PER_CALL]
+        # Not the one that this call asks for: it would be forgotten while it is told.
+        mine = [pair for pair in self._released if pair[0] == spool and pair[1] != opening.ticket][:RELEASED_PER_CALL]
         for pair in mine:
             self._released.remove(pair)
         opening.released = [ticket for _, ticket in mine]
