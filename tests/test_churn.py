@@ -43,7 +43,7 @@ NAMED = "x-func-name"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     # The jobs of clients that have closed go on until nobody has come back for them.
-    served = Served("tests.models_churn:Churn", tmp_path_factory.mktemp("churn"), ("--grace", "2"), "127.0.0.1:0")
+    served = Served("tests.models_churn:Churn", tmp_path_factory.mktemp("churn"), ("--grace", "5"), "127.0.0.1:0")
     try:
         yield served
         assert served.stop() == 0, served.log_text()
