@@ -2,7 +2,7 @@
 
     AipodError                   has .reason (UPPER_SNAKE) and .metadata
       UsageError                 the caller's mistake, found before anything was sent
-      Refused                    the server said no; the method did not run
+      Refused                    the server said no; this call did not run the method
       JobFailed                  the job ended without a result; the method may have run
         ModelError               the model raised
         JobCancelled             it was cancelled, or its time was up
@@ -125,7 +125,7 @@ class UsageError(AipodError):
 
 
 class Refused(AipodError):
-    """The server refused the request; the method did not run."""
+    """The server refused the request: this call did not run the method. SUPERSEDED: a newer one of the same job may."""
 
 
 class JobFailed(AipodError):
@@ -165,6 +165,7 @@ def job_failed(reason: str, message: str, metadata: Mapping[str, str] | None = N
         "CANCELLED": JobCancelled,
         "DEADLINE_EXCEEDED": JobCancelled,
         "INTERRUPTED": Interrupted,
+        "WORKER_CRASHED": Interrupted,
     }
     return kinds.get(reason, JobFailed)(reason, message, metadata)
 

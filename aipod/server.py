@@ -22,7 +22,7 @@ import outcome
 import trio
 
 from aipod.config import Config, state_home
-from aipod.errors import AipodError
+from aipod.errors import AipodError, Refused
 from aipod.pool import MakeRunner, open_pool
 from aipod.runner import Description
 from aipod.runner.loop import LoopRunner
@@ -178,7 +178,7 @@ async def _sweep(sweeper: Sweeper) -> None:
                 removed += count
             if removed:
                 log.info("removed %d entries that nobody wants any more", removed)
-        except OSError as exc:
+        except (Refused, OSError) as exc:
             log.error("sweeping failed; trying again in %g s: %s", SWEEP, exc)
         await trio.sleep(SWEEP)
 

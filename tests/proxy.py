@@ -13,6 +13,7 @@ class Fault:
     """What happens to one connection; counts are of bytes in one direction, None is never."""
 
     cut_up: int | None = None  # reset both sides once so many bytes have gone up
+    stall_up: int | None = None  # carry nothing more up once so many bytes have gone up, until `cut`
     swallow_up: int | None = None  # carry nothing more in either direction, though it is taken, once so many are up
     cut_down: int | None = None
     flip_down: int | None = None  # invert the byte at this offset
@@ -112,9 +113,8 @@ class Proxy:
     async def _carry(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault, *, up: bool
     ) -> None:
-        limit = fault.cut_down
-        if up:
-            limit = fault.swallow_up if fault.cut_up is None else fault.cut_up
+        limits = (fault.cut_up, fault.stall_up, fault.swallow_up) if up else (fault.cut_down,)
+        limit = next((limit for limit in limits if limit is not None), None)
         frames = fault.frames_up if up else fault.frames_down
         counter = _Frames(_PREFACE if up else 0)
         tap = self.tap() if up else _look_away
@@ -144,6 +144,8 @@ class Proxy:
             else:
                 self.down = carried
             if limit is not None and carried >= limit:
+                if up and fault.stall_up is not None:
+                    await asyncio.Event().wait()
                 self.cuts += 1
                 if not up or fault.swallow_up is None:
                     raise _Cut

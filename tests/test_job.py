@@ -627,3 +627,25 @@ async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:
     job.heed(Words(wanted=job.epoch + 1), 0, 1.0)
     assert (job.upload.cancel_called, job.superseded_by) == (True, job.epoch + 1)
     assert not job.scope.cancel_called
+
+
+async def test_a_job_whose_worker_died_before_the_run_is_back_in_line_for_every_process(
+    story: Story, model: Model
+) -> None:
+    """Its method was not started, and the next instance may take minutes to load. Mutant seen: only `job` knows."""
+    go = trio.Event()
+
+    async def load() -> None:
+        if len(model.runners) == 1:
+            model.runners[0].crash()
+        else:
+            await go.wait()
+
+    model.load = load  # type: ignore[method-assign]
+    job = await story.begin()
+    while len(model.runners) < 2:
+        await trio.sleep(0.01)
+    state = Journal(job.entry.path / "state").read()
+    assert (state["phase"], state["attempt"], job.phase) == ("QUEUED", 0, Phase.QUEUED)
+    go.set()
+    assert await story.end(job) == Phase.DONE

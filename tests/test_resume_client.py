@@ -20,7 +20,7 @@ import pytest
 
 import aipod
 from aipod.client import Event
-from aipod.config import MIB
+from aipod.config import CHUNK, MIB
 from tests.conftest import ROOT, Serve, Served, free_port, left_in, run
 from tests.proxy import Fault, Proxy, open_proxy
 
@@ -161,11 +161,17 @@ def test_an_upload_goes_on_where_it_is_durable(served: Served, payload: Path, tm
     events: list[Event] = []
 
     async def main() -> int:
-        faults = [Fault(cut_up=4_000_000), Fault(cut_up=4_000_000)]
+        faults = [Fault(stall_up=4_000_000), Fault(stall_up=4_000_000)]
         async with open_proxy(served.port, *faults) as proxy, aipod.Client(proxy.address) as client:
-            answer = await client.chaos(kinds(payload)[kind](), mark=str(mark), on_event=events.append)
+
+            def note(event: Event) -> None:
+                if proxy.connections < 3 and events and event.offset > max(one.offset for one in events):
+                    proxy.cut()
+                events.append(event)
+
+            answer = await client.chaos(kinds(payload)[kind](), mark=str(mark), on_event=note)
             assert answer == ANSWER
-            assert (proxy.connections, proxy.cuts) == (3, 2)
+            assert proxy.connections == 3
             return proxy.total_up
 
     sent = run(main)
@@ -469,6 +475,35 @@ def test_leaving_an_awaited_call_cancels_its_job_at_once(served: Served, tmp_pat
 
 
 # --- the server
+
+
+def test_a_server_that_is_drained_during_an_upload_is_not_sent_again_what_it_has(serve: Serve, tmp_path: Path) -> None:
+    """Mutant seen: a refusal with RetryInfo makes the ticket a fresh one, and the next connection starts at 0."""
+    port = free_port()
+    first = serve(MODEL, "--tick", "0.1", "--drain", "0", bind=f"127.0.0.1:{port}")
+    gate, feed = Gate(tmp_path), Feed()
+    gate.gate.touch()
+    events: list[Event] = []
+
+    def note(event: Event) -> None:
+        feed.note(event)
+        events.append(event)
+
+    async def main() -> None:
+        async with aipod.Client(f"127.0.0.1:{port}") as client:
+            job = asyncio.create_task(client.chaos(feed.pieces(), metadata=GATED, **gate.kwargs, on_event=note))
+            await feed.durable.wait()
+            assert await asyncio.to_thread(first.stop) == 0
+            told = max(event.offset for event in events)
+            events.clear()
+            await asyncio.to_thread(serve, MODEL, bind=f"127.0.0.1:{port}")
+            feed.go.set()
+            assert await job == feed.answer
+            # An event says what was sent before the chunk of its moment.
+            assert min(event.sent for event in events if event.phase == "RECEIVING") >= told - CHUNK > 0
+
+    run(main)
+    assert gate.runs == 1
 
 
 @pytest.mark.parametrize("phase", ["RECEIVING", "QUEUED", "RUNNING", "DONE"])

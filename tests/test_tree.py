@@ -155,5 +155,5 @@ def test_every_module_says_what_it_owns() -> None:
 
 
 def test_modules_import() -> None:
-    for name in ("aipod.config", "aipod.errors", "aipod.codec", "aipod.models", "aipod.results", "aipod.retry"):
+    for name in ("aipod.config", "aipod.errors", "aipod.codec", "aipod.models", "aipod.results"):
         importlib.import_module(name)

@@ -18,7 +18,7 @@ import click
 
 from aipod.cli.options import repeat_server
 from aipod.client.ticket import TICKET_MAX, TicketFile, parse_ticket
-from aipod.errors import Refused, UsageError
+from aipod.errors import UsageError
 
 # A ticket of 16 bytes or more in hexadecimal, or a job's id, which is as long.
 _HEX = re.compile(r"[0-9a-fA-F]{32,}\Z")
@@ -51,20 +51,10 @@ def check_ticket_file(file: Path, *, from_stdin: bool) -> None:
 def telling(context: click.Context, name: str) -> Iterator[None]:
     """Have the command's last line say what becomes of a job that the body leaves.
 
-    `name` is what `read_ticket` takes. Raises what the body does; for an upload that was continued with other bytes
-    than it was begun with, in words that say what to do.
+    `name` is what `read_ticket` takes.
     """
     try:
         yield
-    except Refused as exc:
-        if exc.reason != "DIGEST_MISMATCH":
-            raise
-        options = shlex.quote(name) + repeat_server(context)
-        raise Refused(
-            exc.reason,
-            "these are not the bytes that the upload was begun with, and it cannot be completed any more; "
-            f"`aipod cancel {options}` gives it up, then the same command begins anew",
-        ) from exc
     finally:
         context.obj.left = _what_is_left(context, name)
 

@@ -80,7 +80,7 @@ class Follower:
         """Make ready for another attempt; seconds to wait before it. Raises the error where there must be none."""
         course = self.course
         course.damaged += decision.damaged
-        if decision.untouched:
+        if decision.untouched and not attempt.answered:
             course.fresh = attempt.was_fresh
             if attempt.committed:
                 course.not_sent()

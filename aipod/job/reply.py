@@ -12,6 +12,7 @@ from aipod.config import CHUNK
 from aipod.errors import job_failed
 from aipod.job.job import Answer
 from aipod.job.run import cancellable
+from aipod.job.upload import BULK
 from aipod.spool import Look
 from aipod.wire.ai import Raw
 
@@ -73,7 +74,7 @@ async def send_all(messages: Messages, send: Callable[[Raw], Awaitable[None]]) -
 
     async def make() -> None:
         async with ready:
-            while (message := await trio.to_thread.run_sync(next, messages, None)) is not None:
+            while (message := await trio.to_thread.run_sync(next, messages, None, limiter=BULK)) is not None:
                 await ready.send(message)
 
     with contextlib.closing(messages):

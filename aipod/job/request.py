@@ -39,6 +39,7 @@ class Request:
     open: Open | None  # None: a plain client
     first: Raw
     metadata: Mapping[str, str]
+    fingerprint: str = ""  # what must be the same whenever a ticket comes with a request; of an own client's only
     attempt: int = 0  # how often the method was started before this process had the job
 
     @property
@@ -53,13 +54,6 @@ class Request:
             fields |= {"print": self.fingerprint, "size": self.size, "epoch": self.open.epoch}
             fields["metadata"] = dict(self.metadata)
         return fields
-
-    @property
-    def fingerprint(self) -> str:
-        """What must be the same whenever a ticket comes with a request."""
-        source = self.open.source.hex() if self.open is not None else ""
-        parts = [self.method, self.version, self.kwargs.decode(), self.size, source]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def take_first(self) -> Raw:
         """`first`, which is empty from then on: a job in line must not hold a message's worth of memory."""
@@ -78,6 +72,7 @@ def stored_request(job_id: str, fields: Mapping[str, Any], kwargs: bytes) -> Req
         open=Open(epoch=fields["epoch"]),
         first=Raw(),
         metadata=fields["metadata"],
+        fingerprint=fields["print"],
         attempt=fields.get("attempt", 0),
     )
 
@@ -110,17 +105,22 @@ def parse_request(
     kwargs = parse_kwargs(packed, limit)
     size = _declared_size(kwargs, first.open)
     version = _version(named_version, kwargs)
-    kwargs = {key: value for key, value in kwargs.items() if not key.startswith(_OWN)}
+    text = json.dumps({key: value for key, value in kwargs.items() if not key.startswith(_OWN)})
     return Request(
         job_id=_identify(first.open, headers),
         method=method,
         version=version,
-        kwargs=json.dumps(kwargs).encode(),
+        kwargs=text.encode(),
         size=size,
         open=first.open,
         first=first,
         metadata={key: value for key, value in headers.items() if key != "authorization" and not key.startswith(":")},
+        fingerprint="" if first.open is None else _fingerprint(method, version, text, size, first.open.source.hex()),
     )
+
+
+def _fingerprint(*parts: str | int | None) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def check_method(method: str, methods: Mapping[str, Any], name: str) -> None:

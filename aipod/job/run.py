@@ -14,6 +14,7 @@ import trio
 from aipod.codec import digest, new_hasher
 from aipod.errors import JobFailed, Refused, job_failed, leaves
 from aipod.job.job import Answer, Job, Queue
+from aipod.job.upload import BULK
 from aipod.results import Result
 from aipod.runner import RunnerBroken, Task
 from aipod.spool import MAX_ATTEMPTS, Entry
@@ -158,6 +159,9 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                 # Its worker had died while idle; the method was not started.
                 broken += 1
                 job.unstart()
+                with trio.CancelScope(shield=True):
+                    again = {"phase": "QUEUED", "attempt": job.attempt}
+                    await trio.to_thread.run_sync(entry.record, again)
                 if broken == MAX_BROKEN:
                     raise job_failed("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
             except JobFailed as exc:
@@ -168,7 +172,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
             if patience.cancelled_caught:
                 raise job_failed("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
     with _result_lost():
-        answer = await trio.to_thread.run_sync(_measure, entry, result)
+        answer = await trio.to_thread.run_sync(_measure, entry, result, limiter=BULK)
         # From here on a cancel must not undo what the run did.
         with trio.CancelScope(shield=True):
             if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):

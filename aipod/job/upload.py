@@ -20,6 +20,8 @@ from aipod.wire.ai import Raw
 # Config.max_message); after it the stream's window fills and the peer stops.
 INBOX = 4 * MIB
 DIGEST = 16  # bytes
+# Threads for payloads and results, of all jobs: a slow disk must not take those that heartbeats and small steps need.
+BULK = trio.CapacityLimiter(24)
 
 Receive = Callable[[], Awaitable[Raw | None]]
 
@@ -145,7 +147,9 @@ class ChunkSink:
             raise Refused("SIZE_MISMATCH", f"the payload has {written} bytes, but last came at {self._total}")
         if self._digest and self._digest != (self._entry.digest or self._read_digest()):
             self._entry.start_over()
-            raise Refused("DIGEST_MISMATCH", "the payload's digest is not the one that was sent with it")
+            raise Refused(
+                "DIGEST_MISMATCH", "what arrived is not the payload; the same call begins anew"
+            )
         self._entry.seal()
 
     def _read_digest(self) -> bytes:
@@ -197,13 +201,13 @@ async def receive_payload(
             with trio.move_on_after(SYNC_AFTER) as pause:
                 messages = await inbox.take()
             if pause.cancelled_caught:  # the client has nothing to send: what there is becomes durable meanwhile
-                await trio.to_thread.run_sync(entry.checkpoint)
+                await trio.to_thread.run_sync(entry.checkpoint, limiter=BULK)
                 continue
             if not messages:
                 break
-            await trio.to_thread.run_sync(sink.feed, messages)
+            await trio.to_thread.run_sync(sink.feed, messages, limiter=BULK)
             if any(message.sync for message in messages):
-                await trio.to_thread.run_sync(functools.partial(entry.checkpoint, now=True))
+                await trio.to_thread.run_sync(functools.partial(entry.checkpoint, now=True), limiter=BULK)
                 synced()
             del messages
-        await trio.to_thread.run_sync(sink.finish)
+        await trio.to_thread.run_sync(sink.finish, limiter=BULK)

@@ -24,6 +24,7 @@ from aipod.job.upload import check_limit, receive_payload
 from aipod.pool import Lease, Pool, Waiter
 from aipod.runner import Description
 from aipod.service.builtin import answer_of, is_builtin
+from aipod.service.forget import Forgetter
 from aipod.service.jobs import Jobs
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
@@ -51,6 +52,7 @@ class AI:
         self._versions = versions
         self._nursery = jobs
         self._jobs = Jobs(config, description.methods, spool, versions, functools.partial(Place, pool), jobs)
+        self._forgetter = Forgetter(spool)
         self._active: dict[trio.CancelScope, Job | None] = {}  # the jobs of plain clients
         self._less = trio.Event()  # there is one call less in `_active`
         self.draining = False
@@ -59,7 +61,7 @@ class AI:
         """What goes on beside the calls. This is a trio-flavored async function; it never returns."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._jobs.heed)
-            nursery.start_soon(self._jobs.forget)
+            nursery.start_soon(self._forgetter.run)
 
     def __mapping__(self) -> dict[str, Handler]:
         return {
@@ -70,8 +72,8 @@ class AI:
     async def drain(self, seconds: float) -> None:
         """Refuse new jobs and wait for those under way; cancel what is left after `seconds`.
 
-        A job whose method was not started is refused, with the advice to try again; any other ends as cancelled, for
-        the method must not run twice.
+        A job whose method was not started is left to the next server, or a plain client's refused with the advice to
+        try again; any other ends as interrupted or cancelled, for the method must not run twice.
         This is a trio-flavored async function.
         """
         self.draining = self._jobs.draining = True
@@ -82,9 +84,12 @@ class AI:
             while self._active or self._jobs.held:
                 await self._wait_less()
         for job in list(self._jobs.held.values()):
-            if not job.request.plain:
-                job.hand_over()
+            if job.request.plain:
+                continue
+            if job.started:
                 job.stop("the server was shut down while the method ran", "INTERRUPTED")
+            else:
+                job.hand_over()
         for scope, plain in self._active.items():
             if plain is not None:
                 plain.stop("the server is shutting down")
@@ -109,7 +114,7 @@ class AI:
     async def _serve(self, rpc: str, stream: Stream[Any, Raw]) -> None:
         """One call, from the initial metadata to the trailers. This is a trio-flavored async function.
 
-        Cancelled (the connection is gone): the job is cancelled; nothing is sent.
+        Cancelled (the connection is gone): a plain client's job is cancelled; nothing is sent.
         """
         call = Call(stream)
         scope = trio.CancelScope()
@@ -168,6 +173,8 @@ class AI:
         if scope.cancelled_caught:
             if trio.current_time() >= scope.deadline:
                 raise job_failed("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
+            if self._active.get(scope) is not None:
+                raise Refused("DRAINING", "the server is shutting down; try again")
             raise self._jobs.draining_with_job()
 
     async def _first(self, call: Call) -> Raw | StreamInput:
@@ -217,7 +224,7 @@ class AI:
     ) -> None:
         """Find the job, bring its payload where it is this call's to bring, watch it, and send its answer."""
         if open_.released:
-            self._nursery.start_soon(self._jobs.release_all, [codec.job_id(ticket) for ticket in open_.released])
+            self._nursery.start_soon(self._forgetter.release, [codec.job_id(ticket) for ticket in open_.released])
         if open_.op in (Op.CANCEL, Op.RELEASE):
             told = await self._jobs.end(job_id, release=open_.op == Op.RELEASE)
             await writer.send(Raw(data=PONG, state=told.state()))
@@ -245,7 +252,7 @@ class AI:
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
         if open_.op != Op.ATTACH:  # who attaches may ask as often as it likes
-            self._jobs.answered(job)
+            self._forgetter.answered(job)
 
     async def _upload(self, job: Job, call: Call, deadline: float) -> None:
         """Receive the payload and start the job; whatever comes between leaves it to who comes next."""

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import logging
 import time
@@ -23,10 +22,11 @@ from typing import Any
 import trio
 
 from aipod.config import Config
-from aipod.errors import Refused
+from aipod.errors import Refused, refused_when_exhausted
 from aipod.job.job import Job, Keep, Queue, Told
 from aipod.job.request import Request, stored_request
 from aipod.job.run import Terms, run_job
+from aipod.service.forget import KEEP_ANSWERED, forget_answer
 from aipod.spool import ENDED, MAX_ATTEMPTS, Entry, Look, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
@@ -35,24 +35,18 @@ log = logging.getLogger("aipod.job")
 
 # Seconds that a newer connection waits for an older one to let go of an upload; a checkpoint takes a part of one.
 TAKE_OVER = 10.0
-# Seconds that a small ended job is kept once its answer was sent, for its client may have lost the end of it and look
-# for it that long (Config.reconnect, and then some); and once its client has said that it has the answer.
-KEEP_ANSWERED = 900.0
-KEEP_RELEASED = 60.0
-SMALL = 64 * 1024
+# Jobs that this process holds at once: each has a lock's descriptor and a task, and goes on when its caller has left.
+MAX_JOBS = 10_000
 # Times that a job's holder is asked to end it, half a tick apart.
 _END_TRIES = 4
 # Seconds between two looks at an entry that somebody is making.
 _LOOK_AGAIN = 0.05
-# Seconds between two removals of small ended jobs.
-FORGET_EVERY = 5.0
 
 
 class Jobs:
     """Finds, creates, takes over, recovers, ends.
 
-    The mutable state is the jobs that this process holds (each has a task in `nursery`, or an upload in its viewer's)
-    and the ended ones that are soon forgotten.
+    The mutable state is the jobs that this process holds: each has a task in `nursery`, or an upload in its viewer's.
     """
 
     def __init__(
@@ -73,9 +67,6 @@ class Jobs:
         self._nursery = nursery
         self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
         self.held: dict[str, Job] = {}
-        # When (monotonic) which job is forgotten, in order; bounded by the small jobs of that many seconds.
-        self._answered: collections.deque[tuple[float, str]] = collections.deque()
-        self._released: collections.deque[tuple[float, str]] = collections.deque()
         self.changed = trio.Event()  # there is one job less in `held`
         self.draining = False
 
@@ -91,7 +82,7 @@ class Jobs:
         self._check_spool(request.open)
         with trio.move_on_after(TAKE_OVER):
             while True:
-                fields = await trio.to_thread.run_sync(self._spool.look(job_id).read)
+                fields, _, _ = await trio.to_thread.run_sync(self._read, self._spool.look(job_id))
                 if not fields:
                     job = await self._begin(request)
                     if job is not None:
@@ -147,16 +138,17 @@ class Jobs:
 
     def _read(self, look: Look) -> tuple[dict[str, Any], dict[str, Any], bool]:
         """What the spool tells of a job: its journal, its progress, and whether there is work that nobody does."""
-        fields = look.read()
-        phase = fields.get("phase")
-        if phase in ("QUEUED", "RUNNING"):
-            free = not self._spool.is_held(look.id)
-            fields = look.read()  # again: it may have ended between the first look and the lock
-            if fields.get("phase") not in ENDED:
-                return fields, look.live(), free and fields.get("phase") == phase
-        if fields.get("phase") in ENDED:
-            look.make_sure()  # its holder may not have synced it yet, and may have been killed before it did
-        return fields, {}, False
+        with refused_when_exhausted():
+            fields = look.read()
+            phase = fields.get("phase")
+            if phase in ("QUEUED", "RUNNING"):
+                free = not self._spool.is_held(look.id)
+                fields = look.read()  # again: it may have ended between the first look and the lock
+                if fields.get("phase") not in ENDED:
+                    return fields, look.live(), free and fields.get("phase") == phase
+            if fields.get("phase") in ENDED:
+                look.make_sure()  # its holder may not have synced it yet, and may have been killed before it did
+            return fields, {}, False
 
     # Beginning
 
@@ -168,16 +160,14 @@ class Jobs:
                 raise self._not_started()
             return None
         self._check_open()
-        claim = functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
-        entry = await self._held(claim)
+        entry = await self._held(self._claim(request))
         return None if entry is None else self._take_in(Job(request, entry, self._spool.id, self._keep))
 
     async def _resume(self, entry: Entry, request: Request) -> Job | None:
         """Take the upload up where it is durable; None where it is complete by now."""
         job = self._take_in(Job(request, entry, self._spool.id, self._keep))
         try:
-            if entry.read().get("phase", "RECEIVING") == "RECEIVING":
-                await trio.to_thread.run_sync(entry.resume)
+            if await trio.to_thread.run_sync(entry.resume):
                 return job
         except BaseException:
             await self.let_go(job)
@@ -187,10 +177,14 @@ class Jobs:
 
     async def claim_plain(self, request: Request) -> Entry:
         """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
-        claim = functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
-        entry = await self._held(claim, Entry.destroy)
+        entry = await self._held(self._claim(request), Entry.destroy)
         assert entry is not None, "two random tickets are not the same"
         return entry
+
+    def _claim(self, request: Request) -> Callable[[], Entry | None]:
+        if len(self.held) >= MAX_JOBS:
+            raise Refused("OVERLOADED", f"the server has {MAX_JOBS} jobs that have not ended; try again later")
+        return functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
 
     async def store_stopped(self, job: Job) -> None:
         """Store that an upload was cancelled. This is a trio-flavored async function; it cannot be cancelled."""
@@ -291,6 +285,9 @@ class Jobs:
         if not known:
             entry.store({"phase": "FAILED", "reason": "UNKNOWN_METHOD", "message": f"there is no method {method} now"})
             return None
+        if not entry.payload.exists():  # it was cancelled on a full disk, which took no note of that
+            entry.store({"phase": "FAILED", "reason": "DAMAGED", "message": "the server has lost the payload"})
+            return None
         if phase == "RUNNING":
             entry.record({"phase": "QUEUED"})
         return stored_request(entry.id, fields, entry.kwargs())
@@ -303,7 +300,7 @@ class Jobs:
         What it returns tells how the job is now: a run may take a while to stop. Raises `Refused` (NOT_FOUND).
         """
         job = self.held.get(job_id)
-        if job is not None and not job.over.is_set():
+        if job is not None and not job.ended and not job.over.is_set():
             job.stop("it was cancelled by its client")
             return job
         for _ in range(_END_TRIES):
@@ -317,9 +314,12 @@ class Jobs:
                         await trio.to_thread.run_sync(entry.let_go)
                 break
             look = self._spool.look(job_id)
-            if not await trio.to_thread.run_sync(look.read):
+            fields = await trio.to_thread.run_sync(look.read)
+            ended = fields.get("phase") in ENDED
+            if not fields or (ended and not release):
                 break
-            await trio.to_thread.run_sync(look.ask_to_stop)
+            if not ended:
+                await trio.to_thread.run_sync(look.ask_to_stop)
             # Its holder may be letting go of it this moment, and not heed that any more.
             await trio.sleep(self._config.tick / 2)
         told = Told(self._spool.look(job_id), self._spool.id, self._keep)
@@ -328,58 +328,6 @@ class Jobs:
             raise Refused("NOT_FOUND", "there is no such job here: it never was, or has expired")
         told.learn(fields, live)
         return told
-
-    async def release_all(self, job_ids: list[str]) -> None:
-        """Forget ended jobs whose answers have arrived. This is a trio-flavored async function."""
-        for job_id in job_ids:
-            try:
-                released = await trio.to_thread.run_sync(self._release, job_id)
-            except (Refused, OSError) as exc:
-                log.warning("job %s: it could not be released; it stays until its time is over: %s", job_id, exc)
-            else:
-                if released:
-                    self._released.append((time.monotonic() + KEEP_RELEASED, job_id))
-
-    def _release(self, job_id: str) -> bool:
-        entry = self._spool.hold(job_id)
-        if entry is None:
-            return False
-        try:
-            if entry.read().get("phase") not in ENDED:
-                return False
-            _end(entry, True)
-            return True
-        finally:
-            entry.let_go()
-
-    def answered(self, watched: Job | Told) -> None:
-        """The whole answer was sent to the call that brought the job: a small one is not kept for long."""
-        if watched.answer is None or watched.answer.size <= SMALL:
-            self._answered.append((time.monotonic() + KEEP_ANSWERED, watched.look.id))
-
-    async def forget(self) -> None:
-        """Remove small ended jobs in time. This is a trio-flavored async function; it never returns."""
-        while True:
-            await trio.sleep(FORGET_EVERY)
-            due = []
-            for waiting in (self._answered, self._released):
-                while waiting and waiting[0][0] <= time.monotonic():
-                    due.append(waiting.popleft()[1])
-            if due:
-                await trio.to_thread.run_sync(self._remove, due)
-
-    def _remove(self, job_ids: list[str]) -> None:
-        for job_id in job_ids:
-            try:
-                entry = self._spool.hold(job_id)
-            except (Refused, OSError) as exc:
-                log.warning("job %s: it could not be removed; it stays until its time is over: %s", job_id, exc)
-                continue
-            if entry is not None:
-                if entry.read().get("phase") in ENDED:
-                    entry.destroy()
-                else:
-                    entry.let_go()
 
     # While it works
 
@@ -438,8 +386,8 @@ def _end(entry: Entry, release: bool) -> None:
         )
     elif phase not in ENDED:
         entry.store({"phase": "CANCELLED", "reason": "CANCELLED", "message": "it was cancelled by its client"})
-    if release and phase in ENDED and phase != "RELEASED":
-        entry.store({"phase": "RELEASED", "inline": None, "kwargs": None})
+    if release and phase in ENDED:
+        forget_answer(entry)
 
 
 def _words(jobs: list[Job]) -> list[Words]:

@@ -7,6 +7,7 @@ import heapq
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,16 @@ class Spool:
             return None
         return entry
 
+    @contextlib.contextmanager
+    def holding(self, job_id: str) -> Iterator[Entry | None]:
+        """`hold` for as long as the block lasts."""
+        entry = self.hold(job_id)
+        try:
+            yield entry
+        finally:
+            if entry is not None:
+                entry.let_go()
+
     def take_over(self, job_id: str, epoch: int) -> Entry | None:
         """The entry of an upload for the caller with `epoch`; None while another holds it, who has been asked for it.
 
@@ -196,10 +207,11 @@ class Spool:
         whichever arrives first.
         """
         look = self.look(job_id)
-        _check_newest(look, epoch)
-        if look.wanted() < epoch:
-            with contextlib.suppress(FileNotFoundError):
-                look.ask(epoch)
+        with refused_when_exhausted():
+            _check_newest(look, epoch)
+            if look.wanted() < epoch:
+                with contextlib.suppress(FileNotFoundError):
+                    look.ask(epoch)
         entry = self.hold(job_id)
         if entry is None:
             return None

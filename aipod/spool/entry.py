@@ -85,9 +85,11 @@ class Entry(Look):
         self.written = self.durable = state.get("offset", 0)
         self._hasher = new_hasher() if self.written == 0 else None
 
-    def resume(self) -> None:
-        """Go on with the upload at its durable offset. Raises `Refused` (DAMAGED, SPOOL_FULL)."""
+    def resume(self) -> bool:
+        """Go on with the upload at its durable offset; False where it is complete. Raises `Refused` (DAMAGED, …)."""
         state = self.read()
+        if state.get("phase", "RECEIVING") != "RECEIVING":
+            return False
         with refused_when_exhausted():
             with contextlib.suppress(FileNotFoundError):
                 self.payload.chmod(0o600)  # it was sealed, and its server killed before the job was queued
@@ -100,6 +102,7 @@ class Entry(Look):
             # The offset is about to be told, and a killed process may have written it without having synced it.
             self.settle()
             self.make_sure()
+        return True
 
     def _reserve(self, size: int | None) -> None:
         """Have the disk set the payload's room aside, so that of two uploads which fit alone one is refused at once."""

@@ -32,11 +32,14 @@ class Journal:
                 # The line before was torn. With a line break behind it, it might come to life after all.
                 size = os.pread(fd, size, 0).rfind(b"\n") + 1
                 os.ftruncate(fd, size)
-            if os.write(fd, line) < len(line):
+            try:
+                if os.write(fd, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if sync:
+                    os.fdatasync(fd)
+            except OSError:
                 os.ftruncate(fd, size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if sync:
-                os.fdatasync(fd)
+                raise
         finally:
             os.close(fd)
 

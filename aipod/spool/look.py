@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aipod.config import MIB
+from aipod.errors import refused_when_exhausted
 from aipod.spool.journal import Journal
 
 READ = 1 * MIB
@@ -118,7 +119,7 @@ class Look:
             watched = (self.path / "seen").stat().st_mtime_ns
         except OSError:
             watched = 0
-        return Words((self.path / "cancel").exists(), max(self._asked(), default=0), watched)
+        return Words(os.path.exists(self.path / "cancel"), max(self._asked(), default=0), watched)
 
     def _asked(self) -> list[int]:
         try:
@@ -159,7 +160,9 @@ def sync(path: Path) -> None:
 
 
 def _pieces(path: Path, offset: int) -> Generator[bytes, None, None]:
-    with path.open("rb", buffering=0) as file:
+    with refused_when_exhausted():
+        file = path.open("rb", buffering=0)
+    with file:
         file.seek(offset)
         while piece := file.read(READ):
             yield piece

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from aipod.errors import Refused
 from aipod.spool.directory import Spool, is_job_id
 from aipod.spool.locks import try_lock
 from aipod.spool.look import ENDED
@@ -60,7 +61,7 @@ class Sweeper:
     def _look_at(self, job_id: str) -> bool:
         try:
             return self._sweep_one(job_id)
-        except OSError as exc:
+        except (Refused, OSError) as exc:
             logger.error("job %s: its entry could not be swept: %s", job_id, exc)
             return False
 
@@ -93,10 +94,9 @@ class Sweeper:
 
     def _tidy(self, job_id: str) -> None:
         """Do what the process that ended the job has not come to: it was killed, or is about to do it."""
-        entry = self._spool.hold(job_id)
-        if entry is not None:
-            entry.tidy(entry.read()["phase"])
-            entry.let_go()
+        with self._spool.holding(job_id) as entry:
+            if entry is not None:
+                entry.tidy(entry.read()["phase"])
 
     def _remove_lock(self, job_id: str) -> bool:
         """Remove a lock file without an entry, if nobody holds it."""
