@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpclib.metadata import Deadline
 
 import aipod
 from aipod.client import Event
+from aipod.client.course import Course, Request
+from aipod.client.follow import Follower
 from aipod.config import CHUNK, MIB
+from aipod.wire.ai import Op
 from tests.conftest import ROOT, Serve, Served, free_port, left_in, run
 from tests.proxy import Fault, Proxy, open_proxy
 
@@ -475,6 +479,19 @@ def test_leaving_an_awaited_call_cancels_its_job_at_once(served: Served, tmp_pat
 
 
 # --- the server
+
+
+def test_a_time_that_is_over_when_a_connection_begins_is_no_lost_connection(served: Served) -> None:
+    """The call's own timer may be a moment later than the one that grpclib looks at."""
+
+    async def main() -> None:
+        async with aipod.Client(served.address, config=aipod.Config(attempts=1)) as client:
+            request = Request("chaos", GATED, deadline=Deadline.from_timeout(0.0))
+            await Follower(client._link, request, Course(op=Op.ATTACH, fresh=False)).run()
+
+    with pytest.raises(aipod.JobCancelled) as caught:
+        run(main)
+    assert caught.value.reason == "DEADLINE_EXCEEDED"
 
 
 def test_a_server_that_is_drained_during_an_upload_is_not_sent_again_what_it_has(serve: Serve, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from aipod.client.course import Course, Request
 from aipod.client.failure import Action, Decision, Known, Local, NoAnswer, decide
 from aipod.client.link import Link
 from aipod.client.patience import Patience
+from aipod.errors import job_failed
 from aipod.wire.ai import Op, Phase, State
 
 # Seconds after which a job that was left is ended again where it is still being received.
@@ -55,6 +56,9 @@ class Follower:
                 decision = decide(exc, course.known(self._link.target, attempt.op))
                 if decision is None:
                     raise
+                deadline = self._request.deadline
+                if decision.action is Action.RETRY and deadline is not None and deadline.time_remaining() <= 0:
+                    raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc
             if course.step != before or attempt.ran:
                 self._patience.progress()
             elif attempt.answered:

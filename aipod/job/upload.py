@@ -147,9 +147,7 @@ class ChunkSink:
             raise Refused("SIZE_MISMATCH", f"the payload has {written} bytes, but last came at {self._total}")
         if self._digest and self._digest != (self._entry.digest or self._read_digest()):
             self._entry.start_over()
-            raise Refused(
-                "DIGEST_MISMATCH", "what arrived is not the payload; the same call begins anew"
-            )
+            raise Refused("DIGEST_MISMATCH", "what arrived is not the payload; the same call begins anew")
         self._entry.seal()
 
     def _read_digest(self) -> bytes:
