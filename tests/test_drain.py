@@ -16,6 +16,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
+from aipod.client import Event
 from aipod.errors import Interrupted
 from tests import stranger
 from tests.calls import calls, marked, own, plain
@@ -54,8 +55,10 @@ def test_running_jobs_finish_and_new_ones_are_refused(serve: Serve, tmp_path: Pa
         jobs = [threads.submit(own, served.address, "predict", mark=str(tmp_path / "mark"), until=str(until))]
         pid = marked(tmp_path / "mark")
         # In line behind it: under way as well.
-        jobs.append(threads.submit(own, served.address, "predict", mark=str(tmp_path / "2"), until=str(until)))
-        wait_until(lambda: len(list(served.spool.glob("*/state"))) == 2)
+        events: list[Event] = []
+        arguments = {"mark": str(tmp_path / "2"), "until": str(until)}
+        jobs.append(threads.submit(own, served.address, "predict", on_event=events.append, **arguments))
+        wait_until(lambda: any(event.phase == "QUEUED" for event in events))
         assert [check(channel, name) for name in ("", "ai.AI", "liveness")] == [SERVING] * 3
         served.process.send_signal(number)
         wait_until(lambda: check(channel, "") == NOT_SERVING)
