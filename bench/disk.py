@@ -27,7 +27,7 @@ DONE = {"phase": "DONE", "kind": "json", "answer": 20, "digest": "0" * 32, "inli
 
 
 def small_job(spool: Spool) -> str:
-    """All that a small job's life does to the disk before its answer is sent."""
+    """What a small job's life writes before its answer is sent; the look for an older job under its id is left out."""
     job_id = secrets.token_hex(16)
     entry = spool.claim(job_id, FIELDS, b'{"top": 5}', size=len(PAYLOAD))
     assert entry is not None

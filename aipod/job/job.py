@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import time
@@ -100,7 +101,7 @@ def stored_error(fields: dict[str, Any]) -> JobFailed:
     return job_failed(fields["reason"], fields["message"], {"type": kind} if kind else None)
 
 
-class Watched:
+class Watched(abc.ABC):
     """What a viewer sees of a job. Changes in the trio thread only."""
 
     def __init__(self, look: Look, spool_id: str, keep: Keep) -> None:
@@ -119,9 +120,9 @@ class Watched:
         self._keep = keep
 
     @property
+    @abc.abstractmethod
     def durable(self) -> int:
         """Bytes of the payload that need never be sent again."""
-        raise NotImplementedError
 
     @property
     def place(self) -> int:
