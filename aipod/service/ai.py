@@ -268,12 +268,10 @@ class AI:
                 )
                 self._jobs.start(job, deadline)
                 return
-            if job.stop_asked:
-                await self._jobs.store_stopped(job)
         except BaseException:
-            await self._jobs.let_go(job)
+            await self._jobs.leave_upload(job)
             raise
-        await self._jobs.let_go(job)
+        await self._jobs.leave_upload(job)
         if job.superseded_by:
             won = {"epoch": str(job.superseded_by)}
             raise Refused("SUPERSEDED", "a newer connection has taken this upload over", won)

@@ -160,7 +160,8 @@ class Jobs:
                 raise self._not_started()
             return None
         self._check_open()
-        entry = await self._held(self._claim(request))
+        # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
+        entry = await self._held(self._claim(request), Entry.destroy)
         return None if entry is None else self._take_in(Job(request, entry, self._spool.id, self._keep))
 
     async def _resume(self, entry: Entry, request: Request) -> Job | None:
@@ -170,9 +171,9 @@ class Jobs:
             if await trio.to_thread.run_sync(entry.resume):
                 return job
         except BaseException:
-            await self.let_go(job)
+            await self._let_go(job)
             raise
-        await self.let_go(job)
+        await self._let_go(job)
         return None
 
     async def claim_plain(self, request: Request) -> Entry:
@@ -186,8 +187,18 @@ class Jobs:
             raise Refused("OVERLOADED", f"the server has {MAX_JOBS} jobs that have not ended; try again later")
         return functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
 
-    async def store_stopped(self, job: Job) -> None:
-        """Store that an upload was cancelled. This is a trio-flavored async function; it cannot be cancelled."""
+    async def leave_upload(self, job: Job) -> None:
+        """End an upload that was cancelled, leave any other to whoever comes next.
+
+        This is a trio-flavored async function; it cannot be cancelled. Raises `Refused` (SPOOL_FULL).
+        """
+        try:
+            if job.stop_asked:
+                await self._store_stopped(job)
+        finally:
+            await self._let_go(job)
+
+    async def _store_stopped(self, job: Job) -> None:
         job.error = job.stopped()
         fields = {"phase": "CANCELLED", "reason": job.error.reason, "message": job.error.message}
         with trio.CancelScope(shield=True):
@@ -213,8 +224,7 @@ class Jobs:
         self.held[job.entry.id] = job
         return job
 
-    async def let_go(self, job: Job) -> None:
-        """Leave the upload to whoever comes next. This is a trio-flavored async function; it cannot be cancelled."""
+    async def _let_go(self, job: Job) -> None:
         try:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(job.entry.let_go)
@@ -302,7 +312,12 @@ class Jobs:
         job = self.held.get(job_id)
         if job is not None and not job.ended and not job.over.is_set():
             job.stop("it was cancelled by its client")
-            return job
+            with trio.move_on_after(TAKE_OVER):
+                while job.phase == Phase.RECEIVING and not job.over.is_set():
+                    await job.changed.wait()
+            if job.phase != Phase.RECEIVING:
+                return job
+            # The call that brought it was about to let go of it, and did not heed that any more.
         for _ in range(_END_TRIES):
             entry = await self._held(functools.partial(self._spool.hold, job_id))
             if entry is not None:
