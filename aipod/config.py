@@ -93,6 +93,25 @@ class Config:
     max_window: int = _setting(16 * MIB, "HTTP/2 window that a stream may grow to.", low=64 * KIB, high=1 * GIB)
     # What is on the wire at once; also what the windows of its streams may grow by, all together.
     connection_window: int = _setting(64 * MIB, "HTTP/2 window of a connection.", low=64 * KIB, high=2 * GIB - 1)
+    # Per-frame work in Python dominates: 16 KiB frames carry a third of what these do. Larger ones gain nothing, and
+    # other streams would wait for them.
+    max_frame: int = _setting(
+        512 * KIB, "Longest HTTP/2 DATA frame, in both directions.", low=16 * KIB, high=16 * MIB - 1
+    )
+    # What gRPC's C core takes at most; 40 bytes of it can come as one byte.
+    max_headers: int = _setting(16 * KIB, "Largest list of headers, uncompressed.", low=4 * KIB, high=64 * KIB)
+    # The widest of our messages has 15 fields, nested ones included twice that; `Open.released` repeats, so a few
+    # hundred are honest.
+    max_fields: int = _setting(512, "Protobuf fields in one message.", low=128, high=100_000)
+    # Above it the connection is read more slowly (RFC 9113 section 10.5), but never punished: stock clients may ping as
+    # they like.
+    frame_rate: int = _setting(
+        1000, "HTTP/2 frames a second that are neither payload nor requests; more are read later.", low=100
+    )
+    # Above them the peer is told to calm down (CVE-2023-44487, CVE-2025-8671); a client that gives up all its calls at
+    # once is no attacker. The figures are nghttp2's.
+    reset_burst: int = _setting(1000, "Streams that a peer may reset at once.", low=1)
+    reset_rate: int = _setting(33, "Streams that a peer may reset per second, in the long run.", low=1)
     # A connection that says nothing useful costs a descriptor.
     handshake_timeout: float = _setting(10 * SECONDS, "Seconds for a new connection to speak HTTP/2.", low=0.1)
     max_age: float = _setting(0.0, "Seconds after which a connection is told to go elsewhere; 0 is none.", low=0)

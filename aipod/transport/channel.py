@@ -39,7 +39,7 @@ class Channel(grpclib.client.Channel):
             host,
             port,
             path=path,
-            codec=Codec(),
+            codec=Codec(config),
             status_details_codec=ProtoStatusDetailsCodec(),
             config=grpc,
             ssl=client_context(config),

@@ -17,12 +17,9 @@ from grpclib.const import Status
 from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError
 
-from aipod.config import KIB
+from aipod.config import KIB, Config
 from aipod.wire.ai import Error, Open, Raw, State, StreamInput
 
-# The widest of our messages has 15 fields, nested ones included twice that; `Open.released` repeats, so a few hundred
-# are honest.
-MAX_FIELDS = 512
 # Fields may be added to the schema, so unknown ones are honest too; they are skipped.
 MAX_UNKNOWN = 64 * 1024
 
@@ -114,21 +111,21 @@ def _encode(message: betterproto2.Message, pieces: list[bytes]) -> int:
     return size
 
 
-def parse(data: bytes | memoryview, kind: type[M]) -> M:
+def parse(data: bytes | memoryview, kind: type[M], max_fields: int) -> M:
     """The message of type `kind` in `data`.
 
-    Raises ValueError for more than `MAX_FIELDS` fields, those of nested messages included; for more than `MAX_UNKNOWN`
+    Raises ValueError for more than `max_fields` fields, those of nested messages included; for more than `MAX_UNKNOWN`
     bytes in unknown fields, which are dropped; where a field has not its wire type; and where `data` is no protobuf.
     """
-    return _Parser(data).message(0, len(data), kind, {})
+    return _Parser(data, max_fields).message(0, len(data), kind, {})
 
 
 class _Parser:
     """One pass over a message; counts down what it may still have."""
 
-    def __init__(self, data: bytes | memoryview) -> None:
+    def __init__(self, data: bytes | memoryview, max_fields: int) -> None:
         self._data = data
-        self._fields = MAX_FIELDS
+        self._fields = max_fields
         self._unknown = MAX_UNKNOWN
 
     def message(self, pos: int, end: int, kind: type[M], values: dict[str, Any]) -> M:
@@ -211,6 +208,9 @@ class Codec(CodecBase):
 
     __content_subtype__ = "proto"
 
+    def __init__(self, config: Config) -> None:
+        self._max_fields = config.max_fields
+
     def encode(self, message: Any, message_type: Any) -> bytes:
         if isinstance(message, betterproto2.Message):
             return b"".join(encode_pieces(message))
@@ -220,7 +220,7 @@ class Codec(CodecBase):
         # Parsers report bad input by whatever the spot raises.
         try:
             if issubclass(message_type, betterproto2.Message):
-                return parse(data, message_type)
+                return parse(data, message_type, self._max_fields)
             return message_type.FromString(bytes(data))
         except Exception as exc:
             raise BadMessage(Status.INVALID_ARGUMENT, f"the message cannot be parsed: {exc}") from None

@@ -45,8 +45,6 @@ from aipod.transport.window import Budget
 
 log = logging.getLogger("aipod.transport")
 
-# What gRPC's C core takes at most; 40 bytes of it can come as one byte.
-HEADER_LIST = 16 * KIB
 # Small messages are written behind what the socket has not taken yet, up to here.
 WRITE_BUFFER = 1 * MIB
 # Where asyncio pauses those who write.

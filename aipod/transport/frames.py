@@ -16,7 +16,7 @@ from aipod.config import KIB
 
 _HEAD = struct.Struct(">HBBBL")  # length (24 bits), type, flags, stream
 HEAD = _HEAD.size
-DATA, HEADERS, WINDOW_UPDATE = 0x0, 0x1, 0x8
+DATA, HEADERS, SETTINGS, WINDOW_UPDATE = 0x0, 0x1, 0x4, 0x8
 _KNOWN = 0xA  # types up to it mean something to h2
 END_STREAM, _END_HEADERS, PADDED = 0x1, 0x4, 0x8
 _PREFACE = 24  # bytes

@@ -29,18 +29,19 @@ from h2.stream import H2Stream as BaseH2Stream
 from h2.stream import StreamInputs
 
 from aipod.config import KIB, MIB, Config
-from aipod.transport.connection import H2, HEADER_LIST, WRITE_BUFFER, H2Connection, Processor
+from aipod.transport.connection import H2, WRITE_BUFFER, H2Connection, Processor
 from aipod.transport.frames import (
     HEAD,
     HEADERS,
     MAX_CONTROL_FRAME,
+    SETTINGS,
     WINDOW_UPDATE,
     FrameReader,
     Take,
     empty_data,
 )
 from aipod.transport.limits import Bucket
-from aipod.transport.stream import MAX_FRAME, RECEIVING, H2Stream
+from aipod.transport.stream import RECEIVING, H2Stream
 
 log = logging.getLogger("aipod.transport")
 
@@ -48,19 +49,14 @@ log = logging.getLogger("aipod.transport")
 # when it is copied into its message: 1 MiB would not be), other frames are not.
 _READ_PAYLOAD = 512 * KIB
 _READ_FRAMES = 16 * KIB
-# Frames that are neither payload nor a request, a second; above it the connection is read more slowly (RFC 9113 section
-# 10.5), but never punished: stock clients may ping as they like.
-_FRAMES_A_SECOND = 1000
-_REST = 0.1  # seconds without reading, at least; at most one
+_REST = 0.1  # seconds without reading where frames come too fast, at least; at most one
 # What a request that is refused counts for: it costs as much as a hundred of those frames, and an honest peer has few.
 REFUSED = 50
+# Streams to which a change in SETTINGS costs as much as a frame.
+_STREAMS_PER_FRAME = 20
 # A peer may open streams before it has seen our SETTINGS. h2 ends the connection above its limit, so h2 gets this
 # many times ours and the server refuses the excess stream by stream.
 STREAM_SLACK = 4
-# Streams that may be reset at once and per second before the peer is told to calm down (CVE-2023-44487, CVE-2025-8671);
-# a client that gives up all its calls at once is no attacker. The figures are nghttp2's.
-_RESETS_AT_ONCE = 1000
-_RESETS_A_SECOND = 33
 # PINGs that measure round trips: their content, and the seconds between them while no window grows (first, most).
 _MEASURE = b"roundtrp"
 _PAUSES = (0.1, 10.0)
@@ -132,8 +128,8 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self.settings = config
         self._rest = b""  # the beginning of a frame
         self._read_size = _READ_FRAMES
-        self._frames = Bucket(_FRAMES_A_SECOND, _FRAMES_A_SECOND)
-        self._resets = Bucket(_RESETS_A_SECOND, _RESETS_AT_ONCE)
+        self._frames = Bucket(config.frame_rate, config.frame_rate)
+        self._resets = Bucket(config.reset_rate, config.reset_burst)
         self._resting: asyncio.TimerHandle | None = None
         self._block = 0  # bytes of the header block under way
         self._choked = False  # not read from: too much waits to be written
@@ -157,7 +153,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self.connection.flush()
         self.connection.initialize()
         self.processor = Processor(self.handler, self.connection)
-        self._reader = FrameReader(self, MAX_FRAME, preface=not client)
+        self._reader = FrameReader(self, self.settings.max_frame, preface=not client)
         self._began = self._last_busy = time.monotonic()
         self._watch_again()
         tls = transport.get_extra_info("ssl_object")
@@ -168,15 +164,15 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         h2 = H2(self.h2_config)
         values = {
             SettingCodes.INITIAL_WINDOW_SIZE: self.settings.stream_window,
-            SettingCodes.MAX_FRAME_SIZE: MAX_FRAME,
-            SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST,
+            SettingCodes.MAX_FRAME_SIZE: self.settings.max_frame,
+            SettingCodes.MAX_HEADER_LIST_SIZE: self.settings.max_headers,
             SettingCodes.MAX_CONCURRENT_STREAMS: self.settings.stream_limit,
         }
         if client:
             values[SettingCodes.ENABLE_PUSH] = 0
         h2.local_settings = Settings(client=client, initial_values=values)
-        h2.max_inbound_frame_size = MAX_FRAME
-        h2.decoder.max_header_list_size = HEADER_LIST
+        h2.max_inbound_frame_size = self.settings.max_frame
+        h2.decoder.max_header_list_size = self.settings.max_headers
         h2.initiate_connection()
         if not client:
             allowed = self.settings.stream_limit * STREAM_SLACK
@@ -279,7 +275,8 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         """Any other frame, or a piece of the preface."""
         self._read_size = _READ_FRAMES
         if len(frame) >= HEAD and frame[3] != HEADERS and not self._is_credit(frame):
-            self.count_frames()
+            # A new window is reckoned for every stream.
+            self.count_frames(1 + (len(self.h2.streams) // _STREAMS_PER_FRAME if frame[3] == SETTINGS else 0))
         # h2 bounds the frames of a header block, not their bytes.
         self._block = self._block + len(frame) if self._in_headers else len(frame)
         if self._block > MAX_CONTROL_FRAME + HEAD:

@@ -183,7 +183,7 @@ class Server(grpclib.server.Server):
     """grpclib's server with hardened connections. asyncio-flavored, but for what its TrioHandlers do in `spawner`."""
 
     def __init__(self, services: Sequence[Any], config: Config, spawner: Spawner | None = None) -> None:
-        super().__init__(services, codec=Codec(), status_details_codec=ProtoStatusDetailsCodec())
+        super().__init__(services, codec=Codec(config), status_details_codec=ProtoStatusDetailsCodec())
         self.spawner = spawner
         self.settings = config
         self.protocols: set[ServerProtocol] = set()

@@ -24,9 +24,6 @@ from aipod.transport.window import ReceiveWindow
 if TYPE_CHECKING:
     from aipod.transport.connection import H2Connection
 
-# Per-frame work in Python dominates: 16 KiB frames carry a third of what these do. Larger ones gain nothing, and other
-# streams would wait for them.
-MAX_FRAME = 512 * KIB
 # A message up to it does not wait for its turn behind long ones (a heartbeat has 10 bytes).
 SMALL = 16 * KIB
 # WINDOW_UPDATE frames that a peer may have saved up before they count as frames like others.
@@ -186,7 +183,10 @@ class H2Stream(base.Stream):
             raise StreamClosedError(self.id)
         h2 = self._h2_connection
         return min(
-            stream.outbound_flow_control_window, h2.outbound_flow_control_window, h2.max_outbound_frame_size, MAX_FRAME
+            stream.outbound_flow_control_window,
+            h2.outbound_flow_control_window,
+            h2.max_outbound_frame_size,
+            self.connection.settings.max_frame,
         )
 
     def _send_frame(self, rest: collections.deque[memoryview], size: int, *, end: bool) -> None:

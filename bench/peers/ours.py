@@ -13,7 +13,6 @@ import grpclib.client
 from grpclib.const import Cardinality, Status
 
 from aipod.config import Config
-from aipod.transport import protocol
 from aipod.transport.channel import Channel, open_call, read_status, send_message
 from aipod.wire.ai import Raw
 from bench.peers import common
@@ -77,7 +76,7 @@ def _data(message: Raw | None) -> bytes:
     return message.data
 
 
-async def _serve() -> None:
+async def _serve(config: Config) -> None:
     import trio
 
     from aipod.transport import bridge
@@ -89,7 +88,7 @@ async def _serve() -> None:
         async with bridge.open_loop(), trio.open_nursery() as calls:
 
             async def start() -> Server:
-                server = Server([Service()], Config(), bridge.Spawner(calls))
+                server = Server([Service()], config, bridge.Spawner(calls))
                 await server.listen([sock])
                 return server
 
@@ -104,16 +103,12 @@ async def _serve() -> None:
 def serve(frame: int = 0) -> None:
     import trio
 
-    limit_frames(frame)
-    trio.run(_serve)
+    trio.run(_serve, settings(frame))
 
 
-def limit_frames(size: int) -> None:
-    """Announce HTTP/2 frames of `size` bytes instead of the transport's own length."""
-    if size:
-        if not hasattr(protocol, "MAX_FRAME"):
-            raise AttributeError("aipod.transport keeps the length of its frames elsewhere: mend limit_frames")
-        protocol.MAX_FRAME = size
+def settings(frame: int) -> Config:
+    """HTTP/2 frames of `frame` bytes instead of the transport's own length, where it is not 0."""
+    return Config(max_frame=frame) if frame else Config()
 
 
 # The client, asyncio-flavored. One message out, one message in:
@@ -156,8 +151,8 @@ class Client:
             await read_status(stream)
 
 
-async def _run(name: str, port: int, *numbers: int) -> common.Report:
-    channel = Channel(f"127.0.0.1:{port}", Config())
+async def _run(name: str, port: int, config: Config, *numbers: int) -> common.Report:
+    channel = Channel(f"127.0.0.1:{port}", config)
     try:
         client = Client(channel)
         if name == "small":
@@ -168,17 +163,15 @@ async def _run(name: str, port: int, *numbers: int) -> common.Report:
 
 
 def send(port: int, size: int, message: int, frame: int = 0) -> common.Report:
-    limit_frames(frame)
-    return asyncio.run(_run("send", port, size, message))
+    return asyncio.run(_run("send", port, settings(frame), size, message))
 
 
 def receive(port: int, size: int, message: int, frame: int = 0) -> common.Report:
-    limit_frames(frame)
-    return asyncio.run(_run("receive", port, size, message))
+    return asyncio.run(_run("receive", port, settings(frame), size, message))
 
 
 def small(port: int, calls: int) -> common.Report:
-    return asyncio.run(_run("small", port, calls))
+    return asyncio.run(_run("small", port, Config(), calls))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Each bound of the transport is the one that was configured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from h2.errors import ErrorCodes
+from h2.settings import SettingCodes
+
+from aipod.codec import Compressor
+from aipod.wire.ai import Raw
+from tests.conftest import Served
+from tests.test_hardening import DATA, PING, Bare, reset
+from tests.test_transport import HEADERS, Peer, honest, prefixed, raw_frame
+
+LOW = (
+    *("--max-frame", "16KiB", "--max-headers", "4KiB", "--max-fields", "128"),
+    *("--reset-burst", "5", "--reset-rate", "1", "--frame-rate", "100"),
+)
+CALM = ErrorCodes.ENHANCE_YOUR_CALM
+
+
+@pytest.fixture(scope="module", params=["low", "default"])
+def bounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, bool]]:
+    """A server, and whether its bounds are low ones. It must still be whole at the end."""
+    low = request.param == "low"
+    options = LOW if low else ()
+    served = Served(
+        "tests.models_under_test:Async", tmp_path_factory.mktemp("server"), (*options, "--tick", "0.1"), "127.0.0.1:0"
+    )
+    try:
+        yield served, low
+        with Peer(served) as peer:
+            honest(peer)
+        assert served.stop() == 0, served.log_text()
+        assert "Traceback" not in served.log_text(), served.log_text()
+    finally:
+        served.process.kill()
+        served.process.communicate()
+
+
+def test_frames(bounded: tuple[Served, bool]) -> None:
+    served, low = bounded
+    with Peer(served) as peer:
+        honest(peer)
+        assert peer.h2.remote_settings[SettingCodes.MAX_FRAME_SIZE] == (16 if low else 512) * 1024
+    with Bare(served) as bare:
+        bare.send(bare.headers(1) + raw_frame(DATA, 0, 1, bytes(16 * 1024 + 1)) + raw_frame(PING, 0, 0, bytes(8)))
+        if low:
+            assert bare.ending() == ErrorCodes.FRAME_SIZE_ERROR
+        else:
+            assert any(kind == PING for kind, *_ in bare.frames())
+
+
+def test_headers(bounded: tuple[Served, bool]) -> None:
+    served, low = bounded
+    with Peer(served) as peer:
+        honest(peer)
+        assert peer.h2.remote_settings[SettingCodes.MAX_HEADER_LIST_SIZE] == (4 if low else 16) * 1024
+    with Bare(served) as bare:
+        block = bare.encoder.encode([*HEADERS, ("x", "y" * 4096)])
+        bare.send(raw_frame(1, 0x4, 1, block) + raw_frame(PING, 0, 0, bytes(8)))
+        if low:
+            assert bare.ending() == CALM
+        else:
+            assert any(kind == PING for kind, *_ in bare.frames())
+
+
+def test_fields(bounded: tuple[Served, bool]) -> None:
+    served, low = bounded
+    first = bytes(Raw(data=Compressor(1).frame(b"{}")))
+    more = b"\x10\x00" * 128  # field 2, again and again
+    with Peer(served) as peer:
+        answer = peer.call(data=prefixed(first + more))
+        assert (answer.status == 3 and "too many fields" in answer.headers["grpc-message"]) == low
+
+
+def test_resets(bounded: tuple[Served, bool]) -> None:
+    served, low = bounded
+    with Bare(served) as bare:
+        bare.send(b"".join(bare.headers(stream) + reset(stream) for stream in range(1, 21, 2)))
+        bare.send(raw_frame(PING, 0, 0, bytes(8)))
+        if low:
+            assert bare.ending() == CALM
+        else:
+            assert any(kind == PING for kind, *_ in bare.frames())
+
+
+def test_frames_that_are_no_payload(bounded: tuple[Served, bool]) -> None:
+    """Too many are read later, as the rate says; never sooner."""
+    served, low = bounded
+    if not low:
+        return
+    with Bare(served) as bare:
+        began = time.monotonic()
+        bare.send(raw_frame(PING, 0, 0, bytes(8)) * 4000 + raw_frame(PING, 0, 0, b"the last"))
+        assert any(kind == PING and body == b"the last" for kind, _, _, body in bare.frames())
+        assert time.monotonic() - began > 1.0
