@@ -11,9 +11,9 @@ from h2.settings import SettingCodes
 
 from aipod.codec import Compressor
 from aipod.wire.ai import Raw
-from tests.conftest import Served
-from tests.test_hardening import DATA, PING, Bare, reset
-from tests.test_transport import HEADERS, Peer, honest, prefixed, raw_frame
+from tests.conftest import Served, wait_until
+from tests.test_hardening import DATA, GOAWAY, PING, Bare, reset
+from tests.test_transport import HEADERS, Peer, descriptors, honest, prefixed, raw_frame
 
 LOW = (
     *("--max-frame", "16KiB", "--max-headers", "4KiB", "--max-fields", "128"),
@@ -98,3 +98,22 @@ def test_frames_that_are_no_payload(bounded: tuple[Served, bool]) -> None:
         bare.send(raw_frame(PING, 0, 0, bytes(8)) * 4000 + raw_frame(PING, 0, 0, b"the last"))
         assert any(kind == PING and body == b"the last" for kind, _, _, body in bare.frames())
         assert time.monotonic() - began > 1.0
+
+
+def test_a_connection_that_the_server_ends_is_not_reset_under_what_is_still_on_its_way(
+    bounded: tuple[Served, bool],
+) -> None:
+    """Its side ends at once; what comes after that is dropped, a mebibyte at most."""
+    served, _ = bounded
+    before = descriptors(served)
+    with Bare(served) as bare:
+        bare.send(raw_frame(GOAWAY, 0, 0, bytes(4) + b"\0\0\0\xff"))
+        assert bare.ending() is None
+        for _ in range(3):
+            bare.socket.sendall(raw_frame(PING, 0, 0, bytes(8)))
+            time.sleep(0.05)
+        assert bare.socket.recv(1) == b""
+        bare.send(bytes(64 * 1024 * 1024))
+        with pytest.raises(ConnectionError):
+            bare.socket.sendall(b"x")
+    wait_until(lambda: descriptors(served) <= before)

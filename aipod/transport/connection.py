@@ -49,7 +49,7 @@ log = logging.getLogger("aipod.transport")
 WRITE_BUFFER = 1 * MIB
 # Where asyncio pauses those who write.
 _HIGH_WATER = 64 * KIB
-# Seconds that a closed connection may take to send what was written last.
+# Seconds that a closed connection may take to send what was written last, and its peer to close it too.
 _LINGER = 10.0
 
 
@@ -93,7 +93,7 @@ class H2Connection(base.Connection):
     def __init__(
         self, h2: H2, transport: asyncio.Transport, *, config: Configuration, settings: Config, client: bool
     ) -> None:
-        super().__init__(h2, transport, config=config)
+        super().__init__(h2, cast(asyncio.Transport, _Socket(transport, lingers=not client)), config=config)
         self.settings = settings
         self.client = client
         self.turns = Turns()
@@ -194,9 +194,6 @@ class H2Connection(base.Connection):
             self._transport.write(frame.serialize())
 
     def close(self) -> None:
-        if not self.is_closing():
-            # close() waits for the write buffer, which a peer that is gone never reads.
-            asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
         super().close()
         # Nobody else wakes those who wait to open a stream on it, or to write.
         self.write_ready.set()
@@ -217,6 +214,41 @@ class H2Connection(base.Connection):
             self._close_by_ping_handler = cast(
                 Any, _AbortTimer(loop.call_later(self._config._keepalive_timeout, self.abort, "no answer to PING"))
             )
+
+
+class _Socket:
+    """The transport as a connection and its streams see it: closed, it takes nothing more.
+
+    A server ends its side only (`lingers`) and leaves it to the peer to close: closed while there is something unread,
+    a socket is reset, and what was written last may be lost on the way (RFC 9112 section 9.6 tells the same of HTTP/1).
+    """
+
+    def __init__(self, transport: asyncio.Transport, *, lingers: bool) -> None:
+        self._transport = transport
+        self._lingers = lingers
+        self._closed = False
+        self.abort = transport.abort
+        self.get_extra_info = transport.get_extra_info
+        self.get_write_buffer_size = transport.get_write_buffer_size
+        self.set_write_buffer_limits = transport.set_write_buffer_limits
+        self.write: Callable[[Any], None] = transport.write
+        self.writelines: Callable[[Any], None] = transport.writelines
+
+    def is_closing(self) -> bool:
+        return self._closed or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        self._closed = True
+        self.write = self.writelines = _nothing
+        # Nobody waits longer for a write buffer that is not read, or for a peer that does not close.
+        asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
+        if self._lingers and self._transport.can_write_eof():
+            self._transport.write_eof()
+            self._transport.resume_reading()  # to see it close; the protocol drops what comes
+        else:
+            self._transport.close()
 
 
 class _AbortTimer:

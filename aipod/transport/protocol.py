@@ -57,6 +57,8 @@ _STREAMS_PER_FRAME = 20
 # A peer may open streams before it has seen our SETTINGS. h2 ends the connection above its limit, so h2 gets this
 # many times ours and the server refuses the excess stream by stream.
 STREAM_SLACK = 4
+# Bytes that a peer may have on their way when its connection is closed.
+_UNWANTED = 1 * MIB
 # PINGs that measure round trips: their content, and the seconds between them while no window grows (first, most).
 _MEASURE = b"roundtrp"
 _PAUSES = (0.1, 10.0)
@@ -132,6 +134,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self._resets = Bucket(config.reset_rate, config.reset_burst)
         self._resting: asyncio.TimerHandle | None = None
         self._block = 0  # bytes of the header block under way
+        self._unwanted = 0  # bytes that came after the end
         self._choked = False  # not read from: too much waits to be written
         self.greeted = asyncio.Event()  # the peer's SETTINGS have come; or nothing more will
         self.ended = asyncio.Event()  # the socket is closed
@@ -192,6 +195,9 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
     def buffer_updated(self, nbytes: int) -> None:
         """`nbytes` have been read."""
         if not self.connection.alive:
+            self._unwanted += nbytes
+            if self._unwanted > _UNWANTED:
+                self.transport.abort()
             return
         end = len(self._rest) + nbytes
         view = _scratch.view[:end]
