@@ -139,3 +139,10 @@ async def test_a_caller_that_leaves_while_its_entry_is_made_leaves_nothing(tmp_p
         assert jobs.held == {}
     assert not spool.look(ID).path.exists()
     assert left_in(spool.path, uploads=True) == []
+
+
+async def test_a_cancel_that_meets_an_entry_in_the_moment_of_its_removal(tmp_path: Path) -> None:
+    """Mutant: the missing directory is an error, which the caller of CANCEL is told of as a bug."""
+    spool = Spool.open(tmp_path / "spool", "app", reserve=0)
+    spool.look(ID).ask_to_stop()
+    assert left_in(spool.path) == []

@@ -103,8 +103,9 @@ class Look:
         return max(self._asked(), default=self.read().get("epoch", 0))
 
     def ask_to_stop(self) -> None:
-        """Ask for the job to be cancelled."""
-        (self.path / "cancel").touch(mode=0o600)
+        """Ask for the job to be cancelled; harmless where it has gone."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / "cancel").touch(mode=0o600)
 
     def watch(self) -> None:
         """Tell that somebody watches."""
