@@ -129,22 +129,29 @@ def test_cancel_and_what_is_said_afterwards(served: Served, tmp_path: Path) -> N
 def test_leaving_an_awaited_call_cancels_its_job_at_once(served: Served, tmp_path: Path) -> None:
     """The caller does not wait for it: the word goes on behind its back, and leaving the client waits for that.
 
-    Nothing of the server's arrives while the caller leaves. Mutants seen: the caller waits for the server's answer; the
-    client is left without it.
+    Nothing of the server's arrives meanwhile. Mutants seen: the caller waits for the server's answer; the client is
+    left without it.
     """
     gate = Gate(tmp_path)
 
+    async def some_turns() -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+
     async def main() -> None:
-        async with open_proxy(served.port) as proxy:
-            async with aipod.Client(proxy.address) as client:
-                call = asyncio.create_task(client.chaos(b"x", metadata=GATED, **gate.kwargs))
-                await until(gate.mark.exists)
-                proxy.hold_down()
-                call.cancel()
-                for _ in range(100):  # turns of the loop
-                    await asyncio.sleep(0)
-                assert call.cancelled()
-                proxy.let_down()
+        async with open_proxy(served.port) as proxy, contextlib.AsyncExitStack() as stack:
+            client = await stack.enter_async_context(aipod.Client(proxy.address))
+            call = asyncio.create_task(client.chaos(b"x", metadata=GATED, **gate.kwargs))
+            await until(gate.mark.exists)
+            proxy.hold_down()
+            call.cancel()
+            await some_turns()
+            assert call.cancelled()
+            leaving = asyncio.create_task(stack.aclose())
+            await some_turns()
+            assert not leaving.done()
+            proxy.let_down()
+            await leaving
 
     run(main)
     run(lambda: until(lambda: all(name.startswith("workers/") for name in left_in(served.spool)), seconds=10))
