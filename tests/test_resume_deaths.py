@@ -1,4 +1,4 @@
-"""Servers that are killed or drained, and disks that are full, seen from the wire."""
+"""Servers that are killed or drained, or that have all the jobs they may have, and full disks, seen from the wire."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpc import StatusCode
+from grpclib.const import Status
 
 from aipod.config import MIB
 from aipod.wire.ai import Op, Phase
+from tests import stranger
 from tests.conftest import Served, run
 from tests.models_resume import answer_to
 from tests.pairs import (
     MODEL,
     PAYLOAD,
     Work,
+    begun,
     entries,
     opened,
     refused,
     running,
     work_in,
 )
+from tests.phases import until
 from tests.wire import Lost, Refusal, ask, attach, call
 
 work = pytest.fixture(work_in)
@@ -132,6 +137,53 @@ def test_a_server_that_drains_leaves_its_jobs_to_the_next_one(serve_one: Callabl
         assert uploading.sent[0] == 1000
         assert (await waiting.visit(second.address)).data == answer_to(PAYLOAD, 10)
         assert work.lines.count("start") == 3
+
+    run(main)
+
+
+def test_a_server_that_has_all_the_jobs_it_may_have_refuses_one_more_and_keeps_what_there_is(
+    serve_one: Callable[..., Served], work: Work
+) -> None:
+    """Whether it is new, an upload that goes on, or in line since its server was killed.
+
+    Mutants seen: no bound of new ones; of uploads that go on; of those that are taken over.
+    """
+
+    async def main() -> None:
+        first = serve_one()
+        blocker, waiting, left_in_line, upload = work.client("wait"), *(work.client(size=size) for size in (1, 2, 3))
+        tasks = [await running(work, work.client("wait"), first.address)]
+        tasks.append(asyncio.create_task(left_in_line.visit(first.address)))
+        await until(lambda: left_in_line.phase == Phase.QUEUED and left_in_line.committed)
+        await begun(upload, first.address)
+        kill(first)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+        full = serve_one("--max-jobs", "2").address
+        task = await running(work, blocker, full)
+        queued = asyncio.create_task(waiting.visit(full))
+        await until(lambda: waiting.phase == Phase.QUEUED)
+        before = entries(first.spool)
+        for refusal in (
+            await refused(work.client(size=4).visit, full),
+            await refused(upload.visit, full),
+            await refused(left_in_line.visit, full),
+            await refused(attach, full, left_in_line.ticket),
+        ):
+            assert (refusal.status, refusal.reason, refusal.retry) == (Status.RESOURCE_EXHAUSTED, "OVERLOADED", True)
+        plain = await asyncio.to_thread(stranger.ask, full, "count", work.client().kwargs)
+        assert (plain.code, plain.info.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert entries(first.spool) == before
+        # Whoever has a job here watches it as before, and a client that comes back gets its own.
+        async with call(full, waiting.ticket, Op.ATTACH) as watcher:
+            await watcher.phase(Phase.QUEUED)
+        work.until.touch()
+        assert (await task).json == "done"
+        assert (await queued).data == answer_to(PAYLOAD, 1)
+        assert (await left_in_line.until_known([full])).data == answer_to(PAYLOAD, 2)
+        assert (await upload.until_known([full])).data == answer_to(PAYLOAD, 3)
+        assert upload.sent[0] == 1000
+        assert work.lines == ["start"] * 5
 
     run(main)
 
