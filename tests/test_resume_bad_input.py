@@ -13,7 +13,7 @@ from aipod.codec import digest, job_id
 from aipod.config import MIB
 from aipod.wire.ai import Op, Phase, Raw
 from tests.conftest import run
-from tests.models_resume import answer_to
+from tests.models_resume import LONG, answer_to
 from tests.pairs import (
     PAYLOAD,
     Pair,
@@ -102,6 +102,8 @@ def test_another_request_under_the_same_ticket(pair: Pair, work: Work, change: C
 
 
 def test_another_source_under_the_same_ticket(pair: Pair, work: Work) -> None:
+    """I9. Mutant seen: the source is no part of the fingerprint."""
+
     async def main() -> None:
         client = work.client()
         await begun(client, pair.a.address)
@@ -114,7 +116,9 @@ def test_another_source_under_the_same_ticket(pair: Pair, work: Work) -> None:
             **client.fields | {"source": b"other", "epoch": 9},
         ) as one:
             assert (await refused(one.outcome)).reason == "OTHER_REQUEST"
-        assert (await client.visit(pair.b.address)).phase == Phase.DONE
+        assert (await client.visit(pair.b.address)).data == answer_to(PAYLOAD, LONG)
+        assert client.sent[0] == 1000
+        assert work.lines == ["start"]
 
     run(main)
 
@@ -129,9 +133,18 @@ def flipped(place: int) -> bytes:
     return GOOD[:place] + bytes([GOOD[place] ^ 16]) + GOOD[place + 1 :]
 
 
-def bomb() -> bytes:
-    compressor = zstandard.ZstdCompressor(write_checksum=True)
-    return compressor.compress(bytes(64 * MIB))
+def bomb(**options: bool) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=True, **options).compress(bytes(64 * MIB))
+
+
+def lying_bomb() -> bytes:
+    """It states the size of a chunk."""
+    frame = bytearray(bomb())
+    assert frame[4] >> 6 == 2, "the size is stated in 4 bytes"
+    at = 5 if frame[4] & 32 else 6
+    assert int.from_bytes(frame[at : at + 4], "little") == 64 * MIB
+    frame[at : at + 4] = (1000).to_bytes(4, "little")
+    return bytes(frame)
 
 
 BAD: list[tuple[str, list[Raw], str]] = [
@@ -144,6 +157,9 @@ BAD: list[tuple[str, list[Raw], str]] = [
     ("no frame", [Raw(data=b"payload", offset=1000)], "BAD_CHUNK"),
     ("an empty frame", [Raw(data=zstandard.compress(b""), offset=1000)], "BAD_CHUNK"),
     ("a bomb", [Raw(data=bomb(), offset=1000)], "BAD_CHUNK"),
+    ("a bomb of no stated size", [Raw(data=bomb(write_content_size=False), offset=1000)], "BAD_CHUNK"),
+    ("a bomb of another size", [Raw(data=lying_bomb(), offset=1000)], "BAD_CHUNK"),
+    ("garbage behind a frame", [Raw(data=GOOD + b"x", offset=1000)], "BAD_CHUNK"),
     ("too much", [Raw(data=zstandard.compress(bytes(5000)), offset=1000)], "SIZE_MISMATCH"),
     ("last too early", [Raw(offset=1000, last=True, digest=digest(PAYLOAD[:1000]))], "SIZE_MISMATCH"),
     ("last of more", [Raw(offset=len(PAYLOAD), last=True, digest=digest(PAYLOAD))], "SIZE_MISMATCH"),
@@ -154,7 +170,11 @@ BAD: list[tuple[str, list[Raw], str]] = [
 
 @pytest.mark.parametrize(("messages", "reason"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
 def test_bad_input_changes_nothing(pair: Pair, work: Work, messages: list[Raw], reason: str) -> None:
-    """I9: the honest client finishes the same job. Mutants seen: a gap is not looked for; `last` is believed."""
+    """I9: the honest client finishes the same job.
+
+    Mutants seen: a gap is not looked for; `last` is believed; a chunk of any size is taken; what is behind its frame is
+    not looked at; a chunk is written before it is checked.
+    """
 
     async def main() -> None:
         client = work.client(size=10)
@@ -172,18 +192,38 @@ def test_bad_input_changes_nothing(pair: Pair, work: Work, messages: list[Raw], 
     run(main)
 
 
-def test_an_overlap_is_skipped_and_a_second_last_is_not_read(pair: Pair, work: Work) -> None:
+@pytest.mark.parametrize("second", [digest(PAYLOAD), digest(b"another")], ids=["the same", "another"])
+def test_an_overlap_is_skipped_and_a_second_last_is_not_read(pair: Pair, work: Work, second: bytes) -> None:
+    """I9. Mutants seen: what overlaps is written again; the last `last` counts."""
+
     async def main() -> None:
         client = work.client(size=10)
         await begun(client, pair.a.address)
         async with opened(client, pair.b.address) as one:
             for start, end in ((0, 700), (300, 1300), (0, 1300), (1300, 1400), (200, len(PAYLOAD))):
                 await one.chunk(PAYLOAD[start:end], start)
-            for _ in range(2):
+            for check in (digest(PAYLOAD), second):
                 with contextlib.suppress(Lost):
-                    await one.send(Raw(offset=len(PAYLOAD), last=True, digest=digest(PAYLOAD)))
+                    await one.send(Raw(offset=len(PAYLOAD), last=True, digest=check))
             outcome = await one.outcome()
         assert outcome.data == answer_to(PAYLOAD, 10)
+        assert work.lines == ["start"]
+
+    run(main)
+
+
+def test_an_upload_that_ends_without_last_is_no_whole_one(pair: Pair, work: Work) -> None:
+    """I9. What has come is kept. Mutant seen: the half-close is taken for `last`."""
+
+    async def main() -> None:
+        client = work.client(size=10)
+        client.sized = False
+        await begun(client, pair.a.address)
+        async with opened(client, pair.a.address) as bad:
+            await bad.chunk(PAYLOAD[1000:2000], 1000, end=True)
+            assert (await refused(bad.outcome)).reason == "TRUNCATED"
+        assert (await client.visit(pair.b.address)).data == answer_to(PAYLOAD, 10)
+        assert client.sent[0] == 2000
         assert work.lines == ["start"]
 
     run(main)
@@ -242,6 +282,8 @@ TICKETS: list[tuple[str, dict[str, Any]]] = [
     ("none", {"ticket": b""}),
     ("an id that is a path", {"job": "../" * 8 + "etc/passwd"}),
     ("an id with more", {"job": "x" + "0" * 32}),
+    ("another id", {"job": "0" * 32}),
+    ("a ticket that is a path", {"ticket": b"../../../etc/passwd"}),
     ("no id", {"job": ""}),
 ]
 
@@ -261,5 +303,37 @@ def test_who_has_not_the_ticket_has_nothing(pair: Pair, work: Work, wrong: dict[
             assert (await refused(one.outcome)).reason == "BAD_TICKET"
         assert entries(pair.spool) == before
         assert (await client.visit(pair.a.address)).data == answer_to(PAYLOAD, 10)
+
+    run(main)
+
+
+UP = "../" * 8 + "etc/passwd"
+PATHS: list[tuple[str, dict[str, Any], str]] = [
+    ("version", {"kwargs": {"version": UP}}, "BAD_VERSION"),
+    ("keyword argument", {"kwargs": {UP: UP}}, "OTHER_REQUEST"),
+    ("method", {"name": UP}, "UNKNOWN_METHOD"),
+    ("spool", {"spool": UP}, "WRONG_SPOOL"),
+    ("source", {"source": UP.encode()}, "OTHER_REQUEST"),
+    ("released ticket", {"released": [UP.encode()], "source": b""}, "OTHER_REQUEST"),
+]
+
+
+@pytest.mark.parametrize("op", [Op.RUN, Op.RESUME])
+@pytest.mark.parametrize(("wrong", "reason"), [row[1:] for row in PATHS], ids=[row[0] for row in PATHS])
+def test_names_that_are_paths(pair: Pair, work: Work, wrong: dict[str, Any], reason: str, op: Op) -> None:
+    """I9. Wherever a client says a name. Mutant seen: any version is taken."""
+
+    async def main() -> None:
+        client = work.client(size=10)
+        await begun(client, pair.a.address)
+        before = entries(pair.spool), sorted(pair.directory.iterdir())
+        given = client.fields | {"epoch": 99, "name": client.name} | wrong
+        given["kwargs"] = client.kwargs | wrong.get("kwargs", {})
+        async with call(pair.b.address, client.ticket, op, **given) as one:
+            assert (await refused(one.outcome)).reason == reason
+        assert (entries(pair.spool), sorted(pair.directory.iterdir())) == before
+        assert (await client.visit(pair.b.address)).data == answer_to(PAYLOAD, 10)
+        assert client.sent[0] == 1000
+        assert work.lines == ["start"]
 
     run(main)
