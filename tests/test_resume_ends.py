@@ -189,6 +189,8 @@ def test_release_forgets_an_answer_for_ever(pair: Pair, work: Work) -> None:
 
 
 def test_a_failure_is_an_answer_that_stays(pair: Pair, work: Work) -> None:
+    """I14. Mutant seen: it is told and not stored, and the job is run again."""
+
     async def main() -> None:
         client = work.client("boom")
         outcome = await client.visit(pair.a.address)

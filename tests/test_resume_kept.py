@@ -186,6 +186,7 @@ def test_a_course_of_a_file_resumes_only_what_was_sent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", [False, True])
 def test_an_answer_goes_on_where_it_was(tmp_path: Path, save: bool) -> None:
+    """I4. Mutants seen: a chunk of any offset is taken; an answer with another digest counts as the same."""
     parts = [b"first", b"second", b"third"]
     whole = b"".join(parts)
     state = State(size=len(whole), digest=digest(whole), content_type="application/octet-stream")

@@ -83,7 +83,10 @@ def test_a_sweep_removes_what_a_job_whose_server_was_killed_at_its_end_does_not_
 
 
 def test_an_upload_is_taken_up_at_its_durable_offset(spool: Spool) -> None:
-    """What was written behind it, by whom ever, is noise."""
+    """I1. What was written behind it, by whom ever, is noise.
+
+    Mutants seen: it goes on at the file's size; who leaves makes nothing durable.
+    """
     entry = claimed(spool, A, TICKETED | {"size": 9})
     entry.write(b"abc")
     entry.checkpoint(now=True)
@@ -146,6 +149,7 @@ def test_an_upload_that_was_never_durable_begins_anew_and_is_hashed(spool: Spool
 
 
 def test_a_payload_shorter_than_what_was_acknowledged_is_damage(spool: Spool) -> None:
+    """I1. Mutant seen: the file's size is not looked at."""
     with killed(spool, A, TICKETED) as entry:
         entry.write(b"abcdef")
         entry.checkpoint(now=True)
@@ -174,6 +178,7 @@ def test_a_destroyed_entry_does_not_take_its_successor_along(spool: Spool) -> No
 
 
 def test_nothing_is_synced_before_the_first_tick_and_a_checkpoint_says_what_is(spool: Spool) -> None:
+    """I1. Mutant seen: what counts as durable does not stand in the journal."""
     entry = claimed(spool, A)
     entry.write(b"abc")
     entry.checkpoint()

@@ -103,7 +103,7 @@ def test_a_fence_is_there_for_ever_and_fences_nothing_that_is(spool: Spool) -> N
 
 
 def test_the_newest_epoch_gets_the_upload_whatever_the_order(spool: Spool) -> None:
-    """I6."""
+    """I6. Mutant seen: no comparison of epochs."""
     first = claimed(spool, A, TICKETED | {"epoch": 5})
     assert spool.take_over(A, 7) is None  # asked
     assert first.words().wanted == 7
@@ -142,6 +142,7 @@ def test_who_asks_while_another_is_getting_the_lock_gets_it(tmp_path: Path) -> N
 
 
 def test_an_older_epoch_than_the_first_is_superseded_before_anybody_has_asked(spool: Spool) -> None:
+    """I6. Mutant seen: the epoch of who has begun the upload does not count."""
     with killed(spool, A, TICKETED | {"epoch": 5}):
         pass
     assert refusal(spool.take_over, A, 4) == "SUPERSEDED"

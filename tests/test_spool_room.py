@@ -77,6 +77,7 @@ def test_a_directory_of_something_else_is_no_spool(tmp_path: Path) -> None:
 
 
 def test_a_payload_that_would_eat_into_the_reserve_is_refused_before_its_first_byte(tmp_path: Path) -> None:
+    """I10. Mutant seen: its size is not looked at."""
     spool = Spool.open(tmp_path, "m.Class", reserve=GIB)
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     assert refusal(spool.claim, A, PLAIN, size=free) == "SPOOL_FULL"
@@ -137,6 +138,7 @@ def test_a_full_disk_is_a_pause_for_an_upload(spool: Spool) -> None:
 
 
 def test_an_outcome_that_does_not_fit_gets_the_payload_s_room(spool: Spool) -> None:
+    """I10. Mutant seen: the payload stays."""
     entry = claimed(spool, A, TICKETED)
     entry.write(b"x")
     journal = Journal(entry.path / "state")

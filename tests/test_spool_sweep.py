@@ -44,6 +44,7 @@ def test_a_sweep_removes_what_no_ticket_can_claim(spool: Spool) -> None:
 
 
 def test_a_sweep_leaves_held_entries_and_living_workers_alone(spool: Spool) -> None:
+    """I12. Mutants seen: an entry is removed without its lock; the lock file of any worker is removed."""
     entry = claimed(spool, A)
     with spool.worker_lock("123-abc").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -54,6 +55,7 @@ def test_a_sweep_leaves_held_entries_and_living_workers_alone(spool: Spool) -> N
 
 
 def test_an_entry_waits_for_the_worker_that_still_computes_for_it(spool: Spool) -> None:
+    """I7. Mutant seen: the worker's lock is not looked at."""
     with killed(spool, A, PLAIN) as entry:
         entry.record({"phase": "RUNNING", "worker": "123-abc"})
     with spool.worker_lock("123-abc").open("w") as file:
@@ -65,6 +67,7 @@ def test_an_entry_waits_for_the_worker_that_still_computes_for_it(spool: Spool) 
 
 @pytest.mark.parametrize(("phase", "keep"), [("RECEIVING", UPLOAD_TTL), ("QUEUED", UPLOAD_TTL), ("DONE", TTL)])
 def test_a_ticketed_entry_is_kept_until_nothing_has_changed_for_its_time(spool: Spool, phase: str, keep: float) -> None:
+    """I3, I12. Mutant seen: its time does not begin anew when somebody comes back."""
     broom = Broom(spool)
     with killed(spool, A, TICKETED | {"phase": phase}):
         pass
@@ -80,11 +83,12 @@ def test_a_ticketed_entry_is_kept_until_nothing_has_changed_for_its_time(spool: 
 
 
 def test_an_upload_that_becomes_an_answer_has_the_time_of_an_answer(spool: Spool) -> None:
+    """I3, I12. Mutant seen: it keeps the time of an upload."""
     broom = Broom(spool)
     with killed(spool, A, TICKETED) as entry:
         assert broom.sweep() == 0
         broom.clock.now += UPLOAD_TTL
-        assert broom.sweep() == 0  # I12: held
+        assert broom.sweep() == 0  # held
         entry.store({"phase": "FAILED"})
     assert broom.sweep() == 0
     broom.clock.now += TTL - 1
@@ -94,6 +98,7 @@ def test_an_upload_that_becomes_an_answer_has_the_time_of_an_answer(spool: Spool
 
 
 def test_a_process_that_has_just_started_lets_entries_live_longer(spool: Spool) -> None:
+    """I11. Mutant seen: an entry that is seen for the first time counts as old."""
     with killed(spool, A, TICKETED):
         pass
     old = Broom(spool)
