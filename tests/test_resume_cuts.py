@@ -59,7 +59,7 @@ def test_a_cut_behind_any_frame_is_not_noticed(served: Served, tmp_path: Path, d
 def test_a_cut_while_the_method_runs_is_not_noticed_and_no_log_is_lost_or_doubled(
     served: Served, tmp_path: Path
 ) -> None:
-    """Nor sent again. Mutants seen: `log_have = 0` in every attempt; all that comes of the log is taken for new."""
+    """Nor sent again. Mutant seen: `log_have = 0` in every attempt."""
     gate = Gate(tmp_path)
     count = 5000
     log: list[str] = []

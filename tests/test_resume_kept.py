@@ -208,6 +208,7 @@ def test_an_answer_goes_on_where_it_was(tmp_path: Path, save: bool) -> None:
 
 
 def test_log_bytes_are_neither_lost_nor_doubled() -> None:
+    """Mutant seen: all that comes is taken for new."""
     course = Course()
     text = "grüße\n".encode()
 
