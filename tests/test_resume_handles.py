@@ -17,6 +17,7 @@ import pytest
 
 import aipod
 from aipod.client import Event
+from aipod.codec import job_id
 from tests.conftest import ROOT, Served, left_in, run
 from tests.gates import ANSWER, GATED, PAYLOAD, SMALL, Gate, payload_file, runs, server
 from tests.phases import until
@@ -238,7 +239,8 @@ def test_a_killed_caller_continues_with_its_ticket_file(
             if phase == "DONE":
                 proxy.hold()
                 gate.gate.touch()
-                await until(lambda: "gated@default done" in served.log_text())
+                job = job_id(bytes.fromhex(json.loads(ticket.read_text())["ticket"]))
+                await until(lambda: f"job {job} gated@default done" in served.log_text())
         finally:
             caller.kill()
             await asyncio.to_thread(caller.wait)
