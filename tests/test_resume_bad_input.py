@@ -230,7 +230,7 @@ def test_an_upload_that_ends_without_last_is_no_whole_one(pair: Pair, work: Work
 
 
 def test_a_digest_that_is_another_stops_the_job_before_it_starts(pair: Pair, work: Work) -> None:
-    """Also after a resume, where the server must read what it has. Mutant seen: no digest of a resumed upload."""
+    """I9. Also after a resume, where the server must read what it has. Mutant seen: no digest of a resumed upload."""
 
     async def main() -> None:
         client = work.client()
@@ -254,7 +254,7 @@ def test_a_digest_that_is_another_stops_the_job_before_it_starts(pair: Pair, wor
     ids=["other bytes", "more bytes"],
 )
 def test_an_upload_of_other_bytes_can_be_begun_anew(pair: Pair, work: Work, wrong: bytes, reason: str) -> None:
-    """They were durable, and told to be: the honest client is told that nothing is. Mutant seen: they are kept."""
+    """I9. They were durable, and told to be: the honest client is told that nothing is. Mutant seen: they are kept."""
 
     async def main() -> None:
         client = work.client()
@@ -279,6 +279,8 @@ TICKETS: list[tuple[str, dict[str, Any]]] = [
     ("another ticket under this id", {"ticket": b"another ticket!!"}),
     ("a short one", {"ticket": b"short"}),
     ("a long one", {"ticket": b"x" * 65}),
+    ("a short one and its id", {"ticket": b"short", "job": job_id(b"short")}),
+    ("a long one and its id", {"ticket": b"x" * 65, "job": job_id(b"x" * 65)}),
     ("none", {"ticket": b""}),
     ("an id that is a path", {"job": "../" * 8 + "etc/passwd"}),
     ("an id with more", {"job": "x" + "0" * 32}),
@@ -291,7 +293,7 @@ TICKETS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("op", [Op.RUN, Op.RESUME, Op.ATTACH, Op.CANCEL, Op.RELEASE])
 @pytest.mark.parametrize("wrong", [row[1] for row in TICKETS], ids=[row[0] for row in TICKETS])
 def test_who_has_not_the_ticket_has_nothing(pair: Pair, work: Work, wrong: dict[str, Any], op: Op) -> None:
-    """I9. Mutant seen: the id is taken from the header."""
+    """I9. Mutants seen: the id is taken from the header; a ticket of any length is one."""
 
     async def main() -> None:
         client = work.client(size=10)
