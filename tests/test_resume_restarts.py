@@ -49,7 +49,10 @@ def test_a_server_that_is_drained_during_an_upload_is_not_sent_again_what_it_has
 
 @pytest.mark.parametrize("phase", ["RECEIVING", "QUEUED", "RUNNING", "DONE"])
 def test_the_server_is_killed_and_started_again(serve: Serve, tmp_path: Path, phase: str) -> None:
-    """On the same port and spool. Only what ran is interrupted."""
+    """I2, I7. On the same port and spool. Only what ran is interrupted; whatever was lost, it is the same job.
+
+    Mutants seen: an upload, or a run, that was lost is begun under a new ticket.
+    """
     port = free_port()
     options = ("--tick", "0.1", "--instances", "1")
     first = serve(MODEL, *options, bind=f"127.0.0.1:{port}")
@@ -57,11 +60,12 @@ def test_the_server_is_killed_and_started_again(serve: Serve, tmp_path: Path, ph
     other.gate.touch() if phase != "QUEUED" else None
 
     async def main() -> Any:
-        killed, feed = asyncio.Event(), Feed()
+        killed, feed, jobs = asyncio.Event(), Feed(), set[str]()
         feed.go.set() if phase != "RECEIVING" else None
 
         def kill(event: Event) -> None:
             feed.note(event)
+            jobs.add(event.job_id)
             due = {"DONE": True, "RUNNING": gate.mark.exists()}.get(phase, feed.durable.is_set())
             if not killed.is_set() and event.phase == phase and due:
                 first.process.kill()
@@ -90,6 +94,7 @@ def test_the_server_is_killed_and_started_again(serve: Serve, tmp_path: Path, ph
             if before is not None:
                 with pytest.raises(aipod.Interrupted):
                     await before.wait()
+        assert len(jobs) == 1
 
     run(main)
     assert gate.runs == (0 if phase == "DONE" else 1)
@@ -97,30 +102,35 @@ def test_the_server_is_killed_and_started_again(serve: Serve, tmp_path: Path, ph
 
 def test_jobs_go_to_another_spool_only_before_they_are_complete(serve: Serve, tmp_path: Path) -> None:
     """I13. Two servers with separate spools behind one address. A small job names the wrong spool, and nothing is made
-    there but what is asked for once more; a complete one is looked for until its server is back."""
+    there but what is asked for once more; complete ones are looked for until their server is back.
+
+    Mutants seen: a call whose `last` was sent does not name the spool; it does not say that it must exist.
+    """
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    one, two = (serve(MODEL, "--tick", "0.1", directory=tmp_path / name) for name in ("one", "two"))
-    gate = Gate(tmp_path)
+    one, two = (serve(MODEL, "--tick", "0.1", "--instances", "2", directory=tmp_path / name) for name in ("one", "two"))
+    gate, awaited = Gate(tmp_path), Gate(tmp_path, "awaited")
     mark = tmp_path / "small"
 
     async def main() -> None:
         async with open_proxy(one.port) as proxy, aipod.Client(proxy.address) as client:
             job = await client.submit("gated", b"x", **gate.kwargs)
-            await until(gate.mark.exists)
-            waiting = asyncio.create_task(job.wait())
+            call = client.chaos(b"x", metadata=GATED, **awaited.kwargs)
+            waiting = [asyncio.create_task(job.wait()), asyncio.create_task(call)]
+            await until(lambda: gate.mark.exists() and awaited.mark.exists())
             before = proxy.connections
             proxy.switch(two.port)
             await until(lambda: proxy.connections > before)  # else `last` may go to the dead one
             assert await client.chaos(b"x", mark=str(mark)) == SMALL
             assert runs(mark) == 1
             gate.gate.touch()
+            awaited.gate.touch()
             attempts = proxy.connections
             await asyncio.sleep(0.3)
-            assert not waiting.done()
+            assert not any(one.done() for one in waiting)
             proxy.switch(one.port)
-            assert await waiting == SMALL
+            assert await asyncio.gather(*waiting) == [SMALL, SMALL]
             assert proxy.connections > attempts
 
     run(main)
-    assert gate.runs == 1
+    assert (gate.runs, awaited.runs) == (1, 1)
