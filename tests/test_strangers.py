@@ -241,7 +241,8 @@ def test_a_file_comes_in_several_messages(server: Served, face: str) -> None:
 
 
 def test_json_above_the_message_limit_comes_in_several_messages(serve: Serve) -> None:
-    served = serve("tests.models_strangers:Stranger", "--max-message", str(2 << 20))
+    """I15. No heartbeat is among them, though its time comes. Mutant seen: heartbeats go on during the answer."""
+    served = serve("tests.models_strangers:Stranger", "--max-message", str(2 << 20), "--tick", "0.01")
     reply = ask(served.address, "text", {"length": 12_000_000})
     assert len(json.loads(reply.decompressed())) == 12_000_000
     assert len(reply.answer) > 2
