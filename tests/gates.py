@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from aipod.client import Event
+from aipod.config import CHUNK
 from tests.conftest import Served, left_in
 
 MODEL = "tests.models_faults:Counted"
@@ -52,14 +53,14 @@ class Gate:
 
 
 class Feed:
-    """A payload that goes on until a part of it is durable at the server, pauses until `go`, and ends."""
+    """A payload that goes on until some chunks of it are durable at the server, pauses until `go`, and ends."""
 
     def __init__(self) -> None:
         self.durable, self.go = asyncio.Event(), asyncio.Event()
         self._sent = bytearray()
 
     def note(self, event: Event) -> None:
-        if event.offset:
+        if event.offset > 2 * CHUNK:
             self.durable.set()
 
     async def pieces(self) -> AsyncIterator[bytes]:
