@@ -194,9 +194,9 @@ HOLDERS = """if True:
     import os, sys, time
     from pathlib import Path
     from aipod.spool import Spool, Sweeper
-    spool, until, holds = Spool.open(Path(sys.argv[1]), "m.Class", reserve=0), time.monotonic() + 1.5, 0
+    spool, until, holds = Spool.open(Path(sys.argv[1]), "m.Class", reserve=0), time.monotonic() + 60, 0
     mark = spool.path.parent / "mark"
-    while time.monotonic() < until:
+    while holds < 60 and time.monotonic() < until:
         entry = spool.claim("a" * 32, {"ticketed": True}) or spool.hold("a" * 32)
         if entry is not None:
             os.mkdir(mark)  # raises where there is another holder
