@@ -69,6 +69,9 @@ class Config:
     )
     load_timeout: float = _setting(10 * MINUTES, "Seconds that a model may take to load.", low=1, high=24 * HOURS)
 
+    # Each has a lock's descriptor and a task, and goes on when its caller has left.
+    max_jobs: int = _setting(10_000, "Jobs at once that have not ended.", low=1)
+
     # Payloads
     max_payload: int = _setting(0, "Largest payload, uncompressed; 0 is none but the disk's reserve.", low=0)
     max_kwargs: int = _setting(16 * MIB, "Largest kwargs, as JSON; 0 is none.", low=0, high=256 * MIB)

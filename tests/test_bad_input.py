@@ -337,6 +337,7 @@ def flipped(data: bytes) -> bytes:
     ids=["garbage", "cut 1", "cut half", "cut header", "no checksum", "behind", "zeros", "flipped", "byte more"],
 )
 def test_bad_plain_payloads(one: Served, payload: list[bytes], reason: str, declared: bool) -> None:
+    """I15. Mutant seen: the end of the stream is not looked at, so that a cut one counts as whole."""
     answer = plain(one.address, payload, {"_aipod_bin_size": len(RANDOM)} if declared else {})
     assert answer.refusal == (INVALID, reason)
 

@@ -746,6 +746,7 @@ def test_a_corrupt_answer_is_never_returned(served: Served, tmp_path: Path, flip
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("wrong", ["digest", "size", "offset", "chunk", "nothing"])
 def test_an_answer_is_checked_against_what_was_stored(tmp_path: Path, save: bool, wrong: str) -> None:
+    """I4. Mutant seen: the digest is not compared."""
     frame = Compressor(1).frame(b"answer")
     state = State(size=6, digest=digest(b"answer"), content_type="application/octet-stream")
     message = Raw(data=frame, offset=0, last=True)

@@ -16,7 +16,7 @@ import trio
 from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
-from aipod.job.job import Answer, Job
+from aipod.job.job import Answer, Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, Terms, run_job
@@ -627,6 +627,24 @@ async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:
     job.heed(Words(wanted=job.epoch + 1), 0, 1.0)
     assert (job.upload.cancel_called, job.superseded_by) == (True, job.epoch + 1)
     assert not job.scope.cancel_called
+
+
+async def test_who_watches_from_another_process_is_woken_by_news_only(tmp_path: Path) -> None:
+    """Once a tick it is told all the same. Mutant seen: nothing reported counts as news (as it did once)."""
+    look = Spool.open(tmp_path, "app", reserve=0).look("a" * 32)
+    told = Told(look, "", Keep())
+    phase: dict[str, Any] = {"phase": "RUNNING"}
+    half: dict[str, Any] = {"progress": 0.5, "message": "half"}
+    for fields, live, news in (
+        (phase, {}, True),
+        (phase, {}, False),
+        (phase, half, True),
+        (phase, half, False),
+        (phase | {"settled": True}, half, True),
+    ):
+        changed = told.changed
+        told.learn(fields, live)
+        assert changed.is_set() == news
 
 
 async def test_a_job_whose_worker_died_before_the_run_is_back_in_line_for_every_process(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aipod.results import INLINE, BadResult, Result, settle
-from tests.test_spool import largest_file
+from tests.spools import largest_file
 
 
 class Place:

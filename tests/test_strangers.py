@@ -106,6 +106,7 @@ def test_each_message_may_carry_kwargs_and_only_the_first_ones_count(server: Ser
 
 @pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1, 0])
 def test_a_size_that_is_not_the_payloads_is_refused(server: Served, size: int) -> None:
+    """I15. Mutant seen: the size is not looked at."""
     reply = ask(server.address, "predict", {"_aipod_bin_size": size}, shaped(DATA, "stream"))
     assert (reply.code, reply.info.reason) == (Code.INVALID_ARGUMENT, "SIZE_MISMATCH")
     assert str(size) in reply.details
@@ -240,7 +241,8 @@ def test_a_file_comes_in_several_messages(server: Served, face: str) -> None:
 
 
 def test_json_above_the_message_limit_comes_in_several_messages(serve: Serve) -> None:
-    served = serve("tests.models_strangers:Stranger", "--max-message", str(2 << 20))
+    """I15. No heartbeat is among them, though its time comes. Mutant seen: heartbeats go on during the answer."""
+    served = serve("tests.models_strangers:Stranger", "--max-message", str(2 << 20), "--tick", "0.01")
     reply = ask(served.address, "text", {"length": 12_000_000})
     assert len(json.loads(reply.decompressed())) == 12_000_000
     assert len(reply.answer) > 2
@@ -360,6 +362,7 @@ def test_the_server_itself_keeps_the_deadline(server: Served) -> None:
 
 @WATCHES
 def test_a_lost_connection_cancels_the_job(watched: Served, method: str, mark: Mark) -> None:
+    """I15. Mutant seen: a plain client's job goes on without it, as an own client's does."""
     command = [sys.executable, "-m", "tests.stranger", watched.address, method, json.dumps(mark.kwargs)]
     with subprocess.Popen(command, cwd=ROOT) as client:
         mark.wait("started")
@@ -386,6 +389,7 @@ def test_a_job_in_the_queue_is_cancelled_too(server: Served, mark: Mark, tmp_pat
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
 def test_an_upload_that_is_left_leaves_nothing(server: Served, how: str) -> None:
+    """I15. Mutant seen: its entry is let go of, and goes with the next sweep."""
     requests: queue.Queue[Any] = queue.Queue()
     with open_channel(server.address) as channel:
         call = start(channel, "predict", iter(requests.get, None))
@@ -400,6 +404,7 @@ def test_an_upload_that_is_left_leaves_nothing(server: Served, how: str) -> None
         wait_until(lambda: not jobs_in(server))
         requests.put(None)
     still_serves(server)
+    assert "entries that nobody wants any more" not in server.log_text()
 
 
 # ---- Node's grpc-js

@@ -63,6 +63,7 @@ class Call:
         self._stream = stream
         self._have = have
         self.states: list[State] = []
+        self.beats = 0  # heartbeats without a state: no job has been found yet
         self.on_state: Callable[[State], None] = lambda state: None
         self.data = b""  # of the answer, from `have` on
         self.log = b""  # from `log_have` on
@@ -101,7 +102,9 @@ class Call:
                 self.log += state.log
             self.states.append(state)
             self.on_state(state)
-        elif message.data != b"PONG":
+        elif message.data == b"PONG":
+            self.beats += 1
+        else:
             assert message.offset == self._have + len(self.data)
             if message.data:
                 self.data += zstandard.decompress(message.data)

@@ -180,7 +180,7 @@ class Told(Watched):
 
     def learn(self, fields: dict[str, Any], live: dict[str, Any]) -> None:
         """Take in what the spool says now."""
-        new = (fields, live) != (self._fields, {"progress": self.progress, "message": self.message})
+        before = self._fields, self.progress, self.message
         self._fields = fields
         self.phase = Phase[fields.get("phase", "RECEIVING")]
         self.epoch = fields.get("epoch", 0)
@@ -190,7 +190,7 @@ class Told(Watched):
             self.answer = stored_answer(fields)
         elif self.ended:
             self.error = stored_error(fields)
-        if new:
+        if before != (self._fields, self.progress, self.message):
             self.notify()
 
 

@@ -35,8 +35,6 @@ log = logging.getLogger("aipod.job")
 
 # Seconds that a newer connection waits for an older one to let go of an upload; a checkpoint takes a part of one.
 TAKE_OVER = 10.0
-# Jobs that this process holds at once: each has a lock's descriptor and a task, and goes on when its caller has left.
-MAX_JOBS = 10_000
 # Times that a job's holder is asked to end it, half a tick apart.
 _END_TRIES = 4
 # Seconds between two looks at an entry that somebody is making.
@@ -93,6 +91,7 @@ class Jobs:
                 if fields.get("phase", "RECEIVING") != "RECEIVING":
                     return await self.attach(job_id)
                 self._check_open()
+                self._check_room(job_id)
                 older = self.held.get(job_id)
                 if older is not None and older.epoch < epoch:
                     older.give_up_upload(epoch)
@@ -105,7 +104,10 @@ class Jobs:
         raise Refused("BUSY", "an older connection has not yet let go of this upload; try again")
 
     async def attach(self, job_id: str) -> Job | Told:
-        """The job, to be watched. This is a trio-flavored async function. Raises `Refused` (NOT_FOUND, DRAINING)."""
+        """The job, to be watched. This is a trio-flavored async function.
+
+        Raises `Refused` (NOT_FOUND, DRAINING, OVERLOADED).
+        """
         while True:
             if job_id in self.held:
                 return self.held[job_id]
@@ -116,6 +118,7 @@ class Jobs:
             if free and job_id not in self.held:
                 if self.draining:
                     raise self.draining_with_job()
+                self._check_room(job_id)
                 await self.adopt(job_id)
                 continue
             told = Told(look, self._spool.id, self._keep)
@@ -183,8 +186,7 @@ class Jobs:
         return entry
 
     def _claim(self, request: Request) -> Callable[[], Entry | None]:
-        if len(self.held) >= MAX_JOBS:
-            raise Refused("OVERLOADED", f"the server has {MAX_JOBS} jobs that have not ended; try again later")
+        self._check_room(request.job_id)
         return functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
 
     async def leave_upload(self, job: Job) -> None:
@@ -364,6 +366,14 @@ class Jobs:
     def _check_open(self) -> None:
         if self.draining:
             raise Refused("DRAINING", "the server is shutting down; try again")
+
+    def _check_room(self, job_id: str) -> None:
+        """Before this process works on one job more."""
+        limit = self._config.max_jobs
+        if len(self.held) >= limit and job_id not in self.held:
+            raise Refused(
+                "OVERLOADED", f"the server has {limit} jobs that have not ended (--max-jobs); try again later"
+            )
 
     def draining_with_job(self) -> Refused:
         """For the caller of a job that is here to stay: it must not be created anywhere else."""

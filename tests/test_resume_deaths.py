@@ -1,0 +1,256 @@
+"""Servers that are killed or drained, or that have all the jobs they may have, and full disks, seen from the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc import StatusCode
+from grpclib.const import Status
+
+from aipod.config import MIB
+from aipod.wire.ai import Op, Phase
+from tests import stranger
+from tests.conftest import Served, run
+from tests.models_resume import answer_to
+from tests.pairs import (
+    MODEL,
+    PAYLOAD,
+    Work,
+    begun,
+    entries,
+    opened,
+    refused,
+    running,
+    work_in,
+)
+from tests.phases import until
+from tests.wire import Lost, Refusal, ask, attach, call
+
+work = pytest.fixture(work_in)
+
+
+@pytest.fixture
+def serve_one(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Servers of a spool of this test's own, one instance each."""
+    started: list[Served] = []
+
+    def start(*options: str) -> Served:
+        fixed = ("--tick", "0.2", "--drain", "0", "--cancel-grace", "1")
+        started.append(Served(MODEL, tmp_path, (*fixed, *options), "127.0.0.1:0"))
+        return started[-1]
+
+    yield start
+    for served in started:
+        if served.process.poll() is None:
+            assert served.stop() == 0, served.log_text()
+
+
+def kill(served: Served) -> None:
+    served.process.kill()
+    served.process.communicate()
+
+
+def test_a_run_is_interrupted_when_its_server_dies_and_what_waited_is_run(
+    serve_one: Callable[..., Served], work: Work
+) -> None:
+    """I7. Mutants seen: RUNNING is adopted as QUEUED; a job whose lock is held counts as free; nobody adopts."""
+
+    async def main() -> None:
+        first, second = serve_one(), serve_one()
+        client, waiting, boring = work.client("wait"), work.client(size=10), work.client(size=20)
+        task = await running(work, client, first.address)
+        queued = [asyncio.create_task(one.visit(first.address)) for one in (waiting, boring)]
+        async with call(second.address, client.ticket, Op.ATTACH) as watcher:
+            await watcher.phase(Phase.RUNNING)
+            for one in (waiting, boring):
+                async with asyncio.timeout(10):
+                    while one.phase != Phase.QUEUED or not one.committed:
+                        await asyncio.sleep(0.02)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):  # while its server lives nobody says otherwise
+                    await watcher.outcome()
+            assert {state.phase for state in watcher.states} == {Phase.RUNNING}
+            kill(first)
+            for lost in (task, *queued):
+                with pytest.raises(Lost):
+                    await lost
+            outcome = await watcher.outcome()
+        assert (outcome.phase, outcome.reason) == (Phase.FAILED, "INTERRUPTED")
+        assert await client.visit(second.address) == outcome
+        # Who has only the ticket has it run as well.
+        assert (await attach(second.address, waiting.ticket)).data == answer_to(PAYLOAD, 10)
+        assert (await boring.visit(second.address)).data == answer_to(PAYLOAD, 20)
+        assert work.lines == ["start"] * 3
+
+    run(main)
+
+
+def test_a_restartable_method_is_run_once_more_and_no_more(serve_one: Callable[..., Served], work: Work) -> None:
+    async def main() -> None:
+        servers = [serve_one() for _ in range(2)]
+        client = work.client("wait_again")
+        task = await running(work, client, servers[0].address)
+        for n in (0, 1):
+            following = serve_one() if n else servers[1]
+            kill(servers[n])
+            with pytest.raises(Lost):
+                await task
+            task = asyncio.create_task(client.visit(following.address))
+            if n == 0:
+                await work.started(2)
+        outcome = await task
+        assert (outcome.phase, outcome.reason) == (Phase.FAILED, "INTERRUPTED")
+        assert work.lines == ["start"] * 2
+        assert await attach(following.address, client.ticket) == outcome
+
+    run(main)
+
+
+def test_a_server_that_drains_leaves_its_jobs_to_the_next_one(serve_one: Callable[..., Served], work: Work) -> None:
+    async def main() -> None:
+        first, second = serve_one(), serve_one()
+        blocker, waiting, uploading = work.client("wait"), work.client(size=10), work.client(size=20)
+        task = await running(work, blocker, first.address)
+        queued = asyncio.create_task(waiting.visit(first.address))
+        async with opened(uploading, first.address) as one:
+            await one.chunk(PAYLOAD[:1000], 0)
+            async with asyncio.timeout(10):
+                while waiting.phase != Phase.QUEUED:
+                    await asyncio.sleep(0.02)
+            stopped = asyncio.create_task(asyncio.to_thread(first.stop))
+            refusal = await refused(one.outcome)
+            assert (refusal.reason, refusal.retry) == ("DRAINING", True)
+        ended = await task
+        assert (ended.phase, ended.reason) == (Phase.FAILED, "INTERRUPTED")
+        with pytest.raises((Refusal, Lost)):  # it comes again
+            await queued
+        assert await stopped == 0
+        assert await attach(second.address, blocker.ticket) == ended
+        assert (await uploading.visit(second.address)).data == answer_to(PAYLOAD, 20)
+        assert uploading.sent[0] == 1000
+        assert (await waiting.visit(second.address)).data == answer_to(PAYLOAD, 10)
+        assert work.lines.count("start") == 3
+
+    run(main)
+
+
+def test_a_server_that_has_all_the_jobs_it_may_have_refuses_one_more_and_keeps_what_there_is(
+    serve_one: Callable[..., Served], work: Work
+) -> None:
+    """Whether it is new, an upload that goes on, or in line since its server was killed.
+
+    Mutants seen: no bound of new ones; of uploads that go on; of those that are taken over.
+    """
+
+    async def main() -> None:
+        first = serve_one()
+        blocker, waiting, left_in_line, upload = work.client("wait"), *(work.client(size=size) for size in (1, 2, 3))
+        tasks = [await running(work, work.client("wait"), first.address)]
+        tasks.append(asyncio.create_task(left_in_line.visit(first.address)))
+        await until(lambda: left_in_line.phase == Phase.QUEUED and left_in_line.committed)
+        await begun(upload, first.address)
+        kill(first)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+        full = serve_one("--max-jobs", "2").address
+        task = await running(work, blocker, full)
+        queued = asyncio.create_task(waiting.visit(full))
+        await until(lambda: waiting.phase == Phase.QUEUED)
+        before = entries(first.spool)
+        for refusal in (
+            await refused(work.client(size=4).visit, full),
+            await refused(upload.visit, full),
+            await refused(left_in_line.visit, full),
+            await refused(attach, full, left_in_line.ticket),
+        ):
+            assert (refusal.status, refusal.reason, refusal.retry) == (Status.RESOURCE_EXHAUSTED, "OVERLOADED", True)
+        plain = await asyncio.to_thread(stranger.ask, full, "count", work.client().kwargs)
+        assert (plain.code, plain.info.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert entries(first.spool) == before
+        # Whoever has a job here watches it as before, and a client that comes back gets its own.
+        async with call(full, waiting.ticket, Op.ATTACH) as watcher:
+            await watcher.phase(Phase.QUEUED)
+        work.until.touch()
+        assert (await task).json == "done"
+        assert (await queued).data == answer_to(PAYLOAD, 1)
+        assert (await left_in_line.until_known([full])).data == answer_to(PAYLOAD, 2)
+        assert (await upload.until_known([full])).data == answer_to(PAYLOAD, 3)
+        assert upload.sent[0] == 1000
+        assert work.lines == ["start"] * 5
+
+    run(main)
+
+
+# A full disk
+
+
+def limit(served: Served, size: int) -> None:
+    """No file of the server's may be longer from now on, which is what a full disk looks like."""
+    resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_fills_up_is_a_pause(serve_one: Callable[..., Served], work: Work) -> None:
+    """I10. Mutants seen: no checkpoint on leaving; SPOOL_FULL comes without RetryInfo."""
+    payload = os.urandom(3 * MIB)
+
+    async def main() -> None:
+        served = serve_one()
+        client = work.client(payload=payload, size=10)
+        fields: dict[str, Any] = {"size": None}
+        limit(served, 2 * MIB + 1000)
+        async with opened(client, served.address, **fields) as one:
+            await one.chunk(payload[:MIB], 0, sync=True)
+            await one.until(lambda state: state.offset == MIB)
+            with contextlib.suppress(Lost):
+                for n in (1, 2):
+                    await one.chunk(payload[n * MIB : (n + 1) * MIB], n * MIB)
+            refusal = await refused(one.outcome)
+            assert (refusal.reason, refusal.retry) == ("SPOOL_FULL", True)
+        # Still full: what there is is told, and no more.
+        async with opened(client, served.address, **fields) as one:
+            assert one.states[-1].offset == 2 * MIB + 1000
+        # A known size is refused before the first byte, and leaves nothing.
+        other = work.client(payload=payload)
+        before = entries(served.spool)
+        refusal = await refused(other.visit, served.address)
+        assert (refusal.reason, refusal.retry) == ("SPOOL_FULL", True)
+        assert entries(served.spool) == before
+        limit(served, resource.RLIM_INFINITY)
+        async with opened(client, served.address, **fields) as one:
+            have = one.states[-1].offset
+            assert have == 2 * MIB + 1000
+            await one.chunk(payload[have:], have)
+            await one.last(payload)
+            assert (await one.outcome()).data == answer_to(payload, 10)
+        assert work.lines == ["start"]
+
+    run(main)
+
+
+def test_a_disk_that_is_full_ends_neither_the_server_nor_what_it_knows(
+    serve_one: Callable[..., Served], work: Work
+) -> None:
+    """Mutant seen: what `open.released` raises reaches the server's nursery (as it once did)."""
+
+    async def main() -> None:
+        served = serve_one()
+        client = work.client(size=10)
+        outcome = await client.visit(served.address)
+        limit(served, 100)  # no journal takes another line
+        async with call(served.address, os.urandom(16), Op.ATTACH, released=[client.ticket]) as one:
+            assert (await refused(one.outcome)).reason == "NOT_FOUND"
+        assert (await refused(ask, served.address, client.ticket, Op.RELEASE)).reason == "SPOOL_FULL"
+        assert (await refused(work.client().visit, served.address)).reason == "SPOOL_FULL"
+        assert await attach(served.address, client.ticket) == outcome
+        limit(served, resource.RLIM_INFINITY)
+        assert (await ask(served.address, client.ticket, Op.RELEASE)).phase == Phase.RELEASED
+        assert served.process.poll() is None
+
+    run(main)

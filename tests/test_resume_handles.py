@@ -1,0 +1,317 @@
+"""A job in the hands of its caller: handles, and ticket files, with which a caller that was killed continues."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aipod
+from aipod.client import Event
+from aipod.codec import job_id
+from tests.conftest import ROOT, Served, left_in, run
+from tests.gates import ANSWER, GATED, PAYLOAD, SMALL, Gate, payload_file, runs, server
+from tests.phases import until
+from tests.proxy import Fault, Proxy, open_proxy
+
+served = pytest.fixture(scope="module")(server)
+payload = pytest.fixture(payload_file)
+
+# Handles
+
+
+def test_a_submitted_job_goes_on_and_is_found_by_its_ticket(served: Served, payload: Path, tmp_path: Path) -> None:
+    """In this process, after its client was closed, and in another one."""
+    gate = Gate(tmp_path)
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            job = await client.submit("gated", payload, **gate.kwargs)
+            assert job.id == hashlib.sha256(job.ticket).hexdigest()[:32]
+            with pytest.raises(TimeoutError):
+                await job.wait(timeout=0.2)
+            waiting = asyncio.create_task(job.wait())
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        code = (
+            "import asyncio, sys, aipod\n"
+            "async def main():\n"
+            "    async with aipod.Client(sys.argv[1]) as client:\n"
+            "        print(await client.attach(sys.argv[2]).wait())\n"
+            "asyncio.run(main())\n"
+        )
+        command = [sys.executable, "-c", code, served.address, str(job)]
+        other = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=ROOT)
+        async with aipod.Client(served.address) as client:
+            same = client.attach(job.ticket)
+            saving = asyncio.create_task(same.save(tmp_path / "answer"))
+            gate.gate.touch()
+            assert json.loads((await saving).read_text()) == ANSWER
+            assert await same.wait() == ANSWER
+        out, _ = await other.communicate()
+        assert out.decode().strip() == str(ANSWER)
+
+    run(main)
+    assert gate.runs == 1
+
+
+def test_events_of_a_job(served: Served, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+
+    async def main() -> list[Event]:
+        events = []
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
+            job = await client.submit("gated", b"x", lines=3, **gate.kwargs)
+            async with contextlib.aclosing(job.events()) as stream:
+                async for event in stream:
+                    events.append(event)
+                    if "line 2" in event.log:
+                        proxy.cut()
+                        gate.gate.touch()
+            assert await job.wait() == SMALL
+        return events
+
+    events = run(main)
+    assert "".join(event.log for event in events) == "line 0 grüße\nline 1 grüße\nline 2 grüße\nthe end\n"
+    assert {"CONNECTING", "RUNNING"} <= {event.phase for event in events}
+    assert (events[-1].phase, events[-1].runs) == ("DONE", 1)
+
+
+def test_events_can_be_left_early(served: Served, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+
+    async def main() -> Any:
+        async with aipod.Client(served.address) as client:
+            job = await client.submit("gated", b"x", **gate.kwargs)
+            async with contextlib.aclosing(job.events()) as stream:
+                async for event in stream:
+                    if event.phase == "RUNNING":
+                        break
+            gate.gate.touch()
+            return await job.wait()
+
+    assert run(main) == SMALL
+
+
+def test_cancel_and_what_is_said_afterwards(served: Served, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+
+    async def main() -> list[str]:
+        reasons = []
+        async with aipod.Client(served.address) as client:
+            job = await client.submit("gated", b"x", **gate.kwargs)
+            await until(gate.mark.exists)
+            await job.cancel()
+            for _ in range(2):
+                with pytest.raises(aipod.JobCancelled) as caught:
+                    await job.wait()
+                reasons.append(caught.value.reason)
+            await job.cancel()
+            for act in (client.attach(b"x" * 16).wait, client.attach(b"x" * 16).cancel):
+                with pytest.raises(aipod.Refused) as refused:
+                    await act()
+                reasons.append(refused.value.reason)
+        return reasons
+
+    assert run(main) == ["CANCELLED", "CANCELLED", "NOT_FOUND", "NOT_FOUND"]
+
+
+def test_leaving_an_awaited_call_cancels_its_job_at_once(served: Served, tmp_path: Path) -> None:
+    """The caller does not wait for it: the word goes on behind its back, and leaving the client waits for that.
+
+    Nothing of the server's arrives meanwhile. Mutants seen: the caller waits for the server's answer; the client is
+    left without it.
+    """
+    gate = Gate(tmp_path)
+
+    async def some_turns() -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        async with open_proxy(served.port) as proxy, contextlib.AsyncExitStack() as stack:
+            client = await stack.enter_async_context(aipod.Client(proxy.address))
+            call = asyncio.create_task(client.chaos(b"x", metadata=GATED, **gate.kwargs))
+            await until(gate.mark.exists)
+            proxy.hold_down()
+            call.cancel()
+            await some_turns()
+            assert call.cancelled()
+            leaving = asyncio.create_task(stack.aclose())
+            await some_turns()
+            assert not leaving.done()
+            proxy.let_down()
+            await leaving
+
+    run(main)
+    run(lambda: until(lambda: all(name.startswith("workers/") for name in left_in(served.spool)), seconds=10))
+
+
+def test_small_answers_are_released_with_the_next_call_and_large_ones_at_once(served: Served, tmp_path: Path) -> None:
+    """`RELEASED` is what a second look at the ticket finds."""
+
+    async def main() -> list[str]:
+        reasons = []
+        async with aipod.Client(served.address) as client:
+            for length in (10, 200_000):
+                job = await client.submit("seeded", length=length)
+                same = client.attach(str(job))
+                assert await same.wait() == random.Random(0).randbytes(length)
+                assert await job.wait() == random.Random(0).randbytes(length), "a handle's answer stays"
+                await job.release()
+                with pytest.raises(aipod.JobFailed) as caught:
+                    await job.wait()
+                reasons.append(caught.value.reason)
+            ticket = tmp_path / "ticket"
+            small: list[str] = []
+
+            def note(event: Event) -> None:
+                if event.phase == "DONE" and not small:
+                    small.append(json.loads(ticket.read_text())["ticket"])
+
+            await client.chaos(b"x", ticket_file=ticket, on_event=note)
+            assert not ticket.exists()
+            async with aipod.Client(served.address) as other:  # the next call of `client` takes the word along
+                assert await other.attach(small[0]).wait() == SMALL
+            await client.chaos(b"x")
+
+            async def released() -> str:
+                while True:
+                    try:
+                        await client.attach(small[0]).wait()
+                    except aipod.JobFailed as exc:
+                        return exc.reason
+                    await asyncio.sleep(0.02)
+
+            async with asyncio.timeout(10):
+                reasons.append(await released())
+        return reasons
+
+    assert run(main) == ["RELEASED"] * 3
+
+
+# Ticket files
+
+
+CALLER = """
+import asyncio, json, sys, aipod
+address, payload, ticket, kwargs = sys.argv[1:]
+async def main():
+    async with aipod.Client(address) as client:
+        await client.chaos(payload, metadata=[("x-func-name", "gated")], ticket_file=ticket, kwargs=json.loads(kwargs))
+asyncio.run(main())
+"""
+
+
+def start_caller(address: str, payload: Path, ticket: Path, gate: Gate) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", CALLER, address, str(payload), str(ticket), json.dumps(gate.kwargs)]
+    return subprocess.Popen(command, cwd=ROOT)
+
+
+@pytest.mark.parametrize("phase", ["RECEIVING", "RUNNING", "DONE"])
+def test_a_killed_caller_continues_with_its_ticket_file(
+    served: Served, payload: Path, tmp_path: Path, phase: str
+) -> None:
+    """Mutants: `last` before its note in the file; a new ticket in spite of the file."""
+    gate, ticket = Gate(tmp_path), tmp_path / "ticket"
+    events: list[Event] = []
+
+    async def kill(proxy: Proxy) -> None:
+        caller = start_caller(proxy.address, payload, ticket, gate)
+        try:
+            if phase == "RECEIVING":
+                await until(lambda: proxy.up > 6_000_000)
+                assert json.loads(ticket.read_text())["sent"] is None
+            else:
+                await until(gate.mark.exists)
+                assert json.loads(ticket.read_text())["sent"] is not None
+            if phase == "DONE":
+                proxy.hold()
+                gate.gate.touch()
+                job = job_id(bytes.fromhex(json.loads(ticket.read_text())["ticket"]))
+                await until(lambda: f"job {job} gated@default done" in served.log_text())
+        finally:
+            caller.kill()
+            await asyncio.to_thread(caller.wait)
+
+    async def main() -> int:
+        fault = Fault(cut_up=7_000_000) if phase == "RECEIVING" else Fault()
+        async with open_proxy(served.port, *[fault] * 3) as proxy:
+            await kill(proxy)
+        gate.gate.touch()
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
+            answer = await client.chaos(
+                payload, metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs, on_event=events.append
+            )
+            assert answer == ANSWER
+            return proxy.total_up
+
+    sent = run(main)
+    assert gate.runs == 1
+    assert not ticket.exists()
+    first = next(event for event in events if event.job_id and event.heartbeats and event.offset)
+    assert first.offset > 0
+    assert sent < (len(PAYLOAD) if phase == "RECEIVING" else 100_000)
+
+
+def test_a_ticket_file_is_for_one_request(served: Served, payload: Path, tmp_path: Path) -> None:
+    gate, ticket = Gate(tmp_path), tmp_path / "ticket"
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            call = asyncio.create_task(client.chaos(payload, metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs))
+            await until(gate.mark.exists)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert ticket.stat().st_mode & 0o777 == 0o600
+            for other, kwargs in ((b"x", gate.kwargs), (payload, {**gate.kwargs, "lines": 1})):
+                with pytest.raises(aipod.UsageError, match="another request"):
+                    await client.chaos(other, metadata=GATED, ticket_file=ticket, kwargs=kwargs)
+            job = await client.submit("gated", payload, metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs)
+            gate.gate.touch()
+            assert await job.wait() == ANSWER
+            assert not ticket.exists()
+
+    run(main)
+    assert gate.runs == 1
+
+
+def test_a_newer_caller_takes_the_upload_over(served: Served, payload: Path, tmp_path: Path) -> None:
+    """I6. Two processes with one ticket file: the older one is told, the newer one gets the answer."""
+    ticket, mark = tmp_path / "ticket", tmp_path / "mark"
+
+    async def main() -> Any:
+        began, end = asyncio.Event(), asyncio.Event()
+
+        async def pieces(whole: bool) -> AsyncIterator[bytes]:
+            yield PAYLOAD[:9_000_000]
+            if not whole:
+                began.set()
+                await end.wait()
+            yield PAYLOAD[9_000_000:]
+
+        async with aipod.Client(served.address) as old, aipod.Client(served.address) as new:
+            older = asyncio.create_task(old.chaos(pieces(False), ticket_file=ticket, mark=str(mark)))
+            await began.wait()
+            saved = json.loads(ticket.read_text())
+            ticket.write_text(json.dumps({**saved, "epoch": saved["epoch"] - 10**9}))
+            newer = asyncio.create_task(new.chaos(pieces(True), ticket_file=ticket, mark=str(mark)))
+            with pytest.raises(aipod.Refused) as caught:
+                await older
+            assert caught.value.reason == "SUPERSEDED"
+            return await newer
+
+    assert run(main) == ANSWER
+    assert runs(mark) == 1

@@ -1,0 +1,250 @@
+"""A job's directory in the hands of who holds it, from its claim to its end, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aipod.codec import digest
+from aipod.config import MIB
+from aipod.spool import MAX_LOG, SYNC_AFTER, SYNC_BYTES, Journal, Spool, Sweeper
+from tests.conftest import left_in
+from tests.spools import (
+    PLAIN,
+    TICKETED,
+    A,
+    claimed,
+    killed,
+    left_empty,
+    opened,
+    refusal,
+)
+
+spool = pytest.fixture(left_empty)
+
+NOBODY = 65534
+
+
+def test_an_entry_from_its_claim_to_its_end(spool: Spool) -> None:
+    entry = claimed(spool, A, PLAIN | {"method": "predict"}, b'{"top": 5}', size=6)
+    assert (spool.path / A).stat().st_mode & 0o777 == 0o700
+    entry.write(b"abc")
+    entry.write(b"def")
+    assert entry.written == 6
+    assert entry.digest == digest(b"abcdef")
+    entry.seal()
+    entry.seal()
+    assert entry.payload.read_bytes() == b"abcdef"
+    assert entry.payload.stat().st_mode & 0o777 == 0o400
+    state = Journal(spool.path / A / "state").read()
+    assert (state["method"], json.loads(state["kwargs"])) == ("predict", {"top": 5})
+    entry.work.mkdir()
+    (entry.work / "scratch").touch()
+    entry.note_progress(0.5, "half")
+    entry.ask_to_stop()
+    entry.result.write_bytes(b"x" * (MIB + 1))
+    assert [len(piece) for piece in entry.read_result(0)] == [MIB, 1]
+    assert b"".join(entry.read_result(MIB - 1)) == b"xx"
+    entry.store({"phase": "DONE"})
+    assert entry.ended
+    assert left_in(spool.path) == [A, f"{A}.lock", f"{A}/res", f"{A}/state"]  # what it needed for its run has gone
+    entry.destroy()
+
+
+@pytest.mark.parametrize("phase", ["CANCELLED", "RELEASED", "FAILED"])
+def test_an_outcome_without_an_answer_keeps_none(spool: Spool, phase: str) -> None:
+    entry = claimed(spool, A, TICKETED, b"x" * 100_000)
+    entry.append_log("a line\n")
+    entry.result.write_bytes(b"x")
+    entry.store({"phase": phase})
+    kept = ["state"] if phase == "RELEASED" else ["log", "state"]
+    assert sorted(path.name for path in entry.path.iterdir()) == kept
+    entry.destroy()
+
+
+def test_a_sweep_removes_what_a_job_whose_server_was_killed_at_its_end_does_not_need(spool: Spool) -> None:
+    """The outcome is in the journal; the payload, gigabytes perhaps, was about to be removed."""
+    entry = claimed(spool, A, TICKETED)
+    entry.write(b"x" * 100_000)
+    entry.ask(7)
+    entry.work.mkdir()
+    entry.record({"phase": "DONE", "kind": "json", "answer": 1, "digest": "", "inline": "1"})
+    entry._close()  # killed
+    entry._lock.release()
+    assert sum(Sweeper(spool, upload_ttl=100, ttl=100).sweep()) == 0
+    assert left_in(spool.path) == []
+    assert sorted(path.name for path in entry.path.iterdir()) == ["state"]
+
+
+def test_an_upload_is_taken_up_at_its_durable_offset(spool: Spool) -> None:
+    """I1. What was written behind it, by whom ever, is noise.
+
+    Mutants seen: it goes on at the file's size; who leaves makes nothing durable.
+    """
+    entry = claimed(spool, A, TICKETED | {"size": 9})
+    entry.write(b"abc")
+    entry.checkpoint(now=True)
+    entry.write(b"noise")
+    entry._close()  # killed
+    entry._lock.release()
+    again = spool.hold(A)
+    assert again is not None
+    again.resume()
+    assert (again.written, again.durable, again.digest) == (3, 3, None)
+    again.write(b"defghi")
+    again.let_go()
+    again.let_go()
+    third = spool.hold(A)
+    assert third is not None
+    third.resume()
+    assert (third.written, third.durable) == (9, 9)  # leaving makes durable what there is
+    third.seal()
+    assert third.payload.read_bytes() == b"abcdefghi"
+    third.destroy()
+
+
+def test_an_upload_that_was_sealed_and_not_queued_can_be_taken_up() -> None:
+    """By who is not root, too, whom the mode of a sealed payload concerns."""
+    with tempfile.TemporaryDirectory() as path:
+        root = os.geteuid() == 0
+        if root:
+            os.chown(path, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        try:
+            spool = opened(Path(path) / "spool")
+            with killed(spool, A, TICKETED) as entry:
+                entry.write(b"abc")
+                entry.checkpoint(now=True)
+                entry.seal()
+            again = spool.hold(A)
+            assert again is not None
+            again.resume()
+            again.write(b"def")
+            again.seal()
+            assert again.payload.read_bytes() == b"abcdef"
+            again.destroy()
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+def test_an_upload_that_was_never_durable_begins_anew_and_is_hashed(spool: Spool) -> None:
+    with killed(spool, A, TICKETED) as entry:
+        entry.write(b"noise that is longer")
+    again = spool.hold(A)
+    assert again is not None
+    again.resume()
+    assert (again.written, again.durable) == (0, 0)
+    again.write(b"abc")
+    again.seal()
+    assert again.digest == digest(b"abc")
+    assert again.payload.read_bytes() == b"abc"
+    again.destroy()
+
+
+def test_a_payload_shorter_than_what_was_acknowledged_is_damage(spool: Spool) -> None:
+    """I1. Mutant seen: the file's size is not looked at."""
+    with killed(spool, A, TICKETED) as entry:
+        entry.write(b"abcdef")
+        entry.checkpoint(now=True)
+    os.truncate(entry.payload, 5)
+    again = spool.hold(A)
+    assert again is not None
+    assert refusal(again.resume) == "DAMAGED"
+    again.destroy()
+
+
+def test_long_kwargs_are_a_file(spool: Spool) -> None:
+    entry = claimed(spool, A, PLAIN, b"x" * 100_000)
+    assert (spool.path / A / "kw").read_bytes() == b"x" * 100_000
+    assert (spool.path / A / "state").stat().st_size < 200
+    entry.destroy()
+
+
+def test_a_destroyed_entry_does_not_take_its_successor_along(spool: Spool) -> None:
+    first = claimed(spool, A)
+    first.destroy()
+    second = claimed(spool, A)
+    first.destroy()
+    assert spool.is_held(A)
+    assert second.payload.exists()
+    second.destroy()
+
+
+def test_nothing_is_synced_before_the_first_tick_and_a_checkpoint_says_what_is(spool: Spool) -> None:
+    """I1. Mutant seen: what counts as durable does not stand in the journal."""
+    entry = claimed(spool, A)
+    entry.write(b"abc")
+    entry.checkpoint()
+    assert entry.durable == 0
+    entry._synced_at -= SYNC_AFTER
+    entry.checkpoint()
+    assert entry.durable == 3
+    assert Journal(spool.path / A / "state").read()["offset"] == 3
+    for _ in range(SYNC_BYTES // MIB):
+        entry.write(bytes(MIB))
+    entry.checkpoint()
+    assert entry.durable == entry.written == SYNC_BYTES + 3
+    entry.destroy()
+
+
+def test_a_log_is_read_from_anywhere_cut_at_characters_and_bounded(spool: Spool) -> None:
+    entry = claimed(spool, A)
+    assert entry.read_log(0, 100) == b""
+    entry.append_log("eins zwei drü\n")
+    assert entry.read_log(5, 4) == b"zwei"
+    assert entry.read_log(10, 3) == b"dr"
+    assert entry.read_log(12, 3) == "ü\n".encode()
+    assert entry.read_log(1000, 100) == b""
+    for _ in range(3):
+        entry.append_log("é" * (MAX_LOG // 4))
+    entry.append_log("more")
+    assert (spool.path / A / "log").stat().st_size == entry.log_size <= MAX_LOG + 64
+    seen, text = 0, b""
+    while piece := entry.read_log(seen, 1_000_001):
+        seen += len(piece)
+        text += piece
+    assert seen == entry.log_size
+    assert text.decode().endswith("é\n[the log is full; the rest is dropped]\n")
+    entry.destroy()
+
+
+@pytest.mark.parametrize("step", ["record", "store"])
+def test_what_is_recorded_while_the_entry_settles_waits_for_it(spool: Spool, step: str) -> None:
+    """Else DONE would stand in an entry that counts as on disk, without a sync of it or of its answer.
+
+    Mutant seen: no lock.
+    """
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow(Journal):
+        """On a disk that takes its time to sync."""
+
+        def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+            if "settled" in fields:
+                reached.set()
+                go_on.wait()
+            super().append(fields, sync=sync)
+
+    entry = claimed(spool, A, TICKETED)
+    entry._journal = Slow(entry.path / "state")
+    settling = threading.Thread(target=entry.settle, daemon=True)
+    settling.start()
+    reached.wait()
+    ending = threading.Thread(target=getattr(entry, step), args=({"phase": "DONE"},))
+    ending.start()
+    ending.join(0.2)
+    early = Journal(entry.path / "state").read()
+    go_on.set()
+    assert "phase" not in early
+    settling.join()
+    ending.join()
+    lines = [json.loads(line[9:]) for line in (entry.path / "state").read_bytes().splitlines()]
+    assert lines[1:] == [{"settled": True}, {"phase": "DONE"}]
+    entry.destroy()
