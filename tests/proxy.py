@@ -184,18 +184,23 @@ class _Frames:
 
     def find(self, data: bytes, wanted: int) -> int | None:
         """Where in `data`, which comes next, frame number `wanted` ends; None where it does not."""
-        for at, byte in enumerate(data):
+        at = 0
+        while at < len(data):
             if self._skip:
-                self._skip -= 1
+                step = min(self._skip, len(data) - at)
+                self._skip -= step
+                at += step
             else:
-                self._header += bytes([byte])
+                part = data[at : at + 9 - len(self._header)]
+                self._header += part
+                at += len(part)
                 if len(self._header) < 9:
-                    continue
+                    return None
                 self._skip = int.from_bytes(self._header[:3], "big")
                 self._header = b""
                 self._count += 1
             if not self._skip and self._count == wanted:
-                return at + 1
+                return at
         return None
 
 
