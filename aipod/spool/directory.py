@@ -78,7 +78,7 @@ class Spool:
             if probe is not None:
                 (path / ".probe").unlink(missing_ok=True)
                 probe.release()
-        except (OSError, NotImplementedError) as exc:
+        except OSError as exc:
             raise SpoolError(f"spool {path} cannot be used: {exc}; choose a local directory with --spool") from exc
         return spool
 
@@ -179,15 +179,19 @@ class Spool:
         if lock is None:
             return None
         entry = Entry(self, job_id, lock)
-        state = entry.read()
-        if not state:
-            entry.destroy()
-            return None
-        entry.go_on_from(state)
-        worker = state.get("worker")
-        if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
-            lock.release()  # its server is gone, and the kernel is about to end the worker
-            return None
+        try:
+            state = entry.read()
+            if not state:
+                entry.destroy()
+                return None
+            entry.go_on_from(state)
+            worker = state.get("worker")
+            if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
+                lock.release()  # its server is gone, and the kernel is about to end the worker
+                return None
+        except BaseException:
+            lock.release()
+            raise
         return entry
 
     @contextlib.contextmanager
@@ -217,7 +221,7 @@ class Spool:
             return None
         try:
             _check_newest(entry, epoch)
-        except Refused:
+        except BaseException:
             entry.let_go()
             raise
         return entry
