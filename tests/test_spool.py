@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from aipod.codec import digest
 from aipod.config import GIB, MIB
 from aipod.errors import Refused
 from aipod.spool import MAX_LOG, SYNC_AFTER, SYNC_BYTES, Entry, Journal, Spool, SpoolError, Sweeper
+from bench.disk import forget, small_job
 from tests.conftest import ROOT, left_in
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
@@ -101,6 +103,19 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextlib.contextmanager
+def descriptors(free: int) -> Iterator[None]:
+    """This process may open `free` more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # The journal
 
 
@@ -162,7 +177,7 @@ def test_a_reader_that_comes_again_reads_only_what_is_new_and_notices_another_fi
     for n in range(3):
         writer.append({"n": n, f"key{n}": "x" * 100})
         assert reader.read() == Journal(path).read()
-        assert reader._read == path.stat().st_size
+        assert reader._known.end == path.stat().st_size
     path.unlink()
     assert reader.read() == {}
     Journal(path).append({"other": 1})
@@ -307,6 +322,27 @@ def test_a_payload_shorter_than_what_was_acknowledged_is_damage(spool: Spool) ->
     assert again is not None
     assert refusal(again.resume) == "DAMAGED"
     again.destroy()
+
+
+def test_what_a_small_job_costs(spool: Spool) -> None:
+    """Every call of the system from its claim until it is forgotten. Who adds one has a reason for it."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function.__module__ in ("posix", "fcntl") and "path" not in function.__name__:
+            calls[function.__name__] += 1
+
+    sys.setprofile(count)
+    try:
+        forget(spool, small_job(spool))
+    finally:
+        sys.setprofile(None)
+    assert calls == {
+        **{"statvfs": 1, "mkdir": 1, "rename": 1, "rmdir": 1, "unlink": 3, "listdir": 1, "scandir": 1},
+        # The lock twice; the payload; the journal: written four times, read once, looked at once; its directory.
+        **{"open": 10, "close": 10, "flock": 4, "fstat": 9, "write": 5, "pread": 4, "fchmod": 1},
+        **{"stat": 2, "chmod": 1, "urandom": 3},
+    }
 
 
 def test_long_kwargs_are_a_file(spool: Spool) -> None:
@@ -561,9 +597,9 @@ HOLDERS = """if True:
     import os, sys, time
     from pathlib import Path
     from aipod.spool import Spool, Sweeper
-    spool, until, holds = Spool.open(Path(sys.argv[1]), "m.Class", reserve=0), time.monotonic() + 1.5, 0
+    spool, until, holds = Spool.open(Path(sys.argv[1]), "m.Class", reserve=0), time.monotonic() + 60, 0
     mark = spool.path.parent / "mark"
-    while time.monotonic() < until:
+    while holds < 60 and time.monotonic() < until:
         entry = spool.claim("a" * 32, {"ticketed": True}) or spool.hold("a" * 32)
         if entry is not None:
             os.mkdir(mark)  # raises where there is another holder
@@ -670,6 +706,29 @@ def test_a_lock_that_is_lost_is_let_go_of(spool: Spool) -> None:
     del caught
     (spool.path / A / "state").unlink()
     assert spool.hold(A) is None
+
+
+def test_who_runs_out_of_descriptors_loses_no_job(spool: Spool) -> None:
+    """Mutant seen: whatever is raised by a claim removes the entry, one that was there too."""
+    entry = claimed(spool, A, TICKETED)
+    entry.store({"phase": "FAILED"})
+    entry.let_go()
+    for free in range(3):
+        with descriptors(free):
+            for get in (spool.hold, lambda job_id: spool.claim(job_id, PLAIN)):
+                try:
+                    held = get(A)
+                except Refused as exc:
+                    assert exc.reason == "OVERLOADED"  # noqa: PT017
+                else:
+                    assert free == 2
+                    if held is not None:
+                        held.let_go()
+        assert not spool.is_held(A)
+        assert spool.look(A).read()["phase"] == "FAILED"
+    again = spool.hold(A)
+    assert again is not None
+    again.destroy()
 
 
 def test_a_look_makes_no_lock_file(spool: Spool) -> None:

@@ -18,7 +18,7 @@ from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
-from aipod.spool.look import ENDED, Look, sync, want_name
+from aipod.spool.look import ENDED, Look, sync
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
@@ -27,6 +27,7 @@ SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
 MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
+_KEPT = frozenset({"state", "seen", "in"})  # of an entry's files, when its job has ended
 
 
 class Home(Protocol):
@@ -68,7 +69,10 @@ class Entry(Look):
     # The beginning
 
     def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None) -> None:
-        """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`."""
+        """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`.
+
+        Raises `FileExistsError` where there is a directory, and has changed nothing then.
+        """
         self.path.mkdir(mode=0o700)
         fields = {**fields, "boot": self._boot}
         if len(kwargs) <= INLINE:
@@ -164,7 +168,8 @@ class Entry(Look):
     def seal(self) -> None:
         """Close the payload and make it read-only: it is complete."""
         if self._fd is not None:
-            os.ftruncate(self._fd, self.written)  # what was noise, or set aside for more
+            if os.fstat(self._fd).st_size != self.written:
+                os.ftruncate(self._fd, self.written)  # what was noise, or set aside for more
             if self._settled:
                 os.fdatasync(self._fd)
             os.fchmod(self._fd, 0o400)
@@ -255,14 +260,16 @@ class Entry(Look):
 
     def tidy(self, phase: str) -> None:
         """Remove what a job that has ended in `phase` does not need any more. Idempotent."""
+        try:
+            names = os.listdir(self.path)
+        except OSError:
+            return  # a model has removed its own job; or there is no descriptor left: a sweep comes back to it
+        kept = {"DONE": _KEPT | {"log", "res"}, "RELEASED": _KEPT}.get(phase, _KEPT | {"log"})
+        for name in names:
+            if name not in kept:
+                remove(self.path / name)
+        # The last: by it a sweep sees that this is still to be done.
         self._drop_payload()
-        gone = ["kw", "live", "cancel", "work", *map(want_name, self._asked())]
-        if phase != "DONE":
-            gone.append("res")
-        if phase == "RELEASED":
-            gone.append("log")
-        for name in gone:
-            remove(self.path / name)
 
     def _drop_payload(self) -> None:
         self._close()

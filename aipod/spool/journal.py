@@ -7,28 +7,43 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class _Known(NamedTuple):
+    """What was read of a journal, or written to it."""
+
+    inode: int
+    end: int  # the whole lines up to here are in `state`
+    state: dict[str, Any]
+
+
+_NOTHING = _Known(0, 0, {})
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Journal:
     """Append-only lines, each checksummed; a torn line (power cut, full disk) is as if never written.
 
-    `read` remembers how far it came, so that a reader who comes again every second reads only what is new.
+    It remembers how far it came, so that who reads again every second reads only what is new, and who writes reads
+    nothing again. The mutable state is replaced whole: threads that come at once cost each other a reading at most.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._state: dict[str, Any] = {}
-        self._read = 0
+        self._path = str(path)
+        self._known = _NOTHING
 
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
         """Add a line. Raises `OSError`; then the journal is as before."""
-        text = json.dumps(fields, separators=(",", ":"))
+        text = _ENCODE(fields)
         line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
         fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":
+            stat = os.fstat(fd)
+            size, known = stat.st_size, self._known
+            if size == 0:
+                known = _Known(stat.st_ino, 0, {})
+            elif os.pread(fd, 1, size - 1) != b"\n":
                 # The line before was torn. With a line break behind it, it might come to life after all.
                 size = os.pread(fd, size, 0).rfind(b"\n") + 1
                 os.ftruncate(fd, size)
@@ -42,21 +57,31 @@ class Journal:
                 raise
         finally:
             os.close(fd)
+        if (known.inode, known.end) == (stat.st_ino, size):
+            self._known = _Known(stat.st_ino, size + len(line), known.state | fields)
 
     def read(self) -> dict[str, Any]:
         """The fold of all whole lines, later ones over earlier ones; empty where there is none."""
         try:
-            with self._path.open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size < self._read:  # another file than the one that was read
-                    self._state, self._read = {}, 0
-                file.seek(self._read)
-                raw = file.read()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            fd = os.open(self._path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
             return {}  # a model can do that to its job
-        whole, _, _ = raw.rpartition(b"\n")
-        self._read += len(whole) + 1 if whole else 0
-        for line in whole.split(b"\n"):
-            check, _, text = line.partition(b" ")
-            if text and check == b"%08x" % zlib.crc32(text):
-                self._state.update(json.loads(text))
-        return dict(self._state)
+        try:
+            stat, known = os.fstat(fd), self._known
+            if stat.st_ino != known.inode or stat.st_size < known.end:  # another file than the one that was read
+                known = _Known(stat.st_ino, 0, {})
+            raw = os.pread(fd, stat.st_size - known.end, known.end) if stat.st_size > known.end else b""
+        except IsADirectoryError:
+            return {}  # that, too
+        finally:
+            os.close(fd)
+        whole, end, _ = raw.rpartition(b"\n")
+        if end:
+            state = dict(known.state)
+            for line in whole.split(b"\n"):
+                check, _, text = line.partition(b" ")
+                if text and check == b"%08x" % zlib.crc32(text):
+                    state.update(json.loads(text))
+            known = _Known(known.inode, known.end + len(whole) + 1, state)
+        self._known = known
+        return dict(known.state)
