@@ -616,7 +616,7 @@ HOLDERS = """if True:
 
 
 def test_a_lock_whose_file_is_removed_never_has_two_holders(spool: Spool) -> None:
-    """I8. Mutant seen: the file is removed after the lock was let go of."""
+    """I8, by chance."""
     command = [sys.executable, "-c", HOLDERS, str(spool.path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
     said = [process.communicate()[0] for process in processes]
@@ -645,6 +645,23 @@ def test_a_lock_whose_file_is_removed_while_it_is_being_got_is_not_got(spool: Sp
     assert not entry._lock.is_locked
     assert spool.is_held(A)
     again.destroy()
+
+
+def test_a_lock_file_is_removed_while_it_is_held(spool: Spool) -> None:
+    """I8. Mutant seen: it is removed after the lock was let go of."""
+    entry = claimed(spool, A)
+    held: list[bool] = []
+
+    def look(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function is os.unlink:
+            held.append(spool.is_held(A))
+
+    sys.setprofile(look)
+    try:
+        entry.destroy()
+    finally:
+        sys.setprofile(None)
+    assert held == [True, True, True]  # the payload, the journal, the lock
 
 
 def test_a_copy_of_its_descriptor_holds_no_lock(spool: Spool) -> None:
