@@ -196,6 +196,28 @@ def test_a_read_while_a_line_is_half_written_takes_it_when_it_is_whole(tmp_path:
     assert reader.read() == {"a": 1, "b": 2}
 
 
+def test_a_reader_notices_a_journal_that_was_replaced_by_a_longer_one(tmp_path: Path) -> None:
+    """Mutant seen: no look at the inode."""
+    path = tmp_path / "state"
+    writer, reader = Journal(path), Journal(path)
+    writer.append({"a": 1, "b": 2})
+    assert reader.read() == {"a": 1, "b": 2}
+    writer.replace({"a": 3, "text": "x" * 100})
+    assert reader.read() == writer.read() == {"a": 3, "text": "x" * 100}
+    writer.append({"c": 4})
+    assert reader.read() == writer.read() == Journal(path).read() == {"a": 3, "text": "x" * 100, "c": 4}
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_journal_that_a_full_disk_cannot_replace_is_as_before(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "state")
+    journal.append({"a": 1})
+    with largest_file(10), pytest.raises(OSError, match=r"No space|File too large"):
+        journal.replace({"b": 2})
+    assert journal.read() == Journal(tmp_path / "state").read() == {"a": 1}
+    assert os.listdir(tmp_path) == ["state"]
+
+
 # Entries
 
 
@@ -234,6 +256,63 @@ def test_an_outcome_without_an_answer_keeps_none(spool: Spool, phase: str) -> No
     kept = ["state"] if phase == "RELEASED" else ["log", "state"]
     assert sorted(path.name for path in entry.path.iterdir()) == kept
     entry.destroy()
+
+
+REQUEST = TICKETED | {"print": "fingerprint", "method": "predict", "version": "v", "epoch": 3, "size": 9}
+ANSWER = {"phase": "DONE", "kind": "json", "answer": 8, "digest": "00", "inline": "an answer"}
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_of_a_released_job_stays_that_it_was_there(spool: Spool, settled: bool) -> None:
+    """Not its answer, its arguments, its headers. Mutants seen: a line more; the answer is kept; `settled` is lost."""
+    entry = claimed(spool, A, REQUEST | {"metadata": {"x-user": "somebody"}}, b'{"name": "argument"}')
+    if settled:
+        entry.settle()
+    entry.record({"phase": "QUEUED", "offset": 9})
+    entry.record({"phase": "RUNNING", "worker": "w", "attempt": 1})
+    entry.append_log("a line\n")
+    entry.store(ANSWER)
+    reader = spool.look(A)
+    assert reader.read()["inline"] == "an answer"
+    entry.release()
+    left = {key: REQUEST[key] for key in ("ticketed", "print", "method", "version", "epoch")}
+    left |= {"boot": spool.boot, "offset": 9, "attempt": 1, "phase": "RELEASED"} | (
+        {"settled": True} if settled else {}
+    )
+    assert reader.read() == entry.read() == spool.look(A).read() == left
+    assert [json.loads(line[9:]) for line in (entry.path / "state").read_bytes().splitlines()] == [left]
+    assert os.listdir(entry.path) == ["state"]
+    entry.destroy()
+
+
+def test_an_answer_that_the_disk_is_full_of_can_be_released(spool: Spool) -> None:
+    entry = claimed(spool, A, REQUEST)
+    entry.result.write_bytes(b"x")
+    entry.store({"phase": "DONE"})
+
+    class Tight(Journal):
+        """A disk that has no room for another file before one has gone."""
+
+        def replace(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+            if entry.result.exists():
+                raise OSError(errno.ENOSPC, "full")
+            super().replace(fields, sync=sync)
+
+    entry._journal = Tight(entry.path / "state")
+    entry.release()
+    assert "size" not in entry.read()
+    assert os.listdir(entry.path) == ["state"]
+    entry.destroy()
+
+
+def test_a_sweep_removes_an_answer_whose_server_was_killed_while_it_was_released(spool: Spool) -> None:
+    with killed(spool, A, REQUEST) as entry:
+        entry.store({"phase": "DONE"})
+        entry.result.write_bytes(b"x")
+        (entry.path / "state.tmp").write_bytes(b"x")
+        entry._journal.append({"phase": "RELEASED"})
+    assert sweep(spool) == 0
+    assert os.listdir(entry.path) == ["state"]
 
 
 def test_a_sweep_removes_what_a_job_whose_server_was_killed_at_its_end_does_not_need(spool: Spool) -> None:

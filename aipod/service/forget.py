@@ -83,4 +83,4 @@ class Forgetter:
 def forget_answer(entry: Entry) -> None:
     """Release a job that has ended; what it tells from now on is that. Blocks."""
     if entry.read().get("phase") != "RELEASED":
-        entry.store({"phase": "RELEASED", "inline": None, "kwargs": None})
+        entry.release()

@@ -27,6 +27,20 @@ SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
 MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
+# What the journal of a released job tells: that it was there, whose request it was, and what its viewers were told.
+_TOMBSTONE = (
+    "ticketed",
+    "boot",
+    "settled",
+    "fenced",
+    "print",
+    "method",
+    "version",
+    "epoch",
+    "offset",
+    "attempt",
+    "phase",
+)
 _KEPT = frozenset({"state", "seen", "in"})  # of an entry's files, when its job has ended
 
 
@@ -257,6 +271,22 @@ class Entry(Look):
                 self._drop_payload()  # it may be what the disk is full of
                 self.record(fields)
         self.tidy(fields.get("phase", ""))
+
+    def release(self) -> None:
+        """Forget the answer, and the arguments and headers of the request; what stays tells that there was a job.
+
+        Raises `Refused` (SPOOL_FULL, OVERLOADED); then perhaps only the answer is forgotten.
+        """
+        state = self.read() | {"phase": "RELEASED"}
+        left = {key: state[key] for key in _TOMBSTONE if key in state}
+        with self._settling, refused_when_exhausted():
+            try:
+                self._journal.replace(left, sync=self._settled)
+            except OSError:
+                # The answer may be what the disk is full of. A line takes no room of its own.
+                self.store({"phase": "RELEASED"})
+                self._journal.replace(left, sync=self._settled)
+        self.tidy("RELEASED")
 
     def tidy(self, phase: str) -> None:
         """Remove what a job that has ended in `phase` does not need any more. Idempotent."""

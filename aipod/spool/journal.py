@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -35,8 +36,7 @@ class Journal:
 
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
         """Add a line. Raises `OSError`; then the journal is as before."""
-        text = _ENCODE(fields)
-        line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+        line = _line(fields)
         fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             stat = os.fstat(fd)
@@ -48,10 +48,7 @@ class Journal:
                 size = os.pread(fd, size, 0).rfind(b"\n") + 1
                 os.ftruncate(fd, size)
             try:
-                if os.write(fd, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                if sync:
-                    os.fdatasync(fd)
+                _write(fd, line, sync=sync)
             except OSError:
                 os.ftruncate(fd, size)
                 raise
@@ -59,6 +56,28 @@ class Journal:
             os.close(fd)
         if (known.inode, known.end) == (stat.st_ino, size):
             self._known = _Known(stat.st_ino, size + len(line), known.state | fields)
+
+    def replace(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+        """Have the journal tell `fields` and nothing else any more. Raises `OSError`; then it is as before."""
+        line, fresh = _line(fields), f"{self._path}.tmp"
+        directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                _write(fd, line, sync=sync)
+                inode = os.fstat(fd).st_ino
+            finally:
+                os.close(fd)
+            os.rename(fresh, self._path)
+            if sync:
+                os.fsync(directory)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+        finally:
+            os.close(directory)
+        self._known = _Known(inode, len(line), dict(fields))
 
     def read(self) -> dict[str, Any]:
         """The fold of all whole lines, later ones over earlier ones; empty where there is none."""
@@ -68,7 +87,8 @@ class Journal:
             return {}  # a model can do that to its job
         try:
             stat, known = os.fstat(fd), self._known
-            if stat.st_ino != known.inode or stat.st_size < known.end:  # another file than the one that was read
+            # Another file than the one that was read, or one that somebody has cut.
+            if stat.st_ino != known.inode or stat.st_size < known.end:
                 known = _Known(stat.st_ino, 0, {})
             raw = os.pread(fd, stat.st_size - known.end, known.end) if stat.st_size > known.end else b""
         except IsADirectoryError:
@@ -85,3 +105,15 @@ class Journal:
             known = _Known(known.inode, known.end + len(whole) + 1, state)
         self._known = known
         return dict(known.state)
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    text = _ENCODE(fields)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+
+
+def _write(fd: int, line: bytes, *, sync: bool) -> None:
+    if os.write(fd, line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if sync:
+        os.fdatasync(fd)

@@ -79,7 +79,7 @@ class Sweeper:
                 since, keep = now, self._ttl if ended else self._upload_ttl
                 self._seen[job_id] = times, since, keep
             if now - since < keep:
-                if ended and look.payload.exists():
+                if ended and (look.payload.exists() or (state["phase"] == "RELEASED" and look.result.exists())):
                     self._tidy(job_id)
                 return False
         self._seen.pop(job_id, None)
