@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import fcntl
@@ -24,6 +25,7 @@ from aipod.codec import digest
 from aipod.config import GIB, MIB
 from aipod.errors import Refused
 from aipod.spool import MAX_LOG, SYNC_AFTER, SYNC_BYTES, Entry, Journal, Spool, SpoolError, Sweeper
+from aipod.spool.journal import Fields
 from bench.disk import forget, small_job
 from tests.conftest import ROOT, left_in
 
@@ -216,6 +218,40 @@ def test_a_journal_that_a_full_disk_cannot_replace_is_as_before(tmp_path: Path) 
         journal.replace({"b": 2})
     assert journal.read() == Journal(tmp_path / "state").read() == {"a": 1}
     assert os.listdir(tmp_path) == ["state"]
+
+
+def _keys(tree: ast.AST) -> Iterator[str]:
+    """The keys that a module writes into journals or looks for in them."""
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.Call(func=ast.Attribute(attr="record" | "store" | "claim"), args=args)
+                | ast.Call(func=ast.Attribute(value=ast.Attribute(attr="_journal"), attr="append"), args=args)
+            ):
+                found: list[ast.expr | None] = [key for arg in args if isinstance(arg, ast.Dict) for key in arg.keys]
+            case (
+                ast.Assign(targets=[ast.Name(id="fields")], value=ast.Dict(keys=keys))
+                | ast.AnnAssign(target=ast.Name(id="fields"), value=ast.Dict(keys=keys))
+                | ast.AugAssign(target=ast.Name(id="fields"), value=ast.Dict(keys=keys))
+            ):
+                found = list(keys)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="fields" | "state"), attr="get"), args=[key, *_]):
+                found = [key]
+            case ast.Subscript(value=ast.Name(id="fields" | "state"), slice=key):
+                found = [key]
+            case _:
+                continue
+        yield from (key.value for key in found if isinstance(key, ast.Constant) and isinstance(key.value, str))
+
+
+def test_every_key_of_a_journal_is_explained_in_one_place() -> None:
+    found = {
+        key
+        for package in ("spool", "job", "service")
+        for path in (ROOT / "aipod" / package).glob("*.py")
+        for key in _keys(ast.parse(path.read_text()))
+    }
+    assert found == set(Fields.__annotations__)
 
 
 # Entries

@@ -6,7 +6,8 @@
       workers/<name>.lock  held by a worker process for as long as it lives
       <id>.lock            held by the server process that works on the entry; unlinked only by who holds it
       <id>/                0700
-        state              the journal: one line per step, "crc32 json\\n"; the fold of all whole lines is the truth
+        state              the journal: one line per step, "crc32 json\\n"; the fold of all whole lines is the truth;
+                           its keys are explained in journal.Fields; state.tmp: what is to replace it, at a release
         in                 the decompressed payload; valid up to the journal's offset, the rest is noise
         kw                 kwargs JSON, where it is longer than `INLINE` (else in the journal)
         res                the result, uncompressed, where it is longer than `INLINE` (else in the journal)

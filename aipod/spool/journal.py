@@ -8,7 +8,42 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
+
+
+class Fields(TypedDict, total=False):
+    """What a job's journal tells: the keys of its lines, all of which may be missing. Later lines over earlier ones.
+
+    Whoever adds one says here what it means. A reader of another version ignores what it does not know.
+    """
+
+    # The first line, by who claims the job (`Entry.create`, with the fields of job.request): the request.
+    ticketed: bool  # False: a plain client's; nobody can come back to it
+    boot: str  # names the machine's run; another one now, and not settled: most is not to be believed (look._is_lost)
+    print: str  # the request's fingerprint: whoever comes with the same ticket must have the same
+    method: str
+    version: str
+    epoch: int  # of the connection that brought it; newer ones leave theirs as files
+    size: int | None  # bytes of the payload, where the caller has told
+    metadata: dict[str, str]  # headers for the method, without credentials
+    kwargs: str  # a JSON object, where it is not longer than INLINE; else it is in the file `kw`
+    fenced: bool  # there never was a job: it is RELEASED from the beginning, so that none can start under this ticket
+
+    # By who holds the entry.
+    offset: int  # bytes of the payload that are durable: at each checkpoint; all of it, when the job is queued
+    settled: bool  # the entry's files have their names on disk, and from now on every line is synced
+    phase: str  # name of a wire.ai.Phase; RECEIVING where it is missing
+    worker: str  # with RUNNING: name of the lock of the worker that runs the method; empty where the server itself does
+    attempt: int  # with RUNNING: how often the method was started, this time included
+
+    # With an outcome, its last line but for RELEASED; `Entry.release` then leaves of all this what tells of no answer.
+    kind: str  # of an answer: json, bytes or file
+    answer: int  # its length in bytes
+    digest: str  # of its bytes, hexadecimal
+    inline: str | None  # its bytes as latin-1, where there are not more than INLINE; else they are in the file `res`
+    reason: str  # why there is no answer, one of errors.TABLE
+    message: str  # the same for a person
+    type: str  # name of the exception's class, where the method raised one
 
 
 class _Known(NamedTuple):
