@@ -139,6 +139,18 @@ def fast_job_with_a_long_answer(story: Story) -> None:
     entry.let_go()
 
 
+def long_answer_that_is_settled_afterwards(story: Story) -> None:
+    """It was told before; at the next tick it is safe."""
+    entry = story.begin()
+    story.write(entry, 300, sync=False)
+    story.queue(entry)
+    story.start(entry)
+    story.store(entry, LONG, durable=False)
+    entry.let_go()
+    assert entry.settle_answer()
+    story.tell("done", LONG)
+
+
 def settled_at_the_first_tick_of_the_run(story: Story) -> None:
     entry = story.begin(LONG_KWARGS)
     story.write(entry, 300, sync=False)
@@ -246,6 +258,7 @@ STORIES: list[Callable[[Story], None]] = [
     short_answer,
     small_job,
     fast_job_with_a_long_answer,
+    long_answer_that_is_settled_afterwards,
     settled_at_the_first_tick_of_the_run,
     settled_in_line,
     upload_of_many_connections,

@@ -21,6 +21,7 @@ from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, Terms, run_job
 from aipod.pool import Pool, open_pool
+from aipod.results import INLINE
 from aipod.runner.fake import FakeRunner
 from aipod.service.ai import Place, Viewer
 from aipod.service.viewer import Call, Writer
@@ -155,6 +156,12 @@ class Story:
         restartable: bool = False,
     ) -> Job:
         """A job whose payload is complete, queued."""
+        job = self.make(journal, open_)
+        self.run(job, Terms(0.01, timeout, deadline, restartable))
+        return job
+
+    def make(self, journal: type[Journal] = Journal, open_: Open | None = None) -> Job:
+        """A job whose payload is complete."""
         self.jobs += 1
         what = Request(f"{self.jobs:032}", "train", "v", b"{}", None, open_, Raw(), {})
         entry = self.spool.claim(what.job_id, what.fields, what.kwargs)
@@ -162,9 +169,7 @@ class Story:
         entry.write(b"payload")
         entry.seal()
         entry._journal = journal(entry.path / "state")
-        job = Job(what, entry, self.spool.id)
-        self.run(job, Terms(0.01, timeout, deadline, restartable))
-        return job
+        return Job(what, entry, self.spool.id)
 
     def run(self, job: Job, terms: Terms) -> None:
         self.nursery.start_soon(run_job, job, Place(self.pool, "v"), self.versions, terms)
@@ -428,6 +433,97 @@ async def test_an_outcome_is_told_when_it_is_stored_and_not_before(story: Story,
         assert job.phase == wanted
         assert [phase.name for phase, _ in told] == [stored for _, stored in told]
         fail = False
+
+
+def written(job: Job) -> dict[str, Any]:
+    """What the journal of a job tells."""
+    return Journal(job.look.path / "state").read()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not condition():
+            await trio.sleep(0.001)
+
+
+async def test_at_its_first_tick_a_job_becomes_safe_and_later_ones_cost_nothing(story: Story, model: Model) -> None:
+    """But for what the model has reported. Mutants seen: no `settle` at a tick; a thread at every tick."""
+    reported, go = trio.Event(), trio.Event()
+
+    async def train(context: Any, path: Path) -> str:
+        await reported.wait()
+        context.progress(0.5, "half")
+        await go.wait()
+        return "done"
+
+    model.train = train
+    job = story.make(open_=OWN)
+    ticks: list[bool] = []
+    settle = job.entry.settle
+
+    def counted() -> None:
+        ticks.append(job.entry.settled)
+        settle()
+
+    job.entry.settle = counted
+    story.run(job, Terms(0.01))
+    await until(lambda: "settled" in written(job))
+    await trio.sleep(0.2)
+    reported.set()
+    await until(lambda: job.look.live() == {"progress": 0.5, "message": "half"})
+    await trio.sleep(0.2)
+    go.set()
+    await job.over.wait()
+    assert job.phase == Phase.DONE
+    assert ticks == [False, True]
+
+
+@pytest.mark.parametrize("size", [INLINE, INLINE + 1])
+async def test_a_long_answer_before_the_first_tick_is_told_at_once_and_safe_afterwards(
+    story: Story, model: Model, size: int
+) -> None:
+    """A short one is in the journal: small jobs cost no sync. Mutants seen: no `_settle_later`; for any answer."""
+    model.train = lambda context, path: "x" * (size - 2)
+    job = story.make(open_=OWN)
+    early: list[str] = []
+
+    async def look() -> None:
+        await job.over.wait()
+        assert not story.spool.is_held(job.entry.id)
+        early.extend(written(job))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        await run_job(job, Place(story.pool, "v"), story.versions, Terms(0.5))
+    assert job.answer is not None
+    assert job.answer.size == size
+    assert "settled" not in early
+    assert ("settled" in written(job)) == (size > INLINE)
+    assert not story.spool.is_held(job.entry.id)
+
+
+async def test_an_outcome_that_could_not_be_stored_is_stored_later(story: Story, model: Model) -> None:
+    """And nobody else gets the job before: it would be interrupted there. Mutants seen: no `_store_later`; one try."""
+    model.train = lambda context, path: 1 / 0
+    full = 6
+
+    class Full(Journal):
+        """On a disk without room for the outcome, a while."""
+
+        def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+            nonlocal full
+            if fields.get("phase") == "FAILED" and full:
+                full -= 1
+                raise OSError(errno.ENOSPC, "full")
+            super().append(fields, sync=sync)
+
+    job = await story.begin(open_=OWN, journal=Full)
+    await job.over.wait()
+    assert written(job)["phase"] == "RUNNING"
+    assert story.spool.is_held(job.entry.id)
+    await until(lambda: not story.spool.is_held(job.entry.id))
+    assert full == 0
+    assert written(job).items() >= {"phase": "FAILED", "reason": "MODEL_ERROR", "type": "ZeroDivisionError"}.items()
 
 
 async def test_an_interrupted_run_of_a_restartable_method_is_repeated_once(story: Story, model: Model) -> None:

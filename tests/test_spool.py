@@ -294,6 +294,30 @@ def test_an_outcome_without_an_answer_keeps_none(spool: Spool, phase: str) -> No
     entry.destroy()
 
 
+def test_an_answer_is_settled_when_nobody_holds_it(spool: Spool) -> None:
+    """Not one that was released meanwhile, or has gone."""
+    entry = claimed(spool, A, REQUEST)
+    entry.store({"phase": "DONE"})
+    entry.let_go()
+    other = spool.hold(A)
+    assert other is not None
+    assert not entry.settle_answer()
+    other.let_go()
+    assert entry.settle_answer()
+    assert spool.look(A).read()["settled"]
+    entry = claimed(spool, B, REQUEST)
+    entry.store({"phase": "DONE"})
+    entry.release()
+    entry.let_go()
+    assert entry.settle_answer()
+    assert "settled" not in spool.look(B).read()
+    for job_id in (A, B):
+        with spool.holding(job_id) as held:
+            assert held is not None
+            held.destroy()
+    assert entry.settle_answer()
+
+
 REQUEST = TICKETED | {"print": "fingerprint", "method": "predict", "version": "v", "epoch": 3, "size": 9}
 ANSWER = {"phase": "DONE", "kind": "json", "answer": 8, "digest": "00", "inline": "an answer"}
 

@@ -26,6 +26,8 @@ log = logging.getLogger("aipod.job")
 LOG_PIECE = 64 * 1024  # of the job's log per heartbeat
 # Ticks for which an outcome that the disk does not take is tried again.
 STORE_TRIES = 600
+# Ticks for which it is tried again to make a long answer survive a power cut.
+SETTLE_TRIES = 10
 # Workers that die between load and run, one after the other, before a job is given up: chance does not do that.
 MAX_BROKEN = 3
 
@@ -105,6 +107,9 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             elif failure is not None and not stored:
                 with _going_on(job):
                     await _store_later(job, failure, terms.tick)
+            elif job.answer is not None and job.answer.inline is None and not job.entry.settled:
+                with _going_on(job):
+                    await _settle_later(job, terms.tick)
         finally:
             with trio.CancelScope(shield=True), _going_on(job):
                 await trio.to_thread.run_sync(end)
@@ -226,7 +231,8 @@ async def _keep(job: Job, tick: float) -> None:
     while True:
         await trio.sleep(tick)
         await job.save_log()
-        if not job.request.plain:
+        done = job.entry.settled and job.entry.is_noted(job.progress, job.message)
+        if not job.request.plain and not done:  # most ticks of most jobs: a thread has better things to do
             await trio.to_thread.run_sync(_note, job)
 
 
@@ -244,6 +250,22 @@ async def _store_later(job: Job, failure: JobFailed, tick: float) -> None:
         await trio.sleep(tick)
         if await trio.to_thread.run_sync(_store_failure, job, failure):
             return
+
+
+async def _settle_later(job: Job, tick: float) -> None:
+    """A long answer that came before the job's first tick was told at once; it is on disk soon after it."""
+    for _ in range(SETTLE_TRIES):
+        await trio.sleep(tick)
+        if await trio.to_thread.run_sync(_settle_answer, job, limiter=BULK):
+            return
+
+
+def _settle_answer(job: Job) -> bool:
+    try:
+        return job.entry.settle_answer()
+    except (Refused, OSError) as exc:
+        log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc)
+        return False
 
 
 def _store_failure(job: Job, error: JobFailed) -> bool:

@@ -24,7 +24,8 @@ entry's lock writes (`seen`, `want-*` and `cancel` are words to the holder). Not
 package writes below `spool/` (a worker writes `res` and `work/` of its own job): callers hop to a thread.
 
 Page cache survives a killed process, so only a power cut asks for fsync: the first `SYNC_AFTER` seconds of an entry are
-never synced, which is why small jobs cost no flush. From then on nothing is told to anybody before it is on disk.
+never synced, which is why small jobs cost no flush. From then on nothing is told to anybody before it is on disk. An
+answer that comes earlier is told at once; one that is too long for the journal is synced a tick later.
 
     locks      flock through filelock           entry      a job's directory, held
     journal    checksummed lines                directory  the spool itself

@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ class Home(Protocol):
     def path(self) -> Path: ...
 
     def lock_path(self, job_id: str) -> Path: ...
+
+    def holding(self, job_id: str) -> AbstractContextManager[Entry | None]: ...
 
     @property
     def boot(self) -> str: ...
@@ -220,11 +223,32 @@ class Entry(Look):
             self._journal.append({"settled": True}, sync=True)
             self._settled = True
 
+    @property
+    def settled(self) -> bool:
+        """The entry survives a power cut, and whatever is recorded from now on is on disk before it is told."""
+        return self._settled
+
+    def settle_answer(self) -> bool:
+        """Make an answer survive a power cut whose job had not settled when it ended; False where another holds it.
+
+        For an entry that was let go of: whoever wants to release the answer need not wait for a slow disk.
+        Raises `Refused` (SPOOL_FULL, OVERLOADED), `OSError`.
+        """
+        sync(self.result)
+        with self._home.holding(self.id) as entry:
+            if entry is not None and entry.read().get("phase") == "DONE":
+                entry.settle()
+            return entry is not None or not self.read()
+
     # The run
+
+    def is_noted(self, progress: float, message: str) -> bool:
+        """Whether that is what `note_progress` has told last."""
+        return (progress, message) == self._progress
 
     def note_progress(self, progress: float, message: str) -> None:
         """Tell other processes what the model has reported; they may miss it."""
-        if (progress, message) == self._progress:
+        if self.is_noted(progress, message):
             return
         self._progress = progress, message
         fresh = self.path / "live.tmp"
