@@ -107,12 +107,30 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             elif failure is not None and not stored:
                 with _going_on(job):
                     await _store_later(job, failure, terms.tick)
-            elif job.answer is not None and job.answer.inline is None and not job.entry.settled:
-                with _going_on(job):
-                    await _settle_later(job, terms.tick)
         finally:
             with trio.CancelScope(shield=True), _going_on(job):
                 await trio.to_thread.run_sync(end)
+
+
+async def settle_later(job: Job, tick: float) -> None:
+    """Make a long answer that came before the job's first tick, and was told at once, survive a power cut.
+
+    This is a trio-flavored async function. The entry was let go of; one that was released meanwhile is left alone.
+    """
+    if job.request.plain or job.answer is None or job.answer.inline is not None or job.entry.settled:
+        return
+    for _ in range(SETTLE_TRIES):
+        await trio.sleep(tick)
+        if await trio.to_thread.run_sync(_settle_answer, job, limiter=BULK):
+            return
+
+
+def _settle_answer(job: Job) -> bool:
+    try:
+        return job.entry.settle_answer()
+    except (Refused, OSError) as exc:
+        log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc)
+        return False
 
 
 @contextlib.contextmanager
@@ -250,22 +268,6 @@ async def _store_later(job: Job, failure: JobFailed, tick: float) -> None:
         await trio.sleep(tick)
         if await trio.to_thread.run_sync(_store_failure, job, failure):
             return
-
-
-async def _settle_later(job: Job, tick: float) -> None:
-    """A long answer that came before the job's first tick was told at once; it is on disk soon after it."""
-    for _ in range(SETTLE_TRIES):
-        await trio.sleep(tick)
-        if await trio.to_thread.run_sync(_settle_answer, job, limiter=BULK):
-            return
-
-
-def _settle_answer(job: Job) -> bool:
-    try:
-        return job.entry.settle_answer()
-    except (Refused, OSError) as exc:
-        log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc)
-        return False
 
 
 def _store_failure(job: Job, error: JobFailed) -> bool:

@@ -25,7 +25,7 @@ from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.job.job import Job, Keep, Queue, Told
 from aipod.job.request import Request, stored_request
-from aipod.job.run import Terms, run_job
+from aipod.job.run import Terms, run_job, settle_later
 from aipod.service.forget import KEEP_ANSWERED, forget_answer
 from aipod.spool import ENDED, MAX_ATTEMPTS, Entry, Look, Spool, Words
 from aipod.versions import Versions
@@ -245,6 +245,7 @@ class Jobs:
             await run_job(job, queue, self._versions, terms)
         finally:
             self._drop(job)
+        await settle_later(job, terms.tick)
 
     async def adopt(self, job_id: str) -> None:
         """Go on with a job whose process has died; harmless where another does. This is a trio-flavored function."""
