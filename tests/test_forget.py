@@ -11,6 +11,7 @@ import trio
 from aipod.job.job import Keep, Told
 from aipod.service.forget import KEEP_ANSWERED, KEEP_RELEASED, SMALL, Forgetter
 from aipod.spool import Spool
+from tests.test_spool import descriptors
 
 
 class Clock:
@@ -88,3 +89,18 @@ def test_a_job_that_has_not_ended_is_neither_released_nor_removed(spool: Spool) 
         assert "phase" not in entry.read()
         if held:
             entry.let_go()
+
+
+def test_without_a_descriptor_nothing_is_forgotten_and_nothing_ends(spool: Spool) -> None:
+    """What goes on beside the calls must not end the server. Mutant seen: what `hold` raises is not caught."""
+    clock = Clock()
+    forgetter = Forgetter(spool, clock=clock)
+    first, second = ended(spool, "a", **done(SMALL)), ended(spool, "b", **done(SMALL))
+    forgetter.answered(first)
+    clock.now += KEEP_ANSWERED
+    with descriptors(0):
+        forgetter.remove_due()
+        assert not forgetter._release(second.look.id)
+    for told in (first, second):
+        assert told.look.read()["phase"] == "DONE"
+    assert forgetter._release(second.look.id)

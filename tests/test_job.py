@@ -13,22 +13,27 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
+from aipod.config import Config
 from aipod.job.job import Answer, Job
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, Terms, run_job, settle_later
 from aipod.pool import Pool, open_pool
 from aipod.results import INLINE
+from aipod.runner import Description
 from aipod.runner.fake import FakeRunner
-from aipod.service.ai import Place, Viewer
+from aipod.server import _sweep
+from aipod.service.ai import AI, Place, Viewer
 from aipod.service.viewer import Call, Writer
-from aipod.spool import Entry, Journal, Spool, Words
+from aipod.spool import Entry, Journal, Spool, Sweeper, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
+from tests.test_spool import descriptors
 
 
 class FakeCall:
@@ -170,6 +175,10 @@ class Story:
         entry.seal()
         entry._journal = journal(entry.path / "state")
         return Job(what, entry, self.spool.id)
+
+    def service(self) -> AI:
+        """The server's object, without a server."""
+        return AI(Config(), Description("Class", {}, False), self.pool, self.spool, self.versions, self.nursery)
 
     def run(self, job: Job, terms: Terms) -> None:
         self.nursery.start_soon(run_job, job, Place(self.pool, "v"), self.versions, terms)
@@ -525,6 +534,45 @@ async def test_an_outcome_that_could_not_be_stored_is_stored_later(story: Story,
     await until(lambda: not story.spool.is_held(job.entry.id))
     assert full == 0
     assert written(job).items() >= {"phase": "FAILED", "reason": "MODEL_ERROR", "type": "ZeroDivisionError"}.items()
+
+
+async def test_without_a_descriptor_what_goes_on_beside_the_calls_goes_on(
+    story: Story, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mutants seen: a sweep, or a look for what others ask, raises what the system does."""
+    ai, job = story.service(), story.make(open_=OWN)
+    ai._jobs.held[job.entry.id] = job
+    caplog.set_level("ERROR", "aipod")
+    with trio.move_on_after(0.1), descriptors(0):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_sweep, Sweeper(story.spool, upload_ttl=0, ttl=0))
+            for _ in range(3):
+                await ai._jobs._heed_once()
+            await trio.sleep_forever()
+    assert "sweeping failed; trying again in" in caplog.text
+    job.entry.ask_to_stop()
+    await ai._jobs._heed_once()
+    assert job.stop_asked
+    job.entry.destroy()
+
+
+async def test_a_drain_leaves_an_upload_that_comes_late_to_the_next_server(story: Story) -> None:
+    """Its claim was under way when the drain began. What runs is interrupted. Mutant seen: both are."""
+    ai, upload, run = story.service(), story.make(open_=OWN), story.make(open_=OWN)
+    for phase in (Phase.QUEUED, Phase.RUNNING):
+        run.enter(phase)
+    ai._jobs.held[run.entry.id] = run
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ai.drain, 0.05)
+        await trio.testing.wait_all_tasks_blocked()
+        ai._jobs.held[upload.entry.id] = upload
+        await until(lambda: upload.upload.cancel_called and run.stop_asked)
+        for job in (upload, run):
+            ai._jobs._drop(job)
+    assert (upload.handed_over, upload.stop_asked) == (True, False)
+    assert (run.handed_over, run.stopped().reason) == (False, "INTERRUPTED")
+    for job in (upload, run):
+        job.entry.destroy()
 
 
 async def test_an_interrupted_run_of_a_restartable_method_is_repeated_once(story: Story, model: Model) -> None:
