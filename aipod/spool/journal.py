@@ -56,6 +56,7 @@ class _Known(NamedTuple):
 
 _NOTHING = _Known(0, 0, {})
 _ENCODE = json.JSONEncoder(separators=(",", ":")).encode
+_DECODE = json.JSONDecoder().decode
 
 
 class Journal:
@@ -65,7 +66,7 @@ class Journal:
     nothing again. The mutable state is replaced whole: threads that come at once cost each other a reading at most.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self._path = str(path)
         self._known = _NOTHING
 
@@ -136,7 +137,7 @@ class Journal:
             for line in whole.split(b"\n"):
                 check, _, text = line.partition(b" ")
                 if text and check == b"%08x" % zlib.crc32(text):
-                    state.update(json.loads(text))
+                    state.update(_DECODE(text.decode()))
             known = _Known(known.inode, known.end + len(whole) + 1, state)
         self._known = known
         return dict(known.state)

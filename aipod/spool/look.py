@@ -36,7 +36,7 @@ class Look:
         self.id = job_id
         self._boot = boot
         self.path = spool_path / job_id
-        self._journal = Journal(self.path / "state")
+        self._journal = Journal(f"{self.path}/state")
 
     @functools.cached_property
     def payload(self) -> Path:
