@@ -23,10 +23,10 @@ import trio
 
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
-from aipod.job.job import Job, Keep, Queue, Told
+from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
 from aipod.job.request import Request, stored_request
 from aipod.job.run import Terms, run_job, settle_later
-from aipod.service.forget import KEEP_ANSWERED, forget_answer
+from aipod.service.forget import forget_answer
 from aipod.spool import ENDED, MAX_ATTEMPTS, Entry, Look, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
