@@ -91,7 +91,7 @@ class Context:
         self.job_id = job_id
         self.method = method
         self.version = version
-        # The call's metadata, lower-case names, without credentials.
+        # The call's metadata, lower-case names, without credentials (see job.request).
         self.metadata = dict(metadata)
         self._work_dir = work_dir
         self._new_version = new_version

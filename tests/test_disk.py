@@ -9,7 +9,7 @@ the same bytes. I4: an answer is whole and right, or absent. I2: a method that w
 Mutants seen: no fdatasync of the payload at a checkpoint; no sync of the journal; settle without the entry's directory,
 without the spool's; no sync of a result, of a long result's name; resume at the file's size instead of the offset; a
 job that had not settled is believed after a reboot; a line that a killed process had not synced is told; no sync of the
-spool's name.
+spool's name; no sync of a journal that replaces another, of its name.
 """
 
 from __future__ import annotations
@@ -139,6 +139,18 @@ def fast_job_with_a_long_answer(story: Story) -> None:
     entry.let_go()
 
 
+def long_answer_that_is_settled_afterwards(story: Story) -> None:
+    """It was told before; at the next tick it is safe."""
+    entry = story.begin()
+    story.write(entry, 300, sync=False)
+    story.queue(entry)
+    story.start(entry)
+    story.store(entry, LONG, durable=False)
+    entry.let_go()
+    assert entry.settle_answer()
+    story.tell("done", LONG)
+
+
 def settled_at_the_first_tick_of_the_run(story: Story) -> None:
     entry = story.begin(LONG_KWARGS)
     story.write(entry, 300, sync=False)
@@ -226,8 +238,19 @@ def released(story: Story) -> None:
     entry = story.spool.hold(ID)
     assert entry is not None
     story.tell("gone")
-    entry.store({"phase": "RELEASED", "inline": None, "kwargs": None})
+    entry.release()
     entry.destroy()
+
+
+def released_and_kept(story: Story) -> None:
+    """What was told to be released stays so."""
+    upload_and_run(story)
+    entry = story.spool.hold(ID)
+    assert entry is not None
+    story.tell("going")
+    entry.release()
+    story.tell("released")
+    entry.let_go()
 
 
 STORIES: list[Callable[[Story], None]] = [
@@ -235,6 +258,7 @@ STORIES: list[Callable[[Story], None]] = [
     short_answer,
     small_job,
     fast_job_with_a_long_answer,
+    long_answer_that_is_settled_afterwards,
     settled_at_the_first_tick_of_the_run,
     settled_in_line,
     upload_of_many_connections,
@@ -242,6 +266,7 @@ STORIES: list[Callable[[Story], None]] = [
     answer_of_a_killed_server,
     run_by_the_next_server,
     released,
+    released_and_kept,
 ]
 
 
@@ -264,6 +289,8 @@ class Recovery:
         self.kwargs = story.kwargs
         self.name = story.spool.id.partition("-")[0]
         self.gone = any(one.what == "gone" for one in told)
+        self.going = any(one.what in ("gone", "going") for one in told)
+        self.released = any(one.what == "released" for one in told)
         self.started = any(one.what == "started" for one in told)
         self.offset = max((one.value for one in told if one.what == "offset"), default=0)
         self.acknowledged = any(one.durable and one.what in ("offset", "queued", "done") for one in told)
@@ -322,6 +349,7 @@ class Recovery:
         assert self.spool.look(ID).read()["reason"] == "INTERRUPTED"
 
     def check_done(self, look: Look, fields: dict[str, Any]) -> None:
+        assert not self.released
         answer = stored_answer(fields)
         data = answer.inline if answer.inline is not None else b"".join(look.read_result(0))
         assert data in self.answers
@@ -329,7 +357,8 @@ class Recovery:
         assert self.answer in (None, data)
 
     def check_released(self, look: Look, fields: dict[str, Any]) -> None:
-        assert self.gone
+        assert self.going
+        assert fields["print"] == REQUEST.fingerprint
 
 
 @pytest.fixture

@@ -13,21 +13,27 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
+from aipod.config import Config
 from aipod.job.job import Answer, Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
-from aipod.job.run import MAX_BROKEN, Terms, run_job
+from aipod.job.run import MAX_BROKEN, Terms, run_job, settle_later
 from aipod.pool import Pool, open_pool
+from aipod.results import INLINE
+from aipod.runner import Description
 from aipod.runner.fake import FakeRunner
-from aipod.service.ai import Place, Viewer
+from aipod.server import _sweep
+from aipod.service.ai import AI, Place, Viewer
 from aipod.service.viewer import Call, Writer
-from aipod.spool import Entry, Journal, Spool, Words
+from aipod.spool import Entry, Journal, Spool, Sweeper, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
+from tests.test_spool import descriptors
 
 
 class FakeCall:
@@ -155,6 +161,12 @@ class Story:
         restartable: bool = False,
     ) -> Job:
         """A job whose payload is complete, queued."""
+        job = self.make(journal, open_)
+        self.run(job, Terms(0.01, timeout, deadline, restartable))
+        return job
+
+    def make(self, journal: type[Journal] = Journal, open_: Open | None = None) -> Job:
+        """A job whose payload is complete."""
         self.jobs += 1
         what = Request(f"{self.jobs:032}", "train", "v", b"{}", None, open_, Raw(), {})
         entry = self.spool.claim(what.job_id, what.fields, what.kwargs)
@@ -162,9 +174,11 @@ class Story:
         entry.write(b"payload")
         entry.seal()
         entry._journal = journal(entry.path / "state")
-        job = Job(what, entry, self.spool.id)
-        self.run(job, Terms(0.01, timeout, deadline, restartable))
-        return job
+        return Job(what, entry, self.spool.id)
+
+    def service(self) -> AI:
+        """The server's object, without a server."""
+        return AI(Config(), Description("Class", {}, False), self.pool, self.spool, self.versions, self.nursery)
 
     def run(self, job: Job, terms: Terms) -> None:
         self.nursery.start_soon(run_job, job, Place(self.pool, "v"), self.versions, terms)
@@ -428,6 +442,137 @@ async def test_an_outcome_is_told_when_it_is_stored_and_not_before(story: Story,
         assert job.phase == wanted
         assert [phase.name for phase, _ in told] == [stored for _, stored in told]
         fail = False
+
+
+def written(job: Job) -> dict[str, Any]:
+    """What the journal of a job tells."""
+    return Journal(job.look.path / "state").read()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not condition():
+            await trio.sleep(0.001)
+
+
+async def test_at_its_first_tick_a_job_becomes_safe_and_later_ones_cost_nothing(story: Story, model: Model) -> None:
+    """But for what the model has reported. Mutants seen: no `settle` at a tick; a thread at every tick."""
+    reported, go = trio.Event(), trio.Event()
+
+    async def train(context: Any, path: Path) -> str:
+        await reported.wait()
+        context.progress(0.5, "half")
+        await go.wait()
+        return "done"
+
+    model.train = train
+    job = story.make(open_=OWN)
+    ticks: list[bool] = []
+    settle = job.entry.settle
+
+    def counted() -> None:
+        ticks.append(job.entry.settled)
+        settle()
+
+    job.entry.settle = counted
+    story.run(job, Terms(0.01))
+    await until(lambda: "settled" in written(job))
+    await trio.sleep(0.2)
+    reported.set()
+    await until(lambda: job.look.live() == {"progress": 0.5, "message": "half"})
+    await trio.sleep(0.2)
+    go.set()
+    await job.over.wait()
+    assert job.phase == Phase.DONE
+    assert ticks == [False, True]
+
+
+@pytest.mark.parametrize("size", [INLINE, INLINE + 1])
+async def test_a_long_answer_before_the_first_tick_is_told_at_once_and_safe_afterwards(
+    story: Story, model: Model, size: int
+) -> None:
+    """A short one is in the journal: small jobs cost no sync. Mutants seen: nothing is settled; any answer is."""
+    model.train = lambda context, path: "x" * (size - 2)
+    job = story.make(open_=OWN)
+    early: list[str] = []
+
+    async def look() -> None:
+        await job.over.wait()
+        assert not story.spool.is_held(job.entry.id)
+        early.extend(written(job))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        await run_job(job, Place(story.pool, "v"), story.versions, Terms(0.5))
+    await settle_later(job, 0.01)
+    assert job.answer is not None
+    assert job.answer.size == size
+    assert "settled" not in early
+    assert ("settled" in written(job)) == (size > INLINE)
+    assert not story.spool.is_held(job.entry.id)
+
+
+async def test_an_outcome_that_could_not_be_stored_is_stored_later(story: Story, model: Model) -> None:
+    """And nobody else gets the job before: it would be interrupted there. Mutants seen: no `_store_later`; one try."""
+    model.train = lambda context, path: 1 / 0
+    full = 6
+
+    class Full(Journal):
+        """On a disk without room for the outcome, a while."""
+
+        def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+            nonlocal full
+            if fields.get("phase") == "FAILED" and full:
+                full -= 1
+                raise OSError(errno.ENOSPC, "full")
+            super().append(fields, sync=sync)
+
+    job = await story.begin(open_=OWN, journal=Full)
+    await job.over.wait()
+    assert written(job)["phase"] == "RUNNING"
+    assert story.spool.is_held(job.entry.id)
+    await until(lambda: not story.spool.is_held(job.entry.id))
+    assert full == 0
+    assert written(job).items() >= {"phase": "FAILED", "reason": "MODEL_ERROR", "type": "ZeroDivisionError"}.items()
+
+
+async def test_without_a_descriptor_what_goes_on_beside_the_calls_goes_on(
+    story: Story, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mutants seen: a sweep, or a look for what others ask, raises what the system does."""
+    ai, job = story.service(), story.make(open_=OWN)
+    ai._jobs.held[job.entry.id] = job
+    caplog.set_level("ERROR", "aipod")
+    with trio.move_on_after(0.1), descriptors(0):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_sweep, Sweeper(story.spool, upload_ttl=0, ttl=0))
+            for _ in range(3):
+                await ai._jobs._heed_once()
+            await trio.sleep_forever()
+    assert "sweeping failed; trying again in" in caplog.text
+    job.entry.ask_to_stop()
+    await ai._jobs._heed_once()
+    assert job.stop_asked
+    job.entry.destroy()
+
+
+async def test_a_drain_leaves_an_upload_that_comes_late_to_the_next_server(story: Story) -> None:
+    """Its claim was under way when the drain began. What runs is interrupted. Mutant seen: both are."""
+    ai, upload, run = story.service(), story.make(open_=OWN), story.make(open_=OWN)
+    for phase in (Phase.QUEUED, Phase.RUNNING):
+        run.enter(phase)
+    ai._jobs.held[run.entry.id] = run
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ai.drain, 0.05)
+        await trio.testing.wait_all_tasks_blocked()
+        ai._jobs.held[upload.entry.id] = upload
+        await until(lambda: upload.upload.cancel_called and run.stop_asked)
+        for job in (upload, run):
+            ai._jobs._drop(job)
+    assert (upload.handed_over, upload.stop_asked) == (True, False)
+    assert (run.handed_over, run.stopped().reason) == (False, "INTERRUPTED")
+    for job in (upload, run):
+        job.entry.destroy()
 
 
 async def test_an_interrupted_run_of_a_restartable_method_is_repeated_once(story: Story, model: Model) -> None:

@@ -74,6 +74,15 @@ def test_credentials_do_not_reach_the_model() -> None:
     assert chaos(headers={"authorization": "secret", ":path": "/", "x-custom": "yes"}).metadata == {"x-custom": "yes"}
 
 
+CREDENTIALS = ("authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key", "x_apikey", "x-auth-token")
+
+
+@pytest.mark.parametrize("name", [*CREDENTIALS, "x-security-token-bin", "x-client-secret", "x-password"])
+def test_no_header_that_tells_who_calls_is_kept(name: str) -> None:
+    """Neither for the method nor for the spool."""
+    assert chaos(headers={name: "abc", "x-custom": "yes"}).metadata == {"x-custom": "yes"}
+
+
 def test_a_header_names_the_method_on_chaos_only() -> None:
     assert chaos(headers={"x-func-name": "hello"}).method == "hello"
     message = StreamInput()

@@ -14,14 +14,17 @@ import pytest
 from grpc import StatusCode
 from grpclib.const import Status
 
+from aipod.codec import job_id
 from aipod.config import MIB
+from aipod.spool import Journal
 from aipod.wire.ai import Op, Phase
 from tests import stranger
 from tests.conftest import Served, run
-from tests.models_resume import answer_to
+from tests.models_resume import LONG, answer_to
 from tests.pairs import (
     MODEL,
     PAYLOAD,
+    TICK,
     Work,
     begun,
     entries,
@@ -252,5 +255,60 @@ def test_a_disk_that_is_full_ends_neither_the_server_nor_what_it_knows(
         limit(served, resource.RLIM_INFINITY)
         assert (await ask(served.address, client.ticket, Op.RELEASE)).phase == Phase.RELEASED
         assert served.process.poll() is None
+
+    run(main)
+
+
+def test_a_long_answer_that_came_at_once_is_on_disk_soon(serve_one: Callable[..., Served], work: Work) -> None:
+    """Mutant seen: nobody settles it once it was told."""
+
+    async def main() -> None:
+        served = serve_one("--tick", "2")  # the job has ended long before
+        client = work.client(size=LONG)
+        assert (await client.visit(served.address)).data == answer_to(PAYLOAD, LONG)
+        journal = Journal(served.spool / job_id(client.ticket) / "state")
+        async with asyncio.timeout(10):
+            while "settled" not in journal.read():
+                await asyncio.sleep(0.01)
+
+    run(main)
+
+
+def leave_descriptors(served: Served, free: int) -> None:
+    """The server can open `free` more files and connections, and no more."""
+    used = {int(name) for name in os.listdir(f"/proc/{served.process.pid}/fd")}
+    lowest = next(n for n in range(1 << 20) if n - len([fd for fd in used if fd < n]) == free)
+    _, hard = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (lowest, hard))
+
+
+def test_who_finds_no_descriptor_comes_again_and_what_runs_goes_on(
+    serve_one: Callable[..., Served], work: Work
+) -> None:
+    """Mutants seen: `claim` raises what the system does, INTERNAL to a client; what a job's tick raises ends it."""
+
+    async def main() -> None:
+        served = serve_one()
+        before = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
+        ended, client = work.client(size=10), work.client("wait")
+        await ended.visit(served.address)
+        task = await running(work, client, served.address)
+        for free in (1, 2, 3):
+            leave_descriptors(served, free)
+            with contextlib.suppress(Lost):  # it cannot even be heard
+                refusal = await refused(work.client().visit, served.address)
+                assert (refusal.reason, refusal.retry) == ("OVERLOADED", True)
+            with contextlib.suppress(Lost, Refusal):
+                async with call(served.address, client.ticket, Op.ATTACH, released=[ended.ticket]) as watcher:
+                    await watcher.phase(Phase.RUNNING)
+            await asyncio.sleep(2 * TICK)
+            resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, before)
+        assert served.process.poll() is None
+        assert (await attach(served.address, ended.ticket)).phase in (Phase.DONE, Phase.RELEASED)
+        work.until.touch()
+        assert (await task).phase == Phase.DONE
+        assert (await work.client(size=20).visit(served.address)).data == answer_to(PAYLOAD, 20)
+        assert "would not survive a power cut" in served.log_text()  # the first tick came when there was none
+        assert "a bug of aipod" not in served.log_text()
 
     run(main)

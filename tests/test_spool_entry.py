@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +17,23 @@ import pytest
 from aipod.codec import digest
 from aipod.config import MIB
 from aipod.spool import MAX_LOG, SYNC_AFTER, SYNC_BYTES, Journal, Spool, Sweeper
+from bench.disk import forget, small_job
 from tests.conftest import left_in
 from tests.spools import (
     PLAIN,
     TICKETED,
     A,
+    B,
     claimed,
     killed,
     left_empty,
     opened,
     refusal,
+    sweep,
 )
 
 spool = pytest.fixture(left_empty)
+
 
 NOBODY = 65534
 
@@ -66,6 +73,89 @@ def test_an_outcome_without_an_answer_keeps_none(spool: Spool, phase: str) -> No
     kept = ["state"] if phase == "RELEASED" else ["log", "state"]
     assert sorted(path.name for path in entry.path.iterdir()) == kept
     entry.destroy()
+
+
+def test_an_answer_is_settled_when_nobody_holds_it(spool: Spool) -> None:
+    """Not one that was released meanwhile, or has gone."""
+    entry = claimed(spool, A, REQUEST)
+    entry.store({"phase": "DONE"})
+    entry.let_go()
+    other = spool.hold(A)
+    assert other is not None
+    assert not entry.settle_answer()
+    other.let_go()
+    assert entry.settle_answer()
+    assert spool.look(A).read()["settled"]
+    entry = claimed(spool, B, REQUEST)
+    entry.store({"phase": "DONE"})
+    entry.release()
+    entry.let_go()
+    assert entry.settle_answer()
+    assert "settled" not in spool.look(B).read()
+    for job_id in (A, B):
+        with spool.holding(job_id) as held:
+            assert held is not None
+            held.destroy()
+    assert entry.settle_answer()
+
+
+REQUEST = TICKETED | {"print": "fingerprint", "method": "predict", "version": "v", "epoch": 3, "size": 9}
+
+
+ANSWER = {"phase": "DONE", "kind": "json", "answer": 8, "digest": "00", "inline": "an answer"}
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_of_a_released_job_stays_that_it_was_there(spool: Spool, settled: bool) -> None:
+    """Not its answer, its arguments, its headers. Mutants seen: a line more; the answer is kept; `settled` is lost."""
+    entry = claimed(spool, A, REQUEST | {"metadata": {"x-user": "somebody"}}, b'{"name": "argument"}')
+    if settled:
+        entry.settle()
+    entry.record({"phase": "QUEUED", "offset": 9})
+    entry.record({"phase": "RUNNING", "worker": "w", "attempt": 1})
+    entry.append_log("a line\n")
+    entry.store(ANSWER)
+    reader = spool.look(A)
+    assert reader.read()["inline"] == "an answer"
+    entry.release()
+    left = {key: REQUEST[key] for key in ("ticketed", "print", "method", "version", "epoch")}
+    left |= {"boot": spool.boot, "offset": 9, "attempt": 1, "phase": "RELEASED"} | (
+        {"settled": True} if settled else {}
+    )
+    assert reader.read() == entry.read() == spool.look(A).read() == left
+    assert [json.loads(line[9:]) for line in (entry.path / "state").read_bytes().splitlines()] == [left]
+    assert os.listdir(entry.path) == ["state"]
+    entry.destroy()
+
+
+def test_an_answer_that_the_disk_is_full_of_can_be_released(spool: Spool) -> None:
+    entry = claimed(spool, A, REQUEST)
+    entry.result.write_bytes(b"x")
+    entry.store({"phase": "DONE"})
+
+    class Tight(Journal):
+        """A disk that has no room for another file before one has gone."""
+
+        def replace(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+            if entry.result.exists():
+                raise OSError(errno.ENOSPC, "full")
+            super().replace(fields, sync=sync)
+
+    entry._journal = Tight(entry.path / "state")
+    entry.release()
+    assert "size" not in entry.read()
+    assert os.listdir(entry.path) == ["state"]
+    entry.destroy()
+
+
+def test_a_sweep_removes_an_answer_whose_server_was_killed_while_it_was_released(spool: Spool) -> None:
+    with killed(spool, A, REQUEST) as entry:
+        entry.store({"phase": "DONE"})
+        entry.result.write_bytes(b"x")
+        (entry.path / "state.tmp").write_bytes(b"x")
+        entry._journal.append({"phase": "RELEASED"})
+    assert sweep(spool) == 0
+    assert os.listdir(entry.path) == ["state"]
 
 
 def test_a_sweep_removes_what_a_job_whose_server_was_killed_at_its_end_does_not_need(spool: Spool) -> None:
@@ -158,6 +248,27 @@ def test_a_payload_shorter_than_what_was_acknowledged_is_damage(spool: Spool) ->
     assert again is not None
     assert refusal(again.resume) == "DAMAGED"
     again.destroy()
+
+
+def test_what_a_small_job_costs(spool: Spool) -> None:
+    """Every call of the system from its claim until it is forgotten. Who adds one has a reason for it."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function.__module__ in ("posix", "fcntl") and "path" not in function.__name__:
+            calls[function.__name__] += 1
+
+    sys.setprofile(count)
+    try:
+        forget(spool, small_job(spool))
+    finally:
+        sys.setprofile(None)
+    assert calls == {
+        **{"statvfs": 1, "mkdir": 1, "rename": 1, "rmdir": 1, "unlink": 3, "listdir": 1, "scandir": 1},
+        # The lock twice; the payload; the journal: written four times, read once, looked at once; its directory.
+        **{"open": 10, "close": 10, "flock": 4, "fstat": 9, "write": 5, "pread": 4, "fchmod": 1},
+        **{"stat": 2, "chmod": 1, "urandom": 3},
+    }
 
 
 def test_long_kwargs_are_a_file(spool: Spool) -> None:

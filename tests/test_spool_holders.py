@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from tests.spools import (
     A,
     B,
     claimed,
+    descriptors,
     killed,
     left_empty,
     opened,
@@ -213,7 +215,7 @@ HOLDERS = """if True:
 
 
 def test_a_lock_whose_file_is_removed_never_has_two_holders(spool: Spool) -> None:
-    """I8. Mutants seen: the file is removed after the lock was let go of; `flock` without a look at its links."""
+    """I8, by chance."""
     command = [sys.executable, "-c", HOLDERS, str(spool.path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
     said = [process.communicate()[0] for process in processes]
@@ -222,3 +224,131 @@ def test_a_lock_whose_file_is_removed_never_has_two_holders(spool: Spool) -> Non
     sweep(spool)
     for name in (A, f"{A}.lock"):
         (spool.path / name).unlink(missing_ok=True)
+
+
+def test_a_lock_whose_file_is_removed_while_it_is_being_got_is_not_got(spool: Spool) -> None:
+    """I8. Mutant seen: `flock` without a look at its links."""
+    entry = claimed(spool, A)
+
+    def between(frame: Any, event: str, function: Any) -> None:
+        """The file is open, and not yet locked."""
+        if event == "c_return" and function is os.open:
+            sys.setprofile(None)
+            entry.destroy()
+
+    sys.setprofile(between)
+    try:
+        again = claimed(spool, A)
+    finally:
+        sys.setprofile(None)
+    assert not entry._lock.is_locked
+    assert spool.is_held(A)
+    again.destroy()
+
+
+def test_a_lock_file_is_removed_while_it_is_held(spool: Spool) -> None:
+    """I8. Mutant seen: it is removed after the lock was let go of."""
+    entry = claimed(spool, A)
+    held: list[bool] = []
+
+    def look(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function is os.unlink:
+            held.append(spool.is_held(A))
+
+    sys.setprofile(look)
+    try:
+        entry.destroy()
+    finally:
+        sys.setprofile(None)
+    assert held == [True, True, True]  # the payload, the journal, the lock
+
+
+def test_a_copy_of_its_descriptor_holds_no_lock(spool: Spool) -> None:
+    """As a process has it that is being started, until it runs its program. Mutant seen: no `unlock_descriptor`."""
+    entry = claimed(spool, A)
+    copy = os.dup(entry._lock._fd or 0)
+    entry.let_go()
+    assert not spool.is_held(A)
+    os.close(copy)
+    assert sweep(spool) == 1
+
+
+def test_a_process_that_a_model_forks_holds_no_job(spool: Spool) -> None:
+    """It may live on when its server is killed. Nor does its end free what its parent holds. Mutants seen: no
+    `register_at_fork`; a release in the child, not a close."""
+    program = """if True:
+        import os, sys, time
+        from pathlib import Path
+        from aipod.spool import Spool
+        spool = Spool.open(Path(sys.argv[1]), "m.Class", reserve=0)
+        entry = spool.claim("a" * 32, {"ticketed": True})
+        if os.fork() == 0:
+            entry.let_go()
+            entry.destroy()
+            os.write(1, b"forked")
+            time.sleep(60)
+        sys.stdin.read()
+    """
+    command = [sys.executable, "-c", program, str(spool.path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.read(6) == b"forked"
+            assert spool.is_held(A)
+            process.kill()
+            process.wait()
+            assert not spool.is_held(A)
+            entry = spool.hold(A)
+            assert entry is not None
+            entry.destroy()
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_lock_that_is_lost_is_let_go_of(spool: Spool) -> None:
+    """By an error of the disk, say, on the way to who wanted it."""
+    entry = claimed(spool, A, TICKETED)
+    entry._close()
+    assert spool.is_held(A)
+    del entry
+    assert not spool.is_held(A)
+    (spool.path / A / "state").unlink()
+    os.symlink("state", spool.path / A / "state")  # which cannot be read
+    with pytest.raises(OSError, match="symbolic links") as caught:
+        spool.hold(A)
+    assert not spool.is_held(A)
+    del caught
+    (spool.path / A / "state").unlink()
+    assert spool.hold(A) is None
+
+
+def test_who_runs_out_of_descriptors_loses_no_job(spool: Spool) -> None:
+    """Mutant seen: whatever is raised by a claim removes the entry, one that was there too."""
+    entry = claimed(spool, A, TICKETED)
+    entry.store({"phase": "FAILED"})
+    entry.let_go()
+    for free in range(3):
+        with descriptors(free):
+            for get in (spool.hold, lambda job_id: spool.claim(job_id, PLAIN)):
+                try:
+                    held = get(A)
+                except Refused as exc:
+                    assert exc.reason == "OVERLOADED"  # noqa: PT017
+                else:
+                    assert free == 2
+                    if held is not None:
+                        held.let_go()
+        assert not spool.is_held(A)
+        assert spool.look(A).read()["phase"] == "FAILED"
+    again = spool.hold(A)
+    assert again is not None
+    again.destroy()
+
+
+def test_a_look_makes_no_lock_file(spool: Spool) -> None:
+    assert not spool.is_held(A)
+    assert spool.hold(A) is None
+    assert os.listdir(spool.path / "workers") == []
+    assert left_in(spool.path) == []

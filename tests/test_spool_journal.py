@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aipod.spool import Journal
+from aipod.spool.journal import Fields
+from tests.conftest import ROOT
 from tests.spools import (
     largest_file,
 )
@@ -71,7 +76,7 @@ def test_a_reader_that_comes_again_reads_only_what_is_new_and_notices_another_fi
     for n in range(3):
         writer.append({"n": n, f"key{n}": "x" * 100})
         assert reader.read() == Journal(path).read()
-        assert reader._read == path.stat().st_size
+        assert reader._known.end == path.stat().st_size
     path.unlink()
     assert reader.read() == {}
     Journal(path).append({"other": 1})
@@ -88,3 +93,59 @@ def test_a_read_while_a_line_is_half_written_takes_it_when_it_is_whole(tmp_path:
         path.write_bytes(whole[:cut])
         assert reader.read() in ({}, {"a": 1}, {"a": 1, "b": 2})
     assert reader.read() == {"a": 1, "b": 2}
+
+
+def test_a_reader_notices_a_journal_that_was_replaced_by_a_longer_one(tmp_path: Path) -> None:
+    """Mutant seen: no look at the inode."""
+    path = tmp_path / "state"
+    writer, reader = Journal(path), Journal(path)
+    writer.append({"a": 1, "b": 2})
+    assert reader.read() == {"a": 1, "b": 2}
+    writer.replace({"a": 3, "text": "x" * 100})
+    assert reader.read() == writer.read() == {"a": 3, "text": "x" * 100}
+    writer.append({"c": 4})
+    assert reader.read() == writer.read() == Journal(path).read() == {"a": 3, "text": "x" * 100, "c": 4}
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_journal_that_a_full_disk_cannot_replace_is_as_before(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "state")
+    journal.append({"a": 1})
+    with largest_file(10), pytest.raises(OSError, match=r"No space|File too large"):
+        journal.replace({"b": 2})
+    assert journal.read() == Journal(tmp_path / "state").read() == {"a": 1}
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def _keys(tree: ast.AST) -> Iterator[str]:
+    """The keys that a module writes into journals or looks for in them."""
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.Call(func=ast.Attribute(attr="record" | "store" | "claim"), args=args)
+                | ast.Call(func=ast.Attribute(value=ast.Attribute(attr="_journal"), attr="append"), args=args)
+            ):
+                found: list[ast.expr | None] = [key for arg in args if isinstance(arg, ast.Dict) for key in arg.keys]
+            case (
+                ast.Assign(targets=[ast.Name(id="fields")], value=ast.Dict(keys=keys))
+                | ast.AnnAssign(target=ast.Name(id="fields"), value=ast.Dict(keys=keys))
+                | ast.AugAssign(target=ast.Name(id="fields"), value=ast.Dict(keys=keys))
+            ):
+                found = list(keys)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="fields" | "state"), attr="get"), args=[key, *_]):
+                found = [key]
+            case ast.Subscript(value=ast.Name(id="fields" | "state"), slice=key):
+                found = [key]
+            case _:
+                continue
+        yield from (key.value for key in found if isinstance(key, ast.Constant) and isinstance(key.value, str))
+
+
+def test_every_key_of_a_journal_is_explained_in_one_place() -> None:
+    found = {
+        key
+        for package in ("spool", "job", "service")
+        for path in (ROOT / "aipod" / package).glob("*.py")
+        for key in _keys(ast.parse(path.read_text()))
+    }
+    assert found == set(Fields.__annotations__)

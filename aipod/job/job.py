@@ -19,6 +19,12 @@ from aipod.runner import Report, Task
 from aipod.spool import ENDED, Entry, Look, Words
 from aipod.wire.ai import Error, Phase, State
 
+# Seconds that a small ended job is kept once its answer was sent, for its client may have lost the end of it and look
+# for it that long (Config.reconnect, and then some); and once its client has said that it has the answer.
+KEEP_ANSWERED = 900.0
+KEEP_RELEASED = 60.0
+SMALL = 64 * 1024
+
 # Log text between two writes to the entry; a worker's own bound is lower, this one is for methods on the loop.
 MAX_PENDING_LOG = 1024 * 1024
 
@@ -53,14 +59,16 @@ class Keep:
     grace: float = math.inf  # queued or running
     ended: float = math.inf
 
-    def of(self, phase: Phase) -> int:
-        """For a job in `phase`, as the wire has it."""
+    def of(self, phase: Phase, *, small: bool) -> int:
+        """For a job in `phase`, as the wire has it. `small`: what it keeps when it has ended; it may go earlier."""
         if phase == Phase.RECEIVING:
             seconds = self.upload
         elif phase in (Phase.QUEUED, Phase.RUNNING):
             seconds = self.grace
+        elif phase == Phase.RELEASED:
+            seconds = min(self.ended, KEEP_RELEASED)
         else:
-            seconds = self.ended
+            seconds = min(self.ended, KEEP_ANSWERED) if small else self.ended
         return int(min(seconds, 2**32 - 1))
 
 
@@ -134,6 +142,11 @@ class Watched(abc.ABC):
         """The job has its outcome."""
         return self.phase.name in ENDED
 
+    @property
+    def small(self) -> bool:
+        """An ended job that is not kept for long once its client was told: nothing of worth would be kept."""
+        return self.answer is None or self.answer.size <= SMALL
+
     def notify(self) -> None:
         """Wake who watches."""
         self.changed.set()
@@ -150,7 +163,7 @@ class Watched(abc.ABC):
             attempt=self.attempt,
             place=self.place,
             epoch=self.epoch,
-            ttl=self._keep.of(self.phase),
+            ttl=self._keep.of(self.phase, small=self.small),
         )
         if self.answer is not None:
             state.size, state.digest = self.answer.size, self.answer.digest

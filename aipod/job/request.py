@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,9 @@ MAX_RELEASED = 64  # each costs a look at the disk
 _OPS = frozenset(int(op) for op in Op)
 _SIZE_KEY = "_aipod_bin_size"
 _OWN = "_aipod"
+# Headers that a method never sees, and that never come to lie in the spool: what a proxy or an application before this
+# server may use to tell who calls.
+_CREDENTIAL = re.compile(r"authorization|cookie|token|secret|passw|credential|api[-_]?key")
 
 
 @dataclasses.dataclass
@@ -114,9 +118,13 @@ def parse_request(
         size=size,
         open=first.open,
         first=first,
-        metadata={key: value for key, value in headers.items() if key != "authorization" and not key.startswith(":")},
+        metadata={name: value for name, value in headers.items() if not name.startswith(":") and not _is_secret(name)},
         fingerprint="" if first.open is None else _fingerprint(method, version, text, size, first.open.source.hex()),
     )
+
+
+def _is_secret(name: str) -> bool:
+    return _CREDENTIAL.search(name.lower()) is not None
 
 
 def _fingerprint(*parts: str | int | None) -> str:

@@ -26,6 +26,8 @@ log = logging.getLogger("aipod.job")
 LOG_PIECE = 64 * 1024  # of the job's log per heartbeat
 # Ticks for which an outcome that the disk does not take is tried again.
 STORE_TRIES = 600
+# Ticks for which it is tried again to make a long answer survive a power cut.
+SETTLE_TRIES = 10
 # Workers that die between load and run, one after the other, before a job is given up: chance does not do that.
 MAX_BROKEN = 3
 
@@ -108,6 +110,27 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
         finally:
             with trio.CancelScope(shield=True), _going_on(job):
                 await trio.to_thread.run_sync(end)
+
+
+async def settle_later(job: Job, tick: float) -> None:
+    """Make a long answer that came before the job's first tick, and was told at once, survive a power cut.
+
+    This is a trio-flavored async function. The entry was let go of; one that was released meanwhile is left alone.
+    """
+    if job.request.plain or job.answer is None or job.answer.inline is not None or job.entry.settled:
+        return
+    for _ in range(SETTLE_TRIES):
+        await trio.sleep(tick)
+        if await trio.to_thread.run_sync(_settle_answer, job, limiter=BULK):
+            return
+
+
+def _settle_answer(job: Job) -> bool:
+    try:
+        return job.entry.settle_answer()
+    except (Refused, OSError) as exc:
+        log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc)
+        return False
 
 
 @contextlib.contextmanager
@@ -226,7 +249,8 @@ async def _keep(job: Job, tick: float) -> None:
     while True:
         await trio.sleep(tick)
         await job.save_log()
-        if not job.request.plain:
+        done = job.entry.settled and job.entry.is_noted(job.progress, job.message)
+        if not job.request.plain and not done:  # most ticks of most jobs: a thread has better things to do
             await trio.to_thread.run_sync(_note, job)
 
 

@@ -23,10 +23,10 @@ import trio
 
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
-from aipod.job.job import Job, Keep, Queue, Told
+from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
 from aipod.job.request import Request, stored_request
-from aipod.job.run import Terms, run_job
-from aipod.service.forget import KEEP_ANSWERED, forget_answer
+from aipod.job.run import Terms, run_job, settle_later
+from aipod.service.forget import forget_answer
 from aipod.spool import ENDED, MAX_ATTEMPTS, Entry, Look, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
@@ -257,6 +257,7 @@ class Jobs:
             await run_job(job, queue, self._versions, terms)
         finally:
             self._drop(job)
+        await settle_later(job, terms.tick)
 
     async def adopt(self, job_id: str) -> None:
         """Go on with a job whose process has died; harmless where another does. This is a trio-flavored function."""

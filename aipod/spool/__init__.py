@@ -6,7 +6,8 @@
       workers/<name>.lock  held by a worker process for as long as it lives
       <id>.lock            held by the server process that works on the entry; unlinked only by who holds it
       <id>/                0700
-        state              the journal: one line per step, "crc32 json\\n"; the fold of all whole lines is the truth
+        state              the journal: one line per step, "crc32 json\\n"; the fold of all whole lines is the truth;
+                           its keys are explained in journal.Fields; state.tmp: what is to replace it, at a release
         in                 the decompressed payload; valid up to the journal's offset, the rest is noise
         kw                 kwargs JSON, where it is longer than `INLINE` (else in the journal)
         res                the result, uncompressed, where it is longer than `INLINE` (else in the journal)
@@ -23,7 +24,8 @@ entry's lock writes (`seen`, `want-*` and `cancel` are words to the holder). Not
 package writes below `spool/` (a worker writes `res` and `work/` of its own job): callers hop to a thread.
 
 Page cache survives a killed process, so only a power cut asks for fsync: the first `SYNC_AFTER` seconds of an entry are
-never synced, which is why small jobs cost no flush. From then on nothing is told to anybody before it is on disk.
+never synced, which is why small jobs cost no flush. From then on nothing is told to anybody before it is on disk. An
+answer that comes earlier is told at once; one that is too long for the journal is synced a tick later.
 
     locks      flock through filelock           entry      a job's directory, held
     journal    checksummed lines                directory  the spool itself

@@ -78,7 +78,7 @@ class Spool:
             if probe is not None:
                 (path / ".probe").unlink(missing_ok=True)
                 probe.release()
-        except (OSError, NotImplementedError) as exc:
+        except OSError as exc:
             raise SpoolError(f"spool {path} cannot be used: {exc}; choose a local directory with --spool") from exc
         return spool
 
@@ -149,17 +149,23 @@ class Spool:
                 return None
             entry = Entry(self, job_id, lock)
             try:
-                if entry.path.exists():
-                    if entry.read():
-                        lock.release()
-                        return None
-                    entry.destroy()  # whoever made it was killed before its first line
-                    return self.claim(job_id, fields, kwargs, size=size)
                 entry.create(fields, kwargs, size)
+                return entry
+            except FileExistsError:
+                pass
             except BaseException:
                 entry.destroy()
                 raise
-        return entry
+            try:
+                exists = bool(entry.read())
+            except BaseException:
+                lock.release()  # and nothing else: it may be somebody's answer
+                raise
+            if exists:
+                lock.release()
+                return None
+        entry.destroy()  # whoever made it was killed before its first line
+        return self.claim(job_id, fields, kwargs, size=size)
 
     def fence(self, job_id: str) -> bool:
         """Have it that no job can ever start under this ticket; False where there is one already."""
@@ -171,23 +177,30 @@ class Spool:
         return True
 
     def hold(self, job_id: str) -> Entry | None:
-        """The entry of a job that nobody holds; None where somebody does, or there is none."""
+        """The entry of a job that nobody holds; None where somebody does, or there is none.
+
+        Raises `Refused` (OVERLOADED).
+        """
         with refused_when_exhausted():
-            if not (self.path / job_id).exists():
+            if not os.path.exists(self.path / job_id):
                 return None
             lock = try_lock(self.lock_path(job_id))
-        if lock is None:
-            return None
-        entry = Entry(self, job_id, lock)
-        state = entry.read()
-        if not state:
-            entry.destroy()
-            return None
-        entry.go_on_from(state)
-        worker = state.get("worker")
-        if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
-            lock.release()  # its server is gone, and the kernel is about to end the worker
-            return None
+            if lock is None:
+                return None
+            entry = Entry(self, job_id, lock)
+            try:
+                state = entry.read()
+                if not state:
+                    entry.destroy()
+                    return None
+                entry.go_on_from(state)
+                worker = state.get("worker")
+                if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
+                    lock.release()  # its server is gone, and the kernel is about to end the worker
+                    return None
+            except BaseException:
+                lock.release()
+                raise
         return entry
 
     @contextlib.contextmanager
@@ -217,7 +230,7 @@ class Spool:
             return None
         try:
             _check_newest(entry, epoch)
-        except Refused:
+        except BaseException:
             entry.let_go()
             raise
         return entry

@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
-from aipod.spool.look import ENDED, Look, sync, want_name
+from aipod.spool.look import ENDED, Look, sync
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
@@ -27,6 +28,21 @@ SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
 MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
+# What the journal of a released job tells: that it was there, whose request it was, and what its viewers were told.
+_TOMBSTONE = (
+    "ticketed",
+    "boot",
+    "settled",
+    "fenced",
+    "print",
+    "method",
+    "version",
+    "epoch",
+    "offset",
+    "attempt",
+    "phase",
+)
+_KEPT = frozenset({"state", "seen", "in"})  # of an entry's files, when its job has ended
 
 
 class Home(Protocol):
@@ -36,6 +52,8 @@ class Home(Protocol):
     def path(self) -> Path: ...
 
     def lock_path(self, job_id: str) -> Path: ...
+
+    def holding(self, job_id: str) -> AbstractContextManager[Entry | None]: ...
 
     @property
     def boot(self) -> str: ...
@@ -68,7 +86,10 @@ class Entry(Look):
     # The beginning
 
     def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None) -> None:
-        """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`."""
+        """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`.
+
+        Raises `FileExistsError` where there is a directory, and has changed nothing then.
+        """
         self.path.mkdir(mode=0o700)
         fields = {**fields, "boot": self._boot}
         if len(kwargs) <= INLINE:
@@ -164,7 +185,8 @@ class Entry(Look):
     def seal(self) -> None:
         """Close the payload and make it read-only: it is complete."""
         if self._fd is not None:
-            os.ftruncate(self._fd, self.written)  # what was noise, or set aside for more
+            if os.fstat(self._fd).st_size != self.written:
+                os.ftruncate(self._fd, self.written)  # what was noise, or set aside for more
             if self._settled:
                 os.fdatasync(self._fd)
             os.fchmod(self._fd, 0o400)
@@ -201,11 +223,32 @@ class Entry(Look):
             self._journal.append({"settled": True}, sync=True)
             self._settled = True
 
+    @property
+    def settled(self) -> bool:
+        """The entry survives a power cut, and whatever is recorded from now on is on disk before it is told."""
+        return self._settled
+
+    def settle_answer(self) -> bool:
+        """Make an answer survive a power cut whose job had not settled when it ended; False where another holds it.
+
+        For an entry that was let go of: whoever wants to release the answer need not wait for a slow disk.
+        Raises `Refused` (SPOOL_FULL, OVERLOADED), `OSError`.
+        """
+        sync(self.result)
+        with self._home.holding(self.id) as entry:
+            if entry is not None and entry.read().get("phase") == "DONE":
+                entry.settle()
+            return entry is not None or not self.read()
+
     # The run
+
+    def is_noted(self, progress: float, message: str) -> bool:
+        """Whether that is what `note_progress` has told last."""
+        return (progress, message) == self._progress
 
     def note_progress(self, progress: float, message: str) -> None:
         """Tell other processes what the model has reported; they may miss it."""
-        if (progress, message) == self._progress:
+        if self.is_noted(progress, message):
             return
         self._progress = progress, message
         fresh = self.path / "live.tmp"
@@ -253,16 +296,34 @@ class Entry(Look):
                 self.record(fields)
         self.tidy(fields.get("phase", ""))
 
+    def release(self) -> None:
+        """Forget the answer, and the arguments and headers of the request; what stays tells that there was a job.
+
+        Raises `Refused` (SPOOL_FULL, OVERLOADED); then perhaps only the answer is forgotten.
+        """
+        state = self.read() | {"phase": "RELEASED"}
+        left = {key: state[key] for key in _TOMBSTONE if key in state}
+        with self._settling, refused_when_exhausted():
+            try:
+                self._journal.replace(left, sync=self._settled)
+            except OSError:
+                # The answer may be what the disk is full of. A line takes no room of its own.
+                self.store({"phase": "RELEASED"})
+                self._journal.replace(left, sync=self._settled)
+        self.tidy("RELEASED")
+
     def tidy(self, phase: str) -> None:
         """Remove what a job that has ended in `phase` does not need any more. Idempotent."""
+        try:
+            names = os.listdir(self.path)
+        except OSError:
+            return  # a model has removed its own job; or there is no descriptor left: a sweep comes back to it
+        kept = {"DONE": _KEPT | {"log", "res"}, "RELEASED": _KEPT}.get(phase, _KEPT | {"log"})
+        for name in names:
+            if name not in kept:
+                remove(self.path / name)
+        # The last: by it a sweep sees that this is still to be done.
         self._drop_payload()
-        gone = ["kw", "live", "cancel", "work", *map(want_name, self._asked())]
-        if phase != "DONE":
-            gone.append("res")
-        if phase == "RELEASED":
-            gone.append("log")
-        for name in gone:
-            remove(self.path / name)
 
     def _drop_payload(self) -> None:
         self._close()

@@ -2,61 +2,154 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
+
+
+class Fields(TypedDict, total=False):
+    """What a job's journal tells: the keys of its lines, all of which may be missing. Later lines over earlier ones.
+
+    Whoever adds one says here what it means. A reader of another version ignores what it does not know.
+    """
+
+    # The first line, by who claims the job (`Entry.create`, with the fields of job.request): the request.
+    ticketed: bool  # False: a plain client's; nobody can come back to it
+    boot: str  # names the machine's run; another one now, and not settled: most is not to be believed (look._is_lost)
+    print: str  # the request's fingerprint: whoever comes with the same ticket must have the same
+    method: str
+    version: str
+    epoch: int  # of the connection that brought it; newer ones leave theirs as files
+    size: int | None  # bytes of the payload, where the caller has told
+    metadata: dict[str, str]  # headers for the method, without credentials
+    kwargs: str  # a JSON object, where it is not longer than INLINE; else it is in the file `kw`
+    fenced: bool  # there never was a job: it is RELEASED from the beginning, so that none can start under this ticket
+
+    # By who holds the entry.
+    offset: int  # bytes of the payload that are durable: at each checkpoint; all of it, when the job is queued
+    settled: bool  # the entry's files have their names on disk, and from now on every line is synced
+    phase: str  # name of a wire.ai.Phase; RECEIVING where it is missing
+    worker: str  # with RUNNING: name of the lock of the worker that runs the method; empty where the server itself does
+    attempt: int  # with RUNNING: how often the method was started, this time included
+
+    # With an outcome, its last line but for RELEASED; `Entry.release` then leaves of all this what tells of no answer.
+    kind: str  # of an answer: json, bytes or file
+    answer: int  # its length in bytes
+    digest: str  # of its bytes, hexadecimal
+    inline: str | None  # its bytes as latin-1, where there are not more than INLINE; else they are in the file `res`
+    reason: str  # why there is no answer, one of errors.TABLE
+    message: str  # the same for a person
+    type: str  # name of the exception's class, where the method raised one
+
+
+class _Known(NamedTuple):
+    """What was read of a journal, or written to it."""
+
+    inode: int
+    end: int  # the whole lines up to here are in `state`
+    state: dict[str, Any]
+
+
+_NOTHING = _Known(0, 0, {})
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
+_DECODE = json.JSONDecoder().decode
 
 
 class Journal:
     """Append-only lines, each checksummed; a torn line (power cut, full disk) is as if never written.
 
-    `read` remembers how far it came, so that a reader who comes again every second reads only what is new.
+    It remembers how far it came, so that who reads again every second reads only what is new, and who writes reads
+    nothing again. The mutable state is replaced whole: threads that come at once cost each other a reading at most.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._state: dict[str, Any] = {}
-        self._read = 0
+    def __init__(self, path: Path | str) -> None:
+        self._path = str(path)
+        self._known = _NOTHING
 
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
         """Add a line. Raises `OSError`; then the journal is as before."""
-        text = json.dumps(fields, separators=(",", ":"))
-        line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+        line = _line(fields)
         fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":
+            stat = os.fstat(fd)
+            size, known = stat.st_size, self._known
+            if size == 0:
+                known = _Known(stat.st_ino, 0, {})
+            elif os.pread(fd, 1, size - 1) != b"\n":
                 # The line before was torn. With a line break behind it, it might come to life after all.
                 size = os.pread(fd, size, 0).rfind(b"\n") + 1
                 os.ftruncate(fd, size)
             try:
-                if os.write(fd, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                if sync:
-                    os.fdatasync(fd)
+                _write(fd, line, sync=sync)
             except OSError:
                 os.ftruncate(fd, size)
                 raise
         finally:
             os.close(fd)
+        if (known.inode, known.end) == (stat.st_ino, size):
+            self._known = _Known(stat.st_ino, size + len(line), known.state | fields)
+
+    def replace(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+        """Have the journal tell `fields` and nothing else any more. Raises `OSError`; then it is as before."""
+        line, fresh = _line(fields), f"{self._path}.tmp"
+        directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                _write(fd, line, sync=sync)
+                inode = os.fstat(fd).st_ino
+            finally:
+                os.close(fd)
+            os.rename(fresh, self._path)
+            if sync:
+                os.fsync(directory)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+        finally:
+            os.close(directory)
+        self._known = _Known(inode, len(line), dict(fields))
 
     def read(self) -> dict[str, Any]:
         """The fold of all whole lines, later ones over earlier ones; empty where there is none."""
         try:
-            with self._path.open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size < self._read:  # another file than the one that was read
-                    self._state, self._read = {}, 0
-                file.seek(self._read)
-                raw = file.read()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            fd = os.open(self._path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
             return {}  # a model can do that to its job
-        whole, _, _ = raw.rpartition(b"\n")
-        self._read += len(whole) + 1 if whole else 0
-        for line in whole.split(b"\n"):
-            check, _, text = line.partition(b" ")
-            if text and check == b"%08x" % zlib.crc32(text):
-                self._state.update(json.loads(text))
-        return dict(self._state)
+        try:
+            stat, known = os.fstat(fd), self._known
+            # Another file than the one that was read, or one that somebody has cut.
+            if stat.st_ino != known.inode or stat.st_size < known.end:
+                known = _Known(stat.st_ino, 0, {})
+            raw = os.pread(fd, stat.st_size - known.end, known.end) if stat.st_size > known.end else b""
+        except IsADirectoryError:
+            return {}  # that, too
+        finally:
+            os.close(fd)
+        whole, end, _ = raw.rpartition(b"\n")
+        if end:
+            state = dict(known.state)
+            for line in whole.split(b"\n"):
+                check, _, text = line.partition(b" ")
+                if text and check == b"%08x" % zlib.crc32(text):
+                    state.update(_DECODE(text.decode()))
+            known = _Known(known.inode, known.end + len(whole) + 1, state)
+        self._known = known
+        return dict(known.state)
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    text = _ENCODE(fields)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+
+
+def _write(fd: int, line: bytes, *, sync: bool) -> None:
+    if os.write(fd, line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if sync:
+        os.fdatasync(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Generator
@@ -35,10 +36,22 @@ class Look:
         self.id = job_id
         self._boot = boot
         self.path = spool_path / job_id
-        self.payload = self.path / "in"
-        self.result = self.path / "res"
-        self.work = self.path / "work"
-        self._journal = Journal(self.path / "state")
+        self._journal = Journal(f"{self.path}/state")
+
+    @functools.cached_property
+    def payload(self) -> Path:
+        """The file of the payload."""
+        return self.path / "in"
+
+    @functools.cached_property
+    def result(self) -> Path:
+        """The file of a result that is too long for the journal."""
+        return self.path / "res"
+
+    @functools.cached_property
+    def work(self) -> Path:
+        """The model's scratch directory."""
+        return self.path / "work"
 
     def read(self) -> dict[str, Any]:
         """The fold of the journal; empty where there is no such job, or a power cut has left nothing to rely on."""

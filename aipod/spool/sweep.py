@@ -11,7 +11,7 @@ from pathlib import Path
 from aipod.errors import Refused
 from aipod.spool.directory import Spool, is_job_id
 from aipod.spool.locks import try_lock
-from aipod.spool.look import ENDED
+from aipod.spool.look import ENDED, Look
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
@@ -66,12 +66,12 @@ class Sweeper:
             return False
 
     def _sweep_one(self, job_id: str) -> bool:
-        times = _times(self._spool.path / job_id)
+        look = self._spool.look(job_id)
+        times = _times(look.path)
         now = self._clock()
         looked, since, keep = self._seen.get(job_id, ((), now, 0.0))
         if looked == times and now - since < keep:
             return False
-        look = self._spool.look(job_id)
         state = look.read()
         if state.get("ticketed"):
             ended = state.get("phase") in ENDED
@@ -79,7 +79,7 @@ class Sweeper:
                 since, keep = now, self._ttl if ended else self._upload_ttl
                 self._seen[job_id] = times, since, keep
             if now - since < keep:
-                if ended and look.payload.exists():
+                if ended and (_exists(look, "in") or (state["phase"] == "RELEASED" and _exists(look, "res"))):
                     self._tidy(job_id)
                 return False
         self._seen.pop(job_id, None)
@@ -110,12 +110,16 @@ class Sweeper:
         return False
 
 
+def _exists(look: Look, name: str) -> bool:
+    return os.path.exists(f"{look.path}/{name}")
+
+
 def _times(path: Path) -> tuple[int, ...]:
     """The modification times of an entry and of the files that tell of life in it."""
     found = []
-    for one in (path, path / "state", path / "seen"):
+    for one in (path, f"{path}/state", f"{path}/seen"):  # a path object for each takes longer than to ask the disk
         try:
-            found.append(one.stat().st_mtime_ns)
+            found.append(os.stat(one).st_mtime_ns)
         except OSError:
             found.append(0)
     return tuple(found)
