@@ -29,6 +29,8 @@ _AHEAD = 1
 # A payload up to it is sent to the spool that was there last, `last` included, without waiting to hear from it. If that
 # is the wrong one, so much was sent in vain.
 _UNASKED = BATCH * CHUNK
+# What a call that is not for the answer says that it has of it: else as much as a window would come for nothing.
+_NO_ANSWER = 2**64 - 1
 # Seconds after `silence` to read what came while this process did not run (Ctrl-Z, a virtual machine that was paused).
 _CATCH_UP = 1.0
 # Seconds to wait for the trailers behind a complete answer.
@@ -82,6 +84,8 @@ class Attempt:
 
         This is an asyncio-flavored function; cancelled, it leaves the call.
         """
+        if (part := self._course.new_part(self._request)) is not None:
+            await _local(part.find)
         opening = self._opening()
         if self._course.file is not None and self._request.source is not None:
             await _local(self._course.save, self._request)  # the epoch: whoever comes next must have a higher one
@@ -111,7 +115,8 @@ class Attempt:
 
     def _opening(self) -> Open:
         course, source = self._course, self._request.source
-        opening = Open(ticket=course.ticket, op=self.op, have=course.have, log_have=course.log_have)
+        have = course.have if self._request.until is Until.ANSWER else _NO_ANSWER
+        opening = Open(ticket=course.ticket, op=self.op, have=have, log_have=course.log_have)
         if source is not None:
             opening.epoch = course.next_epoch()
             opening.spool = self.spool
@@ -293,8 +298,12 @@ class Attempt:
         if course.sink is not None and not course.sink.matches(state):
             await _local(course.discard)
             raise BadAnswer("the server has another answer than before")
+        if course.part is not None and course.part.size > state.size:
+            await _local(course.discard)
+            raise BadAnswer("there is more of it here than it has")
         if course.sink is None:
-            course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to)
+            course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to, course.part)
+            course.part = None
         sink = course.sink
         while message is not None:
             last = message.last

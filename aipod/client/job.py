@@ -16,7 +16,7 @@ from aipod.client.link import Link
 from aipod.client.sink import check_target
 from aipod.client.ticket import TicketFile
 from aipod.codec import job_id
-from aipod.errors import JobFailed
+from aipod.errors import JobFailed, Refused
 from aipod.wire.ai import Op, Phase
 
 
@@ -44,6 +44,7 @@ class Job:
         self._link = link
         self._metadata = metadata
         self._taken = taken  # the server has said that it has the job
+        self._goes_on = file is not None or not taken  # a later process may have the ticket too
         self._file = file
         self._misses = misses  # which of several servers it is at
         self.ticket = ticket
@@ -74,11 +75,13 @@ class Job:
 
         Raises `ModelError`, `JobCancelled`, `Interrupted` and `JobFailed` for a job that ended without one, `Refused`
         (NOT_FOUND) for a ticket that the server does not know, `JobLost` where server or job are not found again,
-        `UsageError`, and TimeoutError after `timeout` seconds. Cancelled, or out of time, the job goes on.
+        `UsageError`, and TimeoutError after `timeout` seconds. Cancelled, or out of time, the job goes on; what has
+        arrived for `save_to` then waits beside it for the next time, in `.NAME.ID.part`, where the job has a ticket
+        file or was attached to.
         """
         if save_to is not None:
             await asyncio.to_thread(check_target, save_to)
-        request = Request("chaos", self._metadata, save_to=save_to, on_event=on_event)
+        request = Request("chaos", self._metadata, save_to=save_to, on_event=on_event, goes_on=self._goes_on)
         try:
             async with asyncio.timeout(timeout):
                 answer = await self._follow(request)
@@ -170,13 +173,17 @@ class Job:
         phase = Phase.QUEUED if self._taken else Phase.NONE
         course = Course(self.ticket, Op.ATTACH, fresh=False, answered=self._taken, phase=phase, misses=self._misses)
         follower = Follower(self._link, request, course)
+        is_over = False
         try:
             return await follower.run()
+        except (JobFailed, Refused) as exc:
+            is_over = isinstance(exc, JobFailed) or exc.reason == "NOT_FOUND"
+            raise
         finally:
             self._taken = self._taken or follower.course.answered
             self._misses = follower.course.misses
-            if course.sink is not None:
-                await asyncio.to_thread(course.discard)
+            if request.save_to is not None:
+                await asyncio.to_thread(course.leave if request.goes_on and not is_over else course.discard)
 
     async def _forget_file(self) -> None:
         if self._file is not None:
