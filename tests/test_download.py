@@ -19,6 +19,9 @@ import pytest
 
 import aipod
 from aipod.client import Event
+from aipod.client.call import Attempt
+from aipod.client.course import Course, Request, Until
+from aipod.client.link import Link
 from aipod.client.part import Part
 from aipod.client.ticket import TicketFile
 from aipod.codec import digest, job_id
@@ -133,7 +136,7 @@ def test_the_same_call_goes_on_with_what_was_written(
     served: Served, download: Download, number: signal.Signals
 ) -> None:
     """Mutants seen: a part without the job's name; `have = 0` in the first attempt; a part that goes with its caller;
-    the calls that only watch the job do not say that they want no answer."""
+    an answer that stays 0600."""
 
     async def main() -> None:
         size = await download.stop(served, number)
@@ -264,6 +267,17 @@ def test_two_at_once_do_not_write_one_part(served: Served, tmp_path: Path) -> No
     download.check()
 
 
+@pytest.mark.parametrize("until", Until)
+def test_a_call_that_only_watches_asks_for_nothing_of_the_answer(until: Until) -> None:
+    """Else as much of it as a window holds comes beside the download. Mutant seen: `have = 0`."""
+
+    async def main() -> int:
+        link = Link("127.0.0.1:1", aipod.Config())
+        return Attempt(link, Request("chaos", until=until), Course())._opening().have
+
+    assert run(main) == (0 if until is Until.ANSWER else 2**64 - 1)
+
+
 # --- the file itself
 
 ID = "0123456789abcdef" * 2
@@ -291,7 +305,7 @@ def test_a_part_is_found_again_and_becomes_the_answer(tmp_path: Path) -> None:
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("answer", b"first second")]
 
 
-@pytest.mark.parametrize("what", ["link", "hard link", "fifo", "directory", "readable", "locked"])
+@pytest.mark.parametrize("what", ["link", "dangling link", "hard link", "fifo", "directory", "readable", "locked"])
 def test_what_is_not_ours_alone_is_not_touched(tmp_path: Path, what: str) -> None:
     """Mutants seen: without O_NOFOLLOW, the count of links, the mode, the kind, the lock."""
     path = tmp_path / f".answer.{ID}.part"
@@ -301,6 +315,8 @@ def test_what_is_not_ours_alone_is_not_touched(tmp_path: Path, what: str) -> Non
     holder = None
     if what == "link":
         path.symlink_to(other)
+    elif what == "dangling link":
+        path.symlink_to(tmp_path / "nowhere")
     elif what == "hard link":
         path.hardlink_to(other)
     elif what == "fifo":
@@ -321,8 +337,8 @@ def test_what_is_not_ours_alone_is_not_touched(tmp_path: Path, what: str) -> Non
     assert (tmp_path / "answer").read_bytes() == b"answer"
     after = path.lstat()
     assert (after.st_ino, after.st_mode, after.st_size) == (before.st_ino, before.st_mode, before.st_size)
-    assert what in ("fifo", "directory") or path.read_bytes() == b"other"
-    assert len(list(tmp_path.iterdir())) == 2 + other.exists()
+    assert what in ("fifo", "directory", "dangling link") or path.read_bytes() == b"other"
+    assert len(list(tmp_path.iterdir())) == 2 + other.exists(), "nothing else was made, not by way of a link either"
     if holder is not None:
         holder.close()
 
