@@ -15,7 +15,7 @@ from typing import Any
 from grpclib.metadata import Deadline
 
 from aipod.client.event import Event, OnEvent
-from aipod.client.failure import Known, Local
+from aipod.client.failure import ELSEWHERE, Known, Local
 from aipod.client.part import Part
 from aipod.client.sink import Sink
 from aipod.client.source import Source
@@ -64,6 +64,11 @@ def lead_to(job_id: str, misses: int) -> list[tuple[str, str]]:
     return [("x-job-id", job_id), *([("x-job-missed", str(misses))] if misses % 2 else [])]
 
 
+def elsewhere(misses: int) -> int:
+    """The next number of misses that leads to another server than the job's own."""
+    return misses + 1 + misses % 2
+
+
 @dataclasses.dataclass
 class Course:
     """One job as its client knows it. A job that is run anew has a new one."""
@@ -88,6 +93,7 @@ class Course:
     damaged: int = 0
     spool: str = ""  # the one that spoke last
     misses: int = 0  # times that it was asked for where it is not
+    searched: int = 0  # of them, times elsewhere before anybody had told of it
     event: Event = dataclasses.field(default_factory=lambda: Event("CONNECTING"))
     _log: codecs.IncrementalDecoder = dataclasses.field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
@@ -135,7 +141,8 @@ class Course:
         ago = time.time() - self.sent_at
         if self.sent_clock is not None and ago >= 0:
             ago = max(ago, time.monotonic() - self.sent_clock)
-        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged)
+        left = ELSEWHERE - self.searched
+        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left)
 
     def next_epoch(self) -> int:
         self.epoch = max(self.epoch + 1, time.time_ns() // 1000)
