@@ -355,13 +355,28 @@ def test_a_part_that_its_writer_delivers_meanwhile_is_not_taken_for_one(tmp_path
             todo.pop()()
 
     sys.addaudithook(between)  # which is called before the lock is asked for; for good, but it has one thing to do
-    second.find()
+    umask = os.umask(0o077)  # else the answer's permissions would tell
+    try:
+        second.find()
+    finally:
+        os.umask(umask)
     assert not todo
     assert (second.size, (tmp_path / "answer").read_bytes()) == (0, b"answer")
     second.write(b"x")
     assert (tmp_path / "answer").read_bytes() == b"answer"
     second.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["answer"]
+
+
+def test_a_part_that_nobody_looks_for_goes_with_its_process(tmp_path: Path) -> None:
+    """Mutant seen: one beside the part of another process stays."""
+    first, second, nameless = Part(tmp_path / "answer", ID), Part(tmp_path / "answer", ID), Part(tmp_path / "answer")
+    for part in (first, second, nameless):
+        part.write(b"answer")
+    assert len(list(tmp_path.iterdir())) == 3
+    for part in (second, nameless, first):
+        part.leave()
+    assert [path.name for path in tmp_path.iterdir()] == [f".answer.{ID}.part"]
 
 
 def test_a_long_name_has_a_part_too(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import os
+import random
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from aipod.client.ticket import TicketFile
 from aipod.codec import job_id
 from aipod.errors import JobFailed, Refused
 from aipod.wire.ai import Op, Phase
+
+# Seconds, at most and with full jitter, between two times that a job out of reach is looked for behind its caller's
+# back: well below the server's grace.
+STAY = 30.0
 
 
 class Job:
@@ -169,12 +174,25 @@ class Job:
         self._link.watch(self._stay)
 
     async def _stay(self) -> None:
-        with contextlib.suppress(Exception):  # those who wait are told
-            await self._follow(Request("chaos", self._metadata, until=Until.END))
+        """Follow the job to its end, however long it is out of reach meanwhile, unless it is not found any more."""
+        known = self._taken
+        for limit in itertools.chain((1, 2, 4, 8, 16), itertools.repeat(STAY)):
+            try:
+                await self._follow(Request("chaos", self._metadata, until=Until.END), known=known)
+                return
+            except JobFailed:
+                return
+            except Exception as exc:  # those who wait are told
+                if isinstance(exc, Refused) and exc.reason == "NOT_FOUND":
+                    return
+            known = False  # it was looked for as a job that is there: next time a server's word counts
+            await asyncio.sleep(random.uniform(0, limit))  # noqa: S311 - jitter is no secret
 
-    async def _follow(self, request: Request) -> Any:
-        phase = Phase.QUEUED if self._taken else Phase.NONE
-        course = Course(self.ticket, Op.ATTACH, fresh=False, answered=self._taken, phase=phase, misses=self._misses)
+    async def _follow(self, request: Request, *, known: bool | None = None) -> Any:
+        """Watch the job as `request` says. `known`: a server that does not find it is not to be believed at once."""
+        known = self._taken if known is None else known
+        phase = Phase.QUEUED if known else Phase.NONE
+        course = Course(self.ticket, Op.ATTACH, fresh=False, answered=known, phase=phase, misses=self._misses)
         follower = Follower(self._link, request, course)
         is_over = False
         try:
