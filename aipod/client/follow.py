@@ -74,8 +74,8 @@ class Follower:
                 raise decision.error from decision.cause
 
     def _number(self) -> dict[str, int]:
-        attempt = self._patience.attempt
-        return {"attempt": attempt, "attempts": max(attempt, self._link.config.attempts)}
+        number = self._patience.attempt
+        return {"connection": number, "connections": max(number, self._link.config.attempts)}
 
     def _tell_waiting(self, why: str) -> None:
         try:
