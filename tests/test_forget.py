@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from aipod.job.job import Keep, Told
-from aipod.service.forget import KEEP_ANSWERED, KEEP_RELEASED, SMALL, Forgetter
+from aipod.results import INLINE
+from aipod.service.forget import KEEP_ANSWERED, KEEP_RELEASED, Forgetter
 from aipod.spool import Spool
 
 
@@ -45,7 +46,7 @@ def done(size: int) -> dict[str, Any]:
 def test_small_jobs_are_removed_when_their_client_can_not_look_for_them_any_more(spool: Spool) -> None:
     clock = Clock()
     forgetter = Forgetter(spool, clock=clock)
-    small, large = ended(spool, "a", **done(SMALL)), ended(spool, "b", **done(SMALL + 1))
+    small, large = ended(spool, "a", **done(INLINE)), ended(spool, "b", **done(INLINE + 1))
     failed = ended(spool, "c", phase="FAILED", reason="MODEL_ERROR", message="no")
     for told in (small, large, failed):
         forgetter.answered(told)
@@ -63,7 +64,7 @@ def test_small_jobs_are_removed_when_their_client_can_not_look_for_them_any_more
 def test_a_released_job_says_so_for_a_minute(spool: Spool) -> None:
     clock = Clock()
     forgetter = Forgetter(spool, clock=clock)
-    told = ended(spool, "a", **done(SMALL + 1))
+    told = ended(spool, "a", **done(INLINE + 1))
     trio.run(forgetter.release, [told.look.id, "d" * 32])
     assert told.look.read()["phase"] == "RELEASED"
     assert told.look.read()["inline"] is None

@@ -26,14 +26,12 @@ from aipod.client.ticket import TicketFile, parse_ticket
 from aipod.codec import Compressor
 from aipod.config import KIB, Config
 from aipod.errors import JobLost, Refused, Unreachable, UsageError, job_failed
+from aipod.results import INLINE
 from aipod.transport.channel import split_target
 from aipod.wire.ai import Op, Phase
 
 # Above it bytes are better in a file, and kwargs better in the payload: both are held in memory whole.
 WARN_ABOVE = 32 * KIB
-# Answers up to it are released along with a later call; the server keeps them a minute at most. For larger ones it is
-# told at once.
-RELEASED_LATER = 64 * KIB
 RPCS = ("chaos", "train", "predict", "log")
 
 
@@ -327,7 +325,8 @@ class Client:
         """The caller has the answer: nobody will ask for it again."""
         if course.file is not None:
             await asyncio.to_thread(course.file.remove)
-        if course.event.answer_size <= RELEASED_LATER:
+        # The server itself does not keep a small one for long: a later call takes the word along.
+        if course.event.answer_size <= INLINE:
             self._link.release(course.spool, course.ticket)
         else:
             self._link.errand(ask, self._link, request.metadata, course.ticket, Op.RELEASE, course.misses)

@@ -17,7 +17,7 @@ from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
 from aipod.client.link import Link
 from aipod.client.reader import BATCH
 from aipod.client.sink import Sink
-from aipod.client.source import INLINE, Source
+from aipod.client.source import HOP, Source
 from aipod.codec import digest, job_id
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
@@ -307,7 +307,7 @@ class Attempt:
         sink = course.sink
         while message is not None:
             last = message.last
-            if save_to is None and len(message.data) <= INLINE:
+            if save_to is None and len(message.data) <= HOP:
                 sink.add(message)  # a hop into a thread would cost more
             else:
                 await _local(sink.add, message)
@@ -320,7 +320,7 @@ class Attempt:
 
     async def _finish(self, sink: Sink) -> Any:
         try:
-            if self._request.save_to is None and sink.received <= INLINE:
+            if self._request.save_to is None and sink.received <= HOP:
                 return sink.finish()
             return await _local(sink.finish)
         except BadAnswer:

@@ -11,15 +11,16 @@ import trio
 
 from aipod.errors import Refused
 from aipod.job.job import Job, Told
+from aipod.results import INLINE
 from aipod.spool import ENDED, Entry, Spool
 
 log = logging.getLogger("aipod.job")
 
-# Seconds that a small ended job is kept once its answer was sent, for its client may have lost the end of it and look
-# for it that long (Config.reconnect, and then some); and once its client has said that it has the answer.
+# Seconds that an ended job with an answer of at most `INLINE` is kept once that was sent, for its client may have lost
+# the end of it and look for it that long (Config.reconnect, and then some); and once its client has said that it has
+# the answer.
 KEEP_ANSWERED = 900.0
 KEEP_RELEASED = 60.0
-SMALL = 64 * 1024
 # Seconds between two removals.
 EVERY = 5.0
 
@@ -39,7 +40,7 @@ class Forgetter:
 
     def answered(self, watched: Job | Told) -> None:
         """The whole answer was sent to the call that brought the job: a small one is not kept for long."""
-        if watched.answer is None or watched.answer.size <= SMALL:
+        if watched.answer is None or watched.answer.size <= INLINE:
             self._answered.append((self._clock() + KEEP_ANSWERED, watched.look.id))
 
     async def release(self, job_ids: list[str]) -> None:
