@@ -15,7 +15,7 @@ from aipod.client.failure import ELSEWHERE
 from aipod.codec import job_id
 from tests.conftest import Serve, require, run
 from tests.models_survive import answer_to
-from tests.phases import MODEL
+from tests.phases import MODEL, holder, until
 from tests.test_cli import Done, start
 from tests.test_nginx import Nginx, proxy
 from tests.test_nginx_jobs import REPORT, Two
@@ -140,3 +140,38 @@ def test_one_server_is_asked_as_often_over_one_connection(serve: Serve) -> None:
             assert events.count("WAITING") == 0, "each time at once"
 
     run(main)
+
+
+def test_a_server_is_drained_before_it_is_taken_out_of_its_group(two: Two, tmp_path: Path) -> None:
+    """As deploy/README.md says: after `down` nothing leads to what it has, while it drains everything does."""
+    two.start_again()
+
+    async def main() -> None:
+        async with aipod.Client(nginx.address) as client:
+            kwargs = {"mark": str(tmp_path / "mark"), "gate": str(tmp_path / "gate")}
+            job = await client.submit("work", metadata=REPORT, kwargs=kwargs)
+            await until((tmp_path / "mark").exists)
+        one = holder(two.servers, job.id)
+        conf = nginx.directory / "nginx.conf"
+        text = conf.read_text()
+        nginx.mark_down(one.address)
+        async with aipod.Client(nginx.address) as client:
+            with pytest.raises(aipod.Refused) as caught:
+                await client.attach(job.ticket, metadata=REPORT).wait()
+            assert caught.value.reason == "NOT_FOUND"
+        conf.write_text(text)
+        nginx.reload()
+        one.process.terminate()
+        async with aipod.Client(nginx.address) as client, asyncio.TaskGroup() as group:
+            events: list[str] = []
+            watching = client.attach(job.ticket, metadata=REPORT)
+            waiting = group.create_task(watching.wait(on_event=lambda event: events.append(event.phase)))
+            await until(lambda: "RUNNING" in events)
+            (tmp_path / "gate").touch()
+            assert await waiting == answer_to(NOTHING, 100)
+        await asyncio.to_thread(one.process.communicate, timeout=30)
+        assert one.process.returncode == 0
+        assert (tmp_path / "mark").read_text().count("start") == 1
+
+    with proxy(tmp_path, two.addresses) as nginx:
+        run(main)
