@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from aipod.client.link import Link
 from aipod.client.part import Part
 from aipod.client.ticket import TicketFile
 from aipod.codec import digest, job_id
-from aipod.config import MIB
+from aipod.config import GIB, MIB
 from tests.conftest import ROOT, Served, left_in, run
 from tests.proxy import Fault, Proxy, open_proxy
 
@@ -377,6 +378,21 @@ def test_a_part_that_nobody_looks_for_goes_with_its_process(tmp_path: Path) -> N
     for part in (second, nameless, first):
         part.leave()
     assert [path.name for path in tmp_path.iterdir()] == [f".answer.{ID}.part"]
+
+
+def test_who_reads_what_was_left_stops_when_its_caller_goes(tmp_path: Path) -> None:
+    """Else Ctrl-C waits for all of it. Mutant seen: a `find` that looks at nothing but the file."""
+    path = left(tmp_path, b"answer")
+    os.truncate(path, 64 * GIB)  # it has holes
+    part = Part(tmp_path / "answer", ID)
+    reading = threading.Thread(target=part.find)
+    reading.start()
+    while not part.size:
+        reading.join(0.001)
+    part.leave()
+    reading.join()
+    assert 0 < part.size < 64 * GIB
+    assert path.stat().st_size == 64 * GIB
 
 
 def test_a_long_name_has_a_part_too(tmp_path: Path) -> None:

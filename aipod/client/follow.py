@@ -65,8 +65,6 @@ class Follower:
             elif attempt.answered:
                 self._patience.seen()
             pause = self._prepare(decision, attempt)
-            if self.course is not course:
-                await asyncio.to_thread(course.discard)
             if pause:
                 self._tell_waiting(decision.why)
             await asyncio.sleep(pause)
