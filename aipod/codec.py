@@ -25,6 +25,10 @@ MAX_WINDOW = 8 * MIB
 # Pieces of a result for plain clients are held back until they are this long (never 4 bytes, as "PONG" is).
 PIECE = 256 * KIB
 PONG = b"PONG"
+# Bytes of a ticket: nobody guesses 16, and no more than 64 are hashed for nothing.
+TICKET_MIN, TICKET_MAX = 16, 64
+# Tickets in one `Open.released`: each costs the server a look at its disk.
+MAX_RELEASED = 64
 # Lists and objects, and values, in kwargs: parsing that many takes a tenth of a second.
 MAX_CONTAINERS = 100_000
 MAX_VALUES = 1_000_000

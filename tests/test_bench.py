@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults.run import Totals, check_starts
+from bench.faults.run import Totals
+from bench.faults.runs import check_starts
 from bench.peers import common
 from bench.wire import NEEDS, ROWS
 from tests.conftest import ROOT, missing

@@ -445,7 +445,7 @@ class Screen(io.StringIO):
 @pytest.mark.parametrize(
     "event",
     [
-        Event("WAITING", attempt=2, attempts=5, message="UNAVAILABLE: the server is shutting down; try again"),
+        Event("WAITING", connection=2, connections=5, message="UNAVAILABLE: the server is shutting down; try again"),
         Event("RECEIVING", sent=1_234_500_000, payload_size=99_999_000_000),
         Event("RUNNING", progress=0.5, message="epoch 3\nof many more than anybody would like to wait for"),
         Event("DONE", received=5, answer_size=1_000_000_000),
@@ -473,7 +473,7 @@ def test_a_terminal_shows_retries(terminal: Terminal) -> None:
     with start("call", "chaos", "--attempts", "2", "--to", f"127.0.0.1:{free_port()}", stderr=terminal.end) as process:
         terminal.read_until_closed(process)
     assert process.returncode == 3
-    assert "attempt 2 of 2: Connection refused" in terminal.text
+    assert "connection 2 of 2: Connection refused" in terminal.text
 
 
 def test_a_terminal_gets_json_but_no_bytes(served: Served, to: tuple[str, str], terminal: Terminal) -> None:

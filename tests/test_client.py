@@ -87,12 +87,12 @@ def test_nothing_listening_is_unreachable_after_all_attempts() -> None:
     with pytest.raises(aipod.Unreachable, match=r"127\.0\.0\.1:\d+.*[Cc]onnect") as caught:
         run(main)
     assert caught.value.reason == "UNREACHABLE"
-    assert [(event.phase, event.attempt) for event in attempts] == [
+    assert [(event.phase, event.connection) for event in attempts] == [
         ("CONNECTING", 1),
         ("WAITING", 2),
         ("CONNECTING", 2),
     ]
-    assert {event.attempts for event in attempts} == {2}
+    assert {event.connections for event in attempts} == {2}
     assert attempts[1].message == "Connection refused"
     assert str(caught.value).endswith(": Connection refused")
 

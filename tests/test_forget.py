@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import trio
 
-from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, SMALL, Keep, Told
+from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, Keep, Told
+from aipod.results import INLINE
 from aipod.service.forget import Forgetter
 from aipod.spool import Spool
 from aipod.wire.ai import Phase
@@ -47,7 +48,7 @@ def done(size: int) -> dict[str, Any]:
 def test_small_jobs_are_removed_when_their_client_can_not_look_for_them_any_more(spool: Spool) -> None:
     clock = Clock()
     forgetter = Forgetter(spool, clock=clock)
-    small, large = ended(spool, "a", **done(SMALL)), ended(spool, "b", **done(SMALL + 1))
+    small, large = ended(spool, "a", **done(INLINE)), ended(spool, "b", **done(INLINE + 1))
     failed = ended(spool, "c", phase="FAILED", reason="MODEL_ERROR", message="no")
     for told in (small, large, failed):
         forgetter.answered(told)
@@ -64,7 +65,7 @@ def test_small_jobs_are_removed_when_their_client_can_not_look_for_them_any_more
 
 def test_a_client_is_told_how_long_its_job_is_kept(spool: Spool) -> None:
     """The least, that is: it is for the client to come in time. Mutant seen: every answer has its `--ttl`."""
-    small, large = ended(spool, "a", **done(SMALL)), ended(spool, "b", **done(SMALL + 1))
+    small, large = ended(spool, "a", **done(INLINE)), ended(spool, "b", **done(INLINE + 1))
     failed = ended(spool, "c", phase="FAILED", reason="MODEL_ERROR", message="no")
     released = ended(spool, "d", phase="RELEASED")
     told = [watched.state().ttl for watched in (small, large, failed, released)]
@@ -78,7 +79,7 @@ def test_a_client_is_told_how_long_its_job_is_kept(spool: Spool) -> None:
 def test_a_released_job_says_so_for_a_minute(spool: Spool) -> None:
     clock = Clock()
     forgetter = Forgetter(spool, clock=clock)
-    told = ended(spool, "a", **done(SMALL + 1))
+    told = ended(spool, "a", **done(INLINE + 1))
     trio.run(forgetter.release, [told.look.id, "d" * 32])
     assert told.look.read()["phase"] == "RELEASED"
     assert "inline" not in told.look.read()
@@ -109,7 +110,7 @@ def test_without_a_descriptor_nothing_is_forgotten_and_nothing_ends(spool: Spool
     """What goes on beside the calls must not end the server. Mutant seen: what `hold` raises is not caught."""
     clock = Clock()
     forgetter = Forgetter(spool, clock=clock)
-    first, second = ended(spool, "a", **done(SMALL)), ended(spool, "b", **done(SMALL))
+    first, second = ended(spool, "a", **done(INLINE)), ended(spool, "b", **done(INLINE))
     forgetter.answered(first)
     clock.now += KEEP_ANSWERED
     with descriptors(0):

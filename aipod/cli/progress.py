@@ -93,10 +93,10 @@ class Progress:
 
     def _detail(self, event: Event, done: int, total: float | None) -> str:
         message = " ".join(event.message.split())
-        if event.phase in ("CONNECTING", "WAITING") and event.attempt > 1:
+        if event.phase in ("CONNECTING", "WAITING") and event.connection > 1:
             # Once the server has been heard of only time counts.
-            of = "" if event.heartbeats else f" of {event.attempts}"
-            return f"attempt {event.attempt}{of}" + (f": {message}" if message else "")
+            of = "" if event.heartbeats else f" of {event.connections}"
+            return f"connection {event.connection}{of}" + (f": {message}" if message else "")
         if event.phase == "QUEUED":
             return f"{event.place} before" if event.place else ""
         if event.phase == "RUNNING":

@@ -17,7 +17,8 @@ from typing import Any
 import click
 
 from aipod.cli.options import repeat_server
-from aipod.client.ticket import TICKET_MAX, TicketFile, parse_ticket
+from aipod.client.ticket import TicketFile, parse_ticket
+from aipod.codec import TICKET_MAX
 from aipod.errors import UsageError
 
 # A ticket of 16 bytes or more in hexadecimal, or a job's id, which is as long.

@@ -2,7 +2,8 @@
 
 `api` is the class, `job` the handle of a submitted job, `follow` one job as its caller sees it, `call` one attempt,
 `course` what outlives an attempt, `link` what the calls of a client share; `source` and `reader` the payload, `sink`
-the answer, `ticket` the ticket file; `failure` what follows from a failed attempt, `patience` how long it is tried.
+the answer, `part` the file that it is collected in, `ticket` the ticket file; `failure` what follows from a failed
+attempt, `patience` how long it is tried.
 """
 
 from aipod.client.api import Client

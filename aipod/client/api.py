@@ -26,14 +26,12 @@ from aipod.client.ticket import TicketFile, parse_ticket
 from aipod.codec import Compressor
 from aipod.config import KIB, Config
 from aipod.errors import JobLost, Refused, Unreachable, UsageError, job_failed
+from aipod.results import INLINE
 from aipod.transport.channel import split_target
 from aipod.wire.ai import Op, Phase
 
 # Above it bytes are better in a file, and kwargs better in the payload: both are held in memory whole.
 WARN_ABOVE = 32 * KIB
-# Answers up to it are released along with a later call; the server keeps them a minute at most. For larger ones it is
-# told at once.
-RELEASED_LATER = 64 * KIB
 RPCS = ("chaos", "train", "predict", "log")
 
 
@@ -138,7 +136,8 @@ class Client:
 
         `ticket_file`: keep in this file what is needed to continue. When this process is killed, or the call is
         cancelled or out of time, the job goes on for the server's grace time; the same call with the same file, from
-        any process, continues it. The file is removed when the answer is here. It is as secret as the job.
+        any process, continues it: the upload, the wait, or the download, of which what has arrived waits beside
+        `save_to` in `.NAME.ID.part`. The file is removed when the answer is here. It is as secret as the job.
 
         What is lost on the way is sent again from where it was; nothing that the server has is sent twice. Tried again
         are `config.attempts` connections while nothing is known of the job, afterwards as many as there are in
@@ -234,7 +233,7 @@ class Client:
         request, course = await self._prepare(
             rpc, payload, version, _checked(metadata), ticket_file, kwargs, stacklevel=4
         )
-        request.save_to, request.on_event = save_to, on_event
+        request.save_to, request.on_event, request.goes_on = save_to, on_event, ticket_file is not None
         if timeout is not None and ticket_file is None:
             request.deadline = Deadline.from_timeout(timeout)
         answer, course = await self._run(request, course, timeout)
@@ -296,18 +295,20 @@ class Client:
         assert request.source is not None
         follower = Follower(self._link, request, course)
         scope = asyncio.timeout(timeout)
+        continued = False
         try:
             async with request.source, scope:
                 return await follower.run(), follower.course
         except BaseException as exc:
             self._leave(request, follower.course, exc)
-            await _forget_over(follower.course, exc)
+            continued = await _is_continued(follower.course, exc)
             if isinstance(exc, TimeoutError) and scope.expired():
                 raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc.__cause__
             raise
         finally:
             if request.save_to is not None:
-                await asyncio.to_thread(follower.course.discard)
+                course = follower.course
+                await asyncio.to_thread(course.leave if continued else course.discard)
 
     def _leave(self, request: Request, course: Course, error: BaseException) -> None:
         """The caller goes without an answer: nobody can ask for the job again, unless there is a file."""
@@ -324,17 +325,25 @@ class Client:
         """The caller has the answer: nobody will ask for it again."""
         if course.file is not None:
             await asyncio.to_thread(course.file.remove)
-        if course.event.answer_size <= RELEASED_LATER:
+        # The server itself does not keep a small one for long: a later call takes the word along.
+        if course.event.answer_size <= INLINE:
             self._link.release(course.spool, course.ticket)
         else:
             self._link.errand(ask, self._link, request.metadata, course.ticket, Op.RELEASE, course.misses)
 
 
-async def _forget_over(course: Course, error: BaseException) -> None:
-    """A job that has ended without an answer, or never began, is not continued: another try takes a new ticket."""
+async def _is_continued(course: Course, error: BaseException) -> bool:
+    """Whether the same call can go on with the job. Its ticket file goes where not.
+
+    A job that has ended without an answer, or never began, is not continued: another try takes a new ticket.
+    """
+    if course.file is None:
+        return False
     new = not (course.found or course.answered) and course.sent_to is None
-    if course.file is not None and (course.phase > Phase.DONE or (new and isinstance(error, Refused))):
+    if course.phase > Phase.DONE or (new and isinstance(error, Refused)):
         await asyncio.to_thread(course.file.remove)
+        return False
+    return True
 
 
 def _fingerprint(request: Request, kwargs: bytes, source: Source) -> str:

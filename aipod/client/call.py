@@ -17,7 +17,7 @@ from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
 from aipod.client.link import Link
 from aipod.client.reader import BATCH
 from aipod.client.sink import Sink
-from aipod.client.source import INLINE, Source
+from aipod.client.source import HOP, Source
 from aipod.codec import digest, job_id
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
@@ -29,6 +29,8 @@ _AHEAD = 1
 # A payload up to it is sent to the spool that was there last, `last` included, without waiting to hear from it. If that
 # is the wrong one, so much was sent in vain.
 _UNASKED = BATCH * CHUNK
+# What a call that is not for the answer says that it has of it: else as much as a window would come for nothing.
+_NO_ANSWER = 2**64 - 1
 # Seconds after `silence` to read what came while this process did not run (Ctrl-Z, a virtual machine that was paused).
 _CATCH_UP = 1.0
 # Seconds to wait for the trailers behind a complete answer.
@@ -82,6 +84,8 @@ class Attempt:
 
         This is an asyncio-flavored function; cancelled, it leaves the call.
         """
+        if (part := self._course.new_part(self._request)) is not None:
+            await _local(part.find)
         opening = self._opening()
         if self._course.file is not None and self._request.source is not None:
             await _local(self._course.save, self._request)  # the epoch: whoever comes next must have a higher one
@@ -111,7 +115,8 @@ class Attempt:
 
     def _opening(self) -> Open:
         course, source = self._course, self._request.source
-        opening = Open(ticket=course.ticket, op=self.op, have=course.have, log_have=course.log_have)
+        have = course.have if self._request.until is Until.ANSWER else _NO_ANSWER
+        opening = Open(ticket=course.ticket, op=self.op, have=have, log_have=course.log_have)
         if source is not None:
             opening.epoch = course.next_epoch()
             opening.spool = self.spool
@@ -293,12 +298,16 @@ class Attempt:
         if course.sink is not None and not course.sink.matches(state):
             await _local(course.discard)
             raise BadAnswer("the server has another answer than before")
+        if course.part is not None and course.part.size > state.size:
+            await _local(course.discard)
+            raise BadAnswer("there is more of it here than it has")
         if course.sink is None:
-            course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to)
+            course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to, course.part)
+            course.part = None
         sink = course.sink
         while message is not None:
             last = message.last
-            if save_to is None and len(message.data) <= INLINE:
+            if save_to is None and len(message.data) <= HOP:
                 sink.add(message)  # a hop into a thread would cost more
             else:
                 await _local(sink.add, message)
@@ -311,7 +320,7 @@ class Attempt:
 
     async def _finish(self, sink: Sink) -> Any:
         try:
-            if self._request.save_to is None and sink.received <= INLINE:
+            if self._request.save_to is None and sink.received <= HOP:
                 return sink.finish()
             return await _local(sink.finish)
         except BadAnswer:

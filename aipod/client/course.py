@@ -9,12 +9,14 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from grpclib.metadata import Deadline
 
 from aipod.client.event import Event, OnEvent
-from aipod.client.failure import Known, Local
+from aipod.client.failure import ELSEWHERE, Known, Local
+from aipod.client.part import Part
 from aipod.client.sink import Sink
 from aipod.client.source import Source
 from aipod.client.ticket import Saved, TicketFile
@@ -44,6 +46,7 @@ class Request:
     save_to: str | os.PathLike[str] | None = None
     on_event: OnEvent | None = None
     taken: Callable[[], Awaitable[None]] | None = None  # waits until the events so far were consumed
+    goes_on: bool = False  # a later process may ask for the same answer: what was saved of it is left to that one
     fingerprint: str = ""  # what the ticket file compares
 
     @property
@@ -59,6 +62,11 @@ def lead_to(job_id: str, misses: int) -> list[tuple[str, str]]:
     was missed is asked for elsewhere, by a number that goes into the proxy's choice, and at its own in turns.
     """
     return [("x-job-id", job_id), *([("x-job-missed", str(misses))] if misses % 2 else [])]
+
+
+def elsewhere(misses: int) -> int:
+    """The next number of misses that leads to another server than the job's own."""
+    return misses + 1 + misses % 2
 
 
 @dataclasses.dataclass
@@ -79,11 +87,13 @@ class Course:
     answered: bool = False  # a state has come
     offset: int = 0  # durable bytes of the payload
     log_have: int = 0
+    part: Part | None = None  # of the answer, until `sink` has it
     sink: Sink | None = None
     may_outbid: bool = False
     damaged: int = 0
     spool: str = ""  # the one that spoke last
     misses: int = 0  # times that it was asked for where it is not
+    searched: int = 0  # of them, times elsewhere before anybody had told of it
     event: Event = dataclasses.field(default_factory=lambda: Event("CONNECTING"))
     _log: codecs.IncrementalDecoder = dataclasses.field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
@@ -117,7 +127,9 @@ class Course:
     @property
     def have(self) -> int:
         """Bytes of the answer that are here."""
-        return 0 if self.sink is None else self.sink.received
+        if self.sink is not None:
+            return self.sink.received
+        return 0 if self.part is None else self.part.size
 
     @property
     def step(self) -> tuple[Phase, int, int]:
@@ -129,7 +141,8 @@ class Course:
         ago = time.time() - self.sent_at
         if self.sent_clock is not None and ago >= 0:
             ago = max(ago, time.monotonic() - self.sent_clock)
-        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged)
+        left = ELSEWHERE - self.searched
+        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left)
 
     def next_epoch(self) -> int:
         self.epoch = max(self.epoch + 1, time.time_ns() // 1000)
@@ -175,8 +188,24 @@ class Course:
             sent = None if self.sent_to is None else self.sent_at
             self.file.save(Saved(self.ticket, self.epoch, self.sent_to or "", sent, request.fingerprint))
 
+    def new_part(self, request: Request) -> Part | None:
+        """Where an earlier process may have saved some of the answer; None where nobody can have, or it is here."""
+        if request.save_to is None or not request.goes_on or self.part is not None or self.sink is not None:
+            return None
+        self.part = Part(Path(request.save_to), self.id)
+        return self.part
+
+    def leave(self) -> None:
+        """What was received is of no more use to this process, perhaps to a later one. Blocks."""
+        self._end(Sink.leave, Part.leave)
+
     def discard(self) -> None:
         """Drop what was received. Blocks."""
+        self._end(Sink.discard, Part.remove)
+
+    def _end(self, end_sink: Callable[[Sink], None], end_part: Callable[[Part], None]) -> None:
         if self.sink is not None:
-            self.sink.discard()
-            self.sink = None
+            end_sink(self.sink)
+        elif self.part is not None:
+            end_part(self.part)
+        self.sink = self.part = None

@@ -12,7 +12,7 @@ class Event:
     """What a call is doing. Bytes are uncompressed; `log` is what is new since the last event."""
 
     # CONNECTING, RECEIVING (the upload), QUEUED, RUNNING, DONE (the download), FAILED, CANCELLED; WAITING before
-    # another attempt: `attempt` is that one's number, `message` in short why the last one failed
+    # another connection: `connection` is that one's number, `message` in short why the last one failed
     phase: str
     sent: int = 0
     payload_size: int | None = None
@@ -24,8 +24,9 @@ class Event:
     log: str = ""
     heartbeats: int = 0
     content_type: str = ""  # of the answer, once it is known
-    attempt: int = 1  # counts connections; begins again where one has brought progress
-    attempts: int = 1  # at most, while nothing was heard of the job; then only time counts, and it grows with `attempt`
+    connection: int = 1  # counts those for this job; begins again where one has brought progress
+    # At most, while nothing was heard of the job; from then on only time counts, and it grows with `connection`.
+    connections: int = 1
     offset: int = 0  # bytes of the payload that are durable at the server
     job_id: str = ""
     runs: int = 0  # how often the method was started for this job

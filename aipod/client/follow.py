@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from grpclib.exceptions import GRPCError
 
 from aipod.client.call import Attempt, ask, in_own_task
-from aipod.client.course import Course, Request
-from aipod.client.failure import Action, Decision, Known, Local, NoAnswer, decide
+from aipod.client.course import Course, Request, elsewhere
+from aipod.client.failure import ELSEWHERE, Action, Decision, Known, Local, NoAnswer, decide
 from aipod.client.link import Link
 from aipod.client.patience import Patience
 from aipod.errors import job_failed
@@ -71,8 +72,8 @@ class Follower:
                 raise decision.error from decision.cause
 
     def _number(self) -> dict[str, int]:
-        attempt = self._patience.attempt
-        return {"attempt": attempt, "attempts": max(attempt, self._link.config.attempts)}
+        number = self._patience.attempt
+        return {"connection": number, "connections": max(number, self._link.config.attempts)}
 
     def _tell_waiting(self, why: str) -> None:
         try:
@@ -97,6 +98,9 @@ class Follower:
         if decision.action is Action.OUTBID:
             course.epoch, course.may_outbid = decision.epoch, False
             return 0.0
+        if decision.action is Action.ELSEWHERE:
+            course.misses, course.searched = elsewhere(course.misses), course.searched + 1
+            return 0.0
         missed = decision.within is not None
         course.misses += missed
         known = course.answered or course.sent_to is not None
@@ -115,23 +119,28 @@ class Follower:
 
 async def ask_surely(
     link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int = 0, *, taken: bool = False
-) -> State:
-    """`ask`, as often as it makes sense. `taken`: the job is known to be at a server, perhaps at none that answers now.
+) -> tuple[State, int]:
+    """`ask`, as often as it makes sense; what it gave, and after how many misses. `taken`: the job is known to be at a
+    server, perhaps at none that answers now.
 
     Raises `JobLost` where no connection lasts or that job is not found again, and `Refused` where there is none.
     This is an asyncio-flavored function.
     """
     patience = Patience(link.config)
-    known = Known(link.target, Op.ATTACH, phase=Phase.QUEUED if taken else Phase.NONE)
+    known = Known(link.target, Op.ATTACH, phase=Phase.QUEUED if taken else Phase.NONE, elsewhere=ELSEWHERE)
     while True:
         idle = link.channel().connected
         try:
             async with asyncio.timeout(link.config.silence):
-                return await in_own_task(ask(link, metadata, ticket, op, misses))
+                return await in_own_task(ask(link, metadata, ticket, op, misses)), misses
         except (Exception, BaseExceptionGroup) as exc:
             decision = decide(exc, known)
             if decision is None:
                 raise
+        if decision.action is Action.ELSEWHERE:
+            misses = elsewhere(misses)
+            known = dataclasses.replace(known, elsewhere=known.elsewhere - 1)
+            continue
         out_of_sight = decision.within is not None
         misses += out_of_sight
         pause = patience.pause(known=out_of_sight, at_least=decision.retry_after, free=idle, within=decision.within)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import os
+import random
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from aipod.client.link import Link
 from aipod.client.sink import check_target
 from aipod.client.ticket import TicketFile
 from aipod.codec import job_id
-from aipod.errors import JobFailed
+from aipod.errors import JobFailed, Refused
 from aipod.wire.ai import Op, Phase
+
+# Seconds, at most and with full jitter, between two times that a job out of reach is looked for behind its caller's
+# back: well below the server's grace.
+STAY = 30.0
 
 
 class Job:
@@ -44,6 +49,7 @@ class Job:
         self._link = link
         self._metadata = metadata
         self._taken = taken  # the server has said that it has the job
+        self._goes_on = file is not None or not taken  # a later process may have the ticket too
         self._file = file
         self._misses = misses  # which of several servers it is at
         self.ticket = ticket
@@ -74,11 +80,13 @@ class Job:
 
         Raises `ModelError`, `JobCancelled`, `Interrupted` and `JobFailed` for a job that ended without one, `Refused`
         (NOT_FOUND) for a ticket that the server does not know, `JobLost` where server or job are not found again,
-        `UsageError`, and TimeoutError after `timeout` seconds. Cancelled, or out of time, the job goes on.
+        `UsageError`, and TimeoutError after `timeout` seconds. Cancelled, or out of time, the job goes on; what has
+        arrived for `save_to` then waits beside it for the next time, in `.NAME.ID.part`, where the job has a ticket
+        file or was attached to.
         """
         if save_to is not None:
             await asyncio.to_thread(check_target, save_to)
-        request = Request("chaos", self._metadata, save_to=save_to, on_event=on_event)
+        request = Request("chaos", self._metadata, save_to=save_to, on_event=on_event, goes_on=self._goes_on)
         try:
             async with asyncio.timeout(timeout):
                 answer = await self._follow(request)
@@ -153,7 +161,10 @@ class Job:
 
     async def _end(self, op: Op) -> None:
         for pause in ASK_AGAIN:  # the call that brought the job may be about to let go of its upload
-            state = await ask_surely(self._link, self._metadata, self.ticket, op, self._misses, taken=self._taken)
+            state, self._misses = await ask_surely(
+                self._link, self._metadata, self.ticket, op, self._misses, taken=self._taken
+            )
+            self._taken = True
             if state.phase > Phase.RECEIVING:
                 return
             await asyncio.sleep(pause)
@@ -163,20 +174,37 @@ class Job:
         self._link.watch(self._stay)
 
     async def _stay(self) -> None:
-        with contextlib.suppress(Exception):  # those who wait are told
-            await self._follow(Request("chaos", self._metadata, until=Until.END))
+        """Follow the job to its end, however long it is out of reach meanwhile, unless it is not found any more."""
+        known = self._taken
+        for limit in itertools.chain((1, 2, 4, 8, 16), itertools.repeat(STAY)):
+            try:
+                await self._follow(Request("chaos", self._metadata, until=Until.END), known=known)
+                return
+            except JobFailed:
+                return
+            except Exception as exc:  # those who wait are told
+                if isinstance(exc, Refused) and exc.reason == "NOT_FOUND":
+                    return
+            known = False  # it was looked for as a job that is there: next time a server's word counts
+            await asyncio.sleep(random.uniform(0, limit))  # noqa: S311 - jitter is no secret
 
-    async def _follow(self, request: Request) -> Any:
-        phase = Phase.QUEUED if self._taken else Phase.NONE
-        course = Course(self.ticket, Op.ATTACH, fresh=False, answered=self._taken, phase=phase, misses=self._misses)
+    async def _follow(self, request: Request, *, known: bool | None = None) -> Any:
+        """Watch the job as `request` says. `known`: a server that does not find it is not to be believed at once."""
+        known = self._taken if known is None else known
+        phase = Phase.QUEUED if known else Phase.NONE
+        course = Course(self.ticket, Op.ATTACH, fresh=False, answered=known, phase=phase, misses=self._misses)
         follower = Follower(self._link, request, course)
+        is_over = False
         try:
             return await follower.run()
+        except (JobFailed, Refused) as exc:
+            is_over = isinstance(exc, JobFailed) or exc.reason == "NOT_FOUND"
+            raise
         finally:
             self._taken = self._taken or follower.course.answered
             self._misses = follower.course.misses
-            if course.sink is not None:
-                await asyncio.to_thread(course.discard)
+            if request.save_to is not None:
+                await asyncio.to_thread(course.leave if request.goes_on and not is_over else course.discard)
 
     async def _forget_file(self) -> None:
         if self._file is not None:

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from aipod.codec import MAX_RELEASED
 from aipod.config import Config
 from aipod.transport.channel import Channel
 from aipod.wire.ai import Open
@@ -17,7 +18,7 @@ _SPOOLS = 64
 # Tickets of small answers that wait for the next call; what is dropped, the server forgets a minute later.
 _RELEASED = 256
 # Of them in one call.
-RELEASED_PER_CALL = 64
+RELEASED_PER_CALL = MAX_RELEASED
 # Seconds for what is done behind the caller's back, and how much of it there may be at once.
 ERRAND = 2.0
 _ERRANDS = 64

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aipod.client.failure import BadAnswer
+from aipod.client.part import Part, followed, is_special
 from aipod.codec import decode_chunk, new_hasher
 from aipod.config import MIB
 from aipod.errors import AipodError, Refused, UsageError
@@ -32,33 +33,23 @@ def check_target(save_to: str | os.PathLike[str]) -> None:
         raise UsageError(f"{str(path)!r} is a directory; name a file in it to write the answer to")
     if path.is_socket():
         raise UsageError(f"{str(path)!r} is a socket; an answer goes to a file, a FIFO or a device")
-    if _is_special(path):
+    if is_special(path):
         if not os.access(path, os.W_OK):
             raise UsageError(f"{str(path)!r} cannot be written to; the answer was to go there")
         return
-    parent = _followed(path).parent
+    parent = followed(path).parent
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{str(parent)!r} is no directory that can be written to; the answer was to go there")
-
-
-def _is_special(path: Path) -> bool:
-    """Whether it is written to and never replaced: a FIFO, a device, a pipe such as /dev/stdout."""
-    return path.exists() and not path.is_file()
-
-
-def _followed(path: Path) -> Path:
-    """The file to replace where `path` is a symbolic link: a link stays one."""
-    return Path(os.path.realpath(path))
 
 
 class Sink:
     """Collects one result. The methods that take data block: call them from a thread.
 
     A file is replaced by the whole answer at once, at the end. What cannot be replaced gets a copy of the whole answer.
-    What has `received` stays over any number of connections.
+    What has `received` stays over any number of connections, and in a `part` with the job's name over processes.
     """
 
-    def __init__(self, state: State, save_to: str | os.PathLike[str] | None) -> None:
+    def __init__(self, state: State, save_to: str | os.PathLike[str] | None, part: Part | None = None) -> None:
         self._state = state
         self._target = None if save_to is None else Path(save_to)
         self.received = 0
@@ -71,13 +62,13 @@ class Sink:
                 "RESULT_TOO_LARGE",
                 f"the answer has {state.size} bytes; pass save_to=FILE to receive more than {MAX_IN_MEMORY}",
             )
-        self._part: Path | None = None
-        if self._target is not None and _is_special(self._target):
+        self._part: Part | None = None
+        if self._target is not None and is_special(self._target):
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - `discard` closes it
         elif self._target is not None:
-            target = _followed(self._target)
-            self._part = target.with_name(f".{target.name}.{os.getpid()}-{id(self):x}.part")
-            self._file = self._part.open("wb", buffering=0)
+            self._part = part or Part(self._target)
+            self._hasher = self._part.hasher
+            self.received = self._part.size
 
     @property
     def is_binary(self) -> bool:
@@ -99,6 +90,8 @@ class Sink:
             raise BadAnswer(f"it cannot be read: {exc}") from None
         if self._target is None:
             self._memory += data
+        elif self._part is not None:
+            self._part.write(data)
         else:
             view = memoryview(data)
             with self._lock:
@@ -117,14 +110,12 @@ class Sink:
             raise BadAnswer("it is not the one that was stored")
         if self._target is None:
             return bytes(self._memory) if self.is_binary else json.loads(self._memory)
+        if self._part is not None:
+            return self._target if self._part.deliver() else None
         with self._lock:
             if self._discarded.is_set():
                 return None
-            if self._part is None:
-                self._copy_to(self._target)
-            else:
-                self._file.close()
-                self._part.replace(_followed(self._target))
+            self._copy_to(self._target)
         return self._target
 
     def _copy_to(self, target: Path) -> None:
@@ -159,12 +150,18 @@ class Sink:
             self._discarded.wait(_LOOK)  # nobody has opened the FIFO for reading yet
         return None
 
+    def leave(self) -> None:
+        """Leave behind what a later process can go on with; harmless after `finish`."""
+        if self._part is not None:
+            self._part.leave()
+        else:
+            self.discard()
+
     def discard(self) -> None:
         """Leave nothing behind; harmless after `finish`."""
-        if self._target is None:
-            return
-        self._discarded.set()
-        with self._lock:
-            self._file.close()
-            if self._part is not None:
-                self._part.unlink(missing_ok=True)
+        if self._part is not None:
+            self._part.remove()
+        elif self._target is not None:
+            self._discarded.set()
+            with self._lock:
+                self._file.close()

@@ -19,8 +19,8 @@ from aipod.config import CHUNK, KIB
 from aipod.errors import UsageError
 from aipod.wire.ai import Raw
 
-# A thread hop costs as much as compressing so many bytes.
-INLINE = 64 * KIB
+# A hop into a thread costs as much as compressing so many bytes.
+HOP = 64 * KIB
 
 
 class Source:
@@ -74,7 +74,7 @@ class Source:
         shorter than `start`, or is a file that changed; and what the source raises.
         """
         packer = _Packer(level, start)
-        inline = isinstance(self._reader, Memory) and self._reader.size <= INLINE
+        inline = isinstance(self._reader, Memory) and self._reader.size <= HOP
         while pieces := await self._pieces(packer.offset, inline=inline):
             yield packer.pack(pieces) if inline else await asyncio.to_thread(packer.pack, pieces)
             del pieces

@@ -13,9 +13,8 @@ import json
 import os
 from pathlib import Path
 
+from aipod.codec import TICKET_MAX, TICKET_MIN
 from aipod.errors import UsageError
-
-TICKET_MIN, TICKET_MAX = 16, 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)

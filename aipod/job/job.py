@@ -14,16 +14,15 @@ import trio
 
 from aipod.errors import JobFailed, job_failed
 from aipod.job.request import Request
-from aipod.results import Result
+from aipod.results import INLINE, Result
 from aipod.runner import Report, Task
 from aipod.spool import ENDED, Entry, Look, Words
 from aipod.wire.ai import Error, Phase, State
 
-# Seconds that a small ended job is kept once its answer was sent, for its client may have lost the end of it and look
+# Seconds that an ended job with an answer of at most `INLINE` is kept once its answer was sent, for its client may have lost the end of it and look
 # for it that long (Config.reconnect, and then some); and once its client has said that it has the answer.
 KEEP_ANSWERED = 900.0
 KEEP_RELEASED = 60.0
-SMALL = 64 * 1024
 
 # Log text between two writes to the entry; a worker's own bound is lower, this one is for methods on the loop.
 MAX_PENDING_LOG = 1024 * 1024
@@ -145,7 +144,7 @@ class Watched(abc.ABC):
     @property
     def small(self) -> bool:
         """An ended job that is not kept for long once its client was told: nothing of worth would be kept."""
-        return self.answer is None or self.answer.size <= SMALL
+        return self.answer is None or self.answer.size <= INLINE
 
     def notify(self) -> None:
         """Wake who watches."""

@@ -11,15 +11,13 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from aipod.codec import job_id, parse_kwargs
+from aipod.codec import MAX_RELEASED, TICKET_MAX, TICKET_MIN, job_id, parse_kwargs
 from aipod.config import KIB
 from aipod.errors import Refused
 from aipod.versions import check_version
 from aipod.wire.ai import Op, Open, Raw, StreamInput
 
-TICKET_MIN, TICKET_MAX = 16, 64
 MAX_SOURCE = 4 * KIB  # a path, a size and a time
-MAX_RELEASED = 64  # each costs a look at the disk
 _OPS = frozenset(int(op) for op in Op)
 _SIZE_KEY = "_aipod_bin_size"
 _OWN = "_aipod"

@@ -1,4 +1,4 @@
-"""The model of `python -m bench faults`: it writes down each of its starts."""
+"""The model of `python -m bench faults`: it writes down when each of its runs began and ended, and in which server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ def answer_to(sha256: str, length: int) -> bytes:
 
 
 class Counted(aipod.Model):
-    def work(self, context: Context, path: Path, *, name: str, starts: str, seconds: float, length: int) -> Path:
-        """Takes `seconds`. `starts`: a file that gets a line with `name`."""
-        fd = os.open(starts, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        os.write(fd, f"{name}\n".encode())  # one write: whole, whoever else writes
+    def load(self) -> None:
+        self._server = os.getppid()
+
+    def _note(self, runs: str, what: str, name: str) -> None:
+        """One line of `bench.faults.runs`."""
+        fd = os.open(runs, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.write(
+            fd, f"{what} {name} {self._server} {time.monotonic()}\n".encode()
+        )  # one write: whole, whoever else writes
         os.close(fd)
+
+    def work(self, context: Context, path: Path, *, name: str, runs: str, seconds: float, length: int) -> Path:
+        """Takes `seconds`. `runs`: a file that gets lines with `name`."""
+        self._note(runs, "start", name)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if context.cancelled:
@@ -33,8 +42,9 @@ class Counted(aipod.Model):
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         target = context.work_dir / "answer"
         target.write_bytes(answer_to(sha256, length))
+        self._note(runs, "end", name)
         return target
 
     @aipod.method(restartable=True)
-    def again(self, context: Context, path: Path, *, name: str, starts: str, seconds: float, length: int) -> Path:
-        return self.work(context, path, name=name, starts=starts, seconds=seconds, length=length)
+    def again(self, context: Context, path: Path, *, name: str, runs: str, seconds: float, length: int) -> Path:
+        return self.work(context, path, name=name, runs=runs, seconds=seconds, length=length)

@@ -5,8 +5,8 @@ silence and throttling, callers with ticket files are killed and started again, 
 through another client. In the end everybody gets time in peace, and the totals are printed.
 
 Exit status 1 where one of these is not so: every answer is right; no job hangs; none is started twice, or a restartable
-one three times; a job ends without its answer only because its server was killed while it ran, or because its caller
-has left it; no server has logged a bug, and the last ones drain.
+one three times; a job ends without its answer only because its server was killed while it ran (one that says so and was
+not is wrong), or because its caller has left it; no server has logged a bug, and the last ones drain.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 import aipod
+from aipod.client import Event
 from bench.faults.caller import PATIENT
 from bench.faults.model import answer_to
 from bench.faults.proxy import WAYS, Proxy, open_proxy
+from bench.faults.runs import MOST, Ran, check_starts, may_be_interrupted, read_runs
 
 MODEL = "bench.faults.model:Counted"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,7 +46,6 @@ CALLERS = 2  # that are processes, and get killed
 WORKERS = 6  # that are tasks of this process
 LARGEST = 24 << 20  # bytes of a payload or an answer; most are far smaller
 ENDS = ("right", "interrupted", "left")
-MOST = {"work": 1, "again": 2}  # starts of a job, by its method
 
 
 @dataclasses.dataclass
@@ -52,18 +53,30 @@ class Totals:
     """What the run has seen. A job's end is one of `ENDS`, or anything that must not be."""
 
     ends: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    server_kills: int = 0
+    kills: dict[int, float] = dataclasses.field(default_factory=dict)  # servers, and when (monotonic) each was dead
     client_kills: int = 0
     problems: list[str] = dataclasses.field(default_factory=list)
 
     right: set[str] = dataclasses.field(default_factory=set)  # jobs that had their answer
+    # Jobs that were told to be interrupted: when (monotonic) each began, and when it was told.
+    interrupted: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
-    def end(self, name: str, how: str) -> None:
+    def end(self, name: str, how: str, begun: float = 0.0) -> None:
         self.ends[how if how in (*ENDS, "wrong") else "failed"] += 1
         if how not in ENDS:
             self.problems.append(f"{name}: {how}")
         if how == "right":
             self.right.add(name)
+        if how == "interrupted":
+            self.interrupted[name] = (begun, time.monotonic())
+
+    def check_interrupted(self, runs: Sequence[Ran]) -> None:
+        """Count those as wrong whose server was not killed while they ran."""
+        for name, (begun, over) in self.interrupted.items():
+            if not may_be_interrupted(name, begun, over, runs, self.kills):
+                self.ends["interrupted"] -= 1
+                self.ends["wrong"] += 1
+                self.problems.append(f"{name}: interrupted, though its server was not killed while it ran")
 
 
 class Servers:
@@ -99,7 +112,7 @@ class Servers:
                 process = self._processes.pop(rng.randrange(len(self._processes)))
                 process.kill()
                 process.communicate()
-                self._totals.server_kills += 1
+                self._totals.kills[process.pid] = time.monotonic()
 
     def stop(self) -> None:
         """Drain both; what is wrong with them is a problem."""
@@ -128,15 +141,20 @@ class Plan:
     payload: bytes
     seconds: float
     length: int
-    starts: str
+    runs: str
+    begun: float = dataclasses.field(default_factory=time.monotonic)
+    done: bool = False  # its caller was told that it is
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return {"name": self.name, "starts": self.starts, "seconds": self.seconds, "length": self.length}
+        return {"name": self.name, "runs": self.runs, "seconds": self.seconds, "length": self.length}
 
     @property
     def metadata(self) -> list[tuple[str, str]]:
         return [("x-func-name", self.method)]
+
+    def note(self, event: Event) -> None:
+        self.done = self.done or event.phase == "DONE"
 
     def is_right(self, answer: bytes) -> bool:
         return answer == answer_to(hashlib.sha256(self.payload).hexdigest(), self.length)
@@ -152,7 +170,7 @@ class Run:
         self._numbers = itertools.count()
         self.totals = Totals()
         self.servers = Servers(directory, self.totals)
-        self.starts = directory / "starts"
+        self.runs = directory / "runs"
 
     @property
     def _over(self) -> bool:
@@ -204,7 +222,7 @@ class Run:
             self._rng.randbytes(self._size()),
             self._rng.choice((0.0, 0.0, self._rng.uniform(0, 2))),
             self._size(),
-            str(self.starts),
+            str(self.runs),
         )
 
     # Jobs of this process
@@ -222,7 +240,9 @@ class Run:
         path = self._directory / f"payload-{plan.name}"
         await asyncio.to_thread(path.write_bytes, plan.payload)
         try:
-            self.totals.end(plan.name, await _end(self._do(plan, way, path, one, other)))
+            how = await _end(self._do(plan, way, path, one, other))
+            how = "INTERRUPTED: after it was done" if plan.done and how == "interrupted" else how
+            self.totals.end(plan.name, how, plan.begun)
         finally:
             path.unlink()
 
@@ -230,14 +250,14 @@ class Run:
         if way == "submit":
             job = await one.submit("chaos", path, metadata=plan.metadata, kwargs=plan.kwargs)
             handle = self._rng.choice((job, other.attach(str(job))))
-            answer = await handle.wait()
+            answer = await handle.wait(on_event=plan.note)
             await handle.release()
         else:
             # The answer's file: bytes in memory have a limit, and files have more ways to fail.
             out = path.with_suffix(".answer")
             try:
                 async with asyncio.timeout(self._rng.uniform(0, 3) if way == "leave" else None):
-                    await one.chaos(path, metadata=plan.metadata, kwargs=plan.kwargs, save_to=out)
+                    await one.chaos(path, metadata=plan.metadata, kwargs=plan.kwargs, save_to=out, on_event=plan.note)
             except TimeoutError:
                 return "left"
             answer = await asyncio.to_thread(out.read_bytes)
@@ -253,7 +273,7 @@ class Run:
                 directory = Path(name)
                 await asyncio.to_thread((directory / "payload").write_bytes, plan.payload)
                 how = await _end(self._call(plan, proxy, directory))
-                self.totals.end(plan.name, how)
+                self.totals.end(plan.name, how, plan.begun)
 
     async def _call(self, plan: Plan, proxy: Proxy, directory: Path) -> str:
         first = plan.name
@@ -303,25 +323,12 @@ def _how(reason: str, text: str = "") -> str:
     return "interrupted" if reason == "INTERRUPTED" else f"{reason}: {text}"
 
 
-def check_starts(lines: list[str], right: set[str], problems: list[str]) -> dict[str, collections.Counter[int]]:
-    """How many jobs of each method were started how often; what must not be goes to `problems`."""
-    starts = collections.Counter(lines)
-    found: dict[str, collections.Counter[int]] = {method: collections.Counter() for method in MOST}
-    for name, count in starts.items():
-        method = name.partition("-")[0]
-        found[method][count] += 1
-        if count > MOST[method]:
-            problems.append(f"{name}: {count} starts")
-    problems += [f"{name}: an answer without a start" for name in right - starts.keys()]
-    return found
-
-
 def _print(seconds: float, seed: int, totals: Totals, done: collections.Counter[str], starts: Any) -> None:
     ends = ", ".join(f"{totals.ends[how]} {how}" for how in (*ENDS, "failed", "wrong", "hangs"))
     cuts = ", ".join(f"{done[way]} {way}" for way in WAYS if way != "well")
     print(f"faults  {seconds:g} s, seed {seed}")
     print(f"        jobs  {totals.ends.total()}: {ends}")
-    print(f"        cuts  {cuts}; kills: {totals.server_kills} of servers, {totals.client_kills} of callers")
+    print(f"        cuts  {cuts}; kills: {len(totals.kills)} of servers, {totals.client_kills} of callers")
     for method, counts in starts.items():
         runs = ", ".join(f"{counts[count]} jobs {count} times" for count in sorted(counts)) or "none"
         print(f"        runs  {method}: {runs} (at most {MOST[method]})")
@@ -345,9 +352,10 @@ def main(arguments: list[str]) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         run = Run(directory.absolute(), options.seconds, seed)
         done = asyncio.run(run.run())
-        lines = run.starts.read_text().split() if run.starts.exists() else []
+        runs = read_runs(run.runs.read_text()) if run.runs.exists() else []
     totals = run.totals
-    starts = check_starts(lines, totals.right, totals.problems)
+    totals.check_interrupted(runs)
+    starts = check_starts([ran.name for ran in runs], totals.right, totals.problems)
     _print(options.seconds, seed, totals, done, starts)
     for problem in totals.problems:
         print(f"must not be: {problem}")
