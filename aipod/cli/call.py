@@ -42,14 +42,15 @@ def call(
     A JSON answer is one line on stdout; bytes go to -o or a pipe.
 
     Ctrl-C cancels the job. With --ticket it goes on, also after --timeout and when this command is killed: the same
-    command continues the upload, the wait or the download, until it has written the answer, or the error that the job
-    has ended with, and removes FILE. FILE is as secret as the job. What comes on stdin must come again while its upload
-    is not complete, the same bytes.
+    command continues the upload or the wait, or has the answer sent again, until it has written the answer, or the
+    error that the job has ended with, and removes FILE. FILE is as secret as the job. What comes on stdin must come
+    again while its upload is not complete, the same bytes.
     """
     end_on_signals()
     asked = take_request(options)
     server = take_server(options)
     if ticket is None:
+        context.obj.left = "; the job is cancelled"
         asyncio.run(_call(server, asked, timeout, output))
         return
     check_ticket_file(ticket, from_stdin=asked.from_stdin)
