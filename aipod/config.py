@@ -79,7 +79,9 @@ class Config:
     reserve: int = _setting(1 * GIB, "Free disk space that uploads leave for results.", low=0)
     # Many missed heartbeats of a client that is gone without a word.
     upload_stall: float = _setting(60 * SECONDS, "Seconds without a message before an upload is given up.", low=1)
-    upload_ttl: float = _setting(1 * HOURS, "Seconds that an abandoned upload is kept.", low=1)
+    upload_ttl: float = _setting(
+        1 * HOURS, "Seconds that an abandoned upload, or the job of a killed server, is kept.", low=1
+    )
 
     # Jobs that nobody watches
     # A client looks for its job for as long as this before it gives up.

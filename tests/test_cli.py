@@ -389,7 +389,7 @@ def test_ctrl_c_is_status_130_and_cancels_the_job(
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert process.stderr is not None
-        assert process.stderr.read().strip() == b"aipod: INTERRUPTED: stopped by Ctrl-C"
+        assert process.stderr.read().strip() == b"aipod: INTERRUPTED: stopped by Ctrl-C; the job is cancelled"
     if where == "running":
         wait_until(lambda: mark.read_text() == "cancelled")
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])

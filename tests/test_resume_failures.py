@@ -89,7 +89,7 @@ def test_a_lost_connection_is_tried_again_and_typed(exc: Exception, wrapped: boo
         (TimeoutError(), "no answer in time"),
         (GRPCError(Status.UNAVAILABLE, "a proxy's"), "UNAVAILABLE: a proxy's"),
         (GRPCError(Status.CANCELLED), "CANCELLED"),
-        (refusal("DRAINING"), "UNAVAILABLE: text"),
+        (refusal("DRAINING"), "DRAINING: text"),
         (BadAnswer("it goes on at byte 3, not at 2"), "the answer arrived damaged: .*"),
     ],
 )

@@ -11,18 +11,22 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h2.config
 import h2.connection
 import h2.events
 import h2.settings
 import pytest
+from grpclib.const import Cardinality, Status
+from grpclib.exceptions import GRPCError
 from h2.errors import ErrorCodes
 from hyperframe.frame import PriorityFrame, SettingsFrame
 
 import aipod
 from aipod.codec import PONG, Compressor, StreamDecoder, digest, job_id
+from aipod.transport.channel import open_call, read_status
+from aipod.transport.stream import H2Stream
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 from tests.conftest import Serve, Served, left_in, run
 
@@ -575,5 +579,33 @@ def test_rst_stream_no_error_after_a_complete_response_is_no_error() -> None:
             for _ in range(3):
                 assert await client.predict(iter([os.urandom(1_000_000)])) == {"n": 5}
             assert len(server.connections) == 1
+
+    run(main, timeout=20)
+
+
+def test_rst_stream_no_error_while_this_side_waits_for_its_socket_to_end_the_call_is_no_error() -> None:
+    """What the server of an upload that another call took over does: a status, then the reset, to a full socket."""
+
+    async def main() -> None:
+        async with scripted(lambda connection, stream: connection.begin(stream), early=True) as (client, server):
+            call = client._link.channel().request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw)
+            async with call:
+                await open_call(call)
+                await call.recv_initial_metadata()
+                [peer], stream = server.connections, cast(H2Stream, call._stream)
+                peer.h2.send_headers(1, [("grpc-status", str(Status.ABORTED.value))], end_stream=True)
+                peer.flush()
+                assert await call.recv_message() is None
+                stream.connection.pause_writing()
+                status = asyncio.create_task(read_status(call))
+                await asyncio.sleep(0)  # it waits for the socket
+                peer.h2.reset_stream(1, ErrorCodes.NO_ERROR)
+                peer.flush()
+                while not stream.finished_by_peer:
+                    await asyncio.sleep(0)
+                stream.connection.resume_writing()
+                with pytest.raises(GRPCError) as failure:
+                    await status
+                assert failure.value.status is Status.ABORTED
 
     run(main, timeout=20)

@@ -1,7 +1,7 @@
 """The command line: `serve`, `call`, `submit`, `attach`, `cancel`, `jobs`, `health`, `demo`.
 
-Exit status: 0; 1 job failed or refused; 2 usage; 3 unreachable, given up or lost; 130 Ctrl-C. The last line of stderr
-on failure is `aipod: REASON: text`; a traceback comes only with --debug.
+On failure the last line of stderr is `aipod: REASON: text`; a traceback comes only with --debug. The exit statuses are
+in the group's help.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def cli() -> None:
 
     Every option of a command is also AIPOD_<NAME> in the environment; those of serve and of what calls it are also keys
     in table [aipod] of a TOML file (--config). Command line, then environment, then file, then default.
+
+    Exit status: 0; 1 the job failed, was cancelled or was refused, or its time was up; 2 wrong usage; 3 no server
+    answers, or the job is lost; 130 Ctrl-C. The last line on stderr is then `aipod: REASON: text`.
     """
 
 

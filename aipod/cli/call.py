@@ -50,6 +50,7 @@ def call(
     asked = take_request(options)
     server = take_server(options)
     if ticket is None:
+        context.obj.left = "; the job is cancelled"
         asyncio.run(_call(server, asked, timeout, output))
         return
     check_ticket_file(ticket, from_stdin=asked.from_stdin)

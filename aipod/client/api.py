@@ -137,7 +137,8 @@ class Client:
         `ticket_file`: keep in this file what is needed to continue. When this process is killed, or the call is
         cancelled or out of time, the job goes on for the server's grace time; the same call with the same file, from
         any process, continues it: the upload, the wait, or the download, of which what has arrived waits beside
-        `save_to` in `.NAME.ID.part`. The file is removed when the answer is here. It is as secret as the job.
+        `save_to` in `.NAME.ID.part`. The file is removed when the answer is here, or the error that the job has ended
+        with. It is as secret as the job.
 
         What is lost on the way is sent again from where it was; nothing that the server has is sent twice. Tried again
         are `config.attempts` connections while nothing is known of the job, afterwards as many as there are in
@@ -186,9 +187,10 @@ class Client:
     ) -> Job:
         """Hand a job over and return its handle, once the server has the whole payload.
 
-        `method` is the name of any exported method. The arguments are those of `predict`; `on_event` is called until
-        this returns. With `ticket_file` the same call continues what another process has begun; the file is removed
-        when `Job.wait` has given the answer.
+        `method` is the name of any exported method. The arguments are those of `predict` but for `timeout` and
+        `save_to`, which are `Job.wait`'s: here they would go to the method. `on_event` is called until this returns.
+        With `ticket_file` the same call continues what another process has begun; the file is removed when `Job.wait`
+        has given the answer.
 
         Raises as `predict`; what the job then ends with is told by `Job.wait`. Cancelled without a ticket file before
         it returns: the job is cancelled, best effort.

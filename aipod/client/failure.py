@@ -140,10 +140,18 @@ def _lost(exc: BaseException, known: Known) -> Decision:
 
 def _short(exc: BaseException) -> str:
     if isinstance(exc, GRPCError):
-        return f"{exc.status.name}: {exc.message}" if exc.message else exc.status.name
+        info = _info(exc)  # its reason says more: SPOOL_FULL, and not RESOURCE_EXHAUSTED
+        name = exc.status.name if info is None else info.reason
+        return f"{name}: {exc.message}" if exc.message else name
     if isinstance(exc, ConnectionError) and exc.errno:
         return os.strerror(exc.errno)  # asyncio's own text does not say whether it was refused
     return str(exc) or "no answer in time"
+
+
+def _info(exc: GRPCError) -> ErrorInfo | None:
+    """aipod's own details; None where a proxy, or another server, has said it."""
+    details = exc.details if isinstance(exc.details, list) else []
+    return next((d for d in details if isinstance(d, ErrorInfo) and d.domain == DOMAIN), None)
 
 
 def gone(known: Known, text: str) -> JobLost | Unreachable:
@@ -152,13 +160,13 @@ def gone(known: Known, text: str) -> JobLost | Unreachable:
         return Unreachable(f"no lasting connection to {known.target}: {text}")
     return JobLost(
         f"the connection to {known.target} was lost and the job was not found again; it may have run: {text}. "
-        "Its ticket, or its ticket file, may still find it; without them call again, which may run it a second time"
+        "Its ticket, or its ticket file, may still find it; a call without them is a new job: the method may run twice"
     )
 
 
 def _of_status(exc: GRPCError, known: Known) -> Decision:
+    info = _info(exc)
     details = exc.details if isinstance(exc.details, list) else []
-    info = next((d for d in details if isinstance(d, ErrorInfo) and d.domain == DOMAIN), None)
     delay = next((d.retry_delay.seconds + d.retry_delay.nanos / 1e9 for d in details if isinstance(d, RetryInfo)), None)
     text = exc.message or exc.status.name
     if info is not None:

@@ -19,8 +19,9 @@ from aipod.runner import Report, Task
 from aipod.spool import ENDED, Entry, Look, Words
 from aipod.wire.ai import Error, Phase, State
 
-# Seconds that an ended job with an answer of at most `INLINE` is kept once its answer was sent, for its client may have lost the end of it and look
-# for it that long (Config.reconnect, and then some); and once its client has said that it has the answer.
+# Seconds that an ended job with an answer of at most `INLINE` is kept once that was sent, for its client may have lost
+# the end of it and look for it that long (Config.reconnect, and then some); and once its client has said that it has
+# the answer.
 KEEP_ANSWERED = 900.0
 KEEP_RELEASED = 60.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -125,7 +126,9 @@ class AI:
             rest = [leaf for leaf in leaves(exc) if not isinstance(leaf, trio.Cancelled)]
             if not all(isinstance(leaf, (*PEER_GONE, AipodError, GRPCError)) for leaf in rest):
                 raise
-            log.info("a call of %s was left by its peer: %s", rpc, rest or "cancelled")
+            # Also what every client does that has handed a job over, or has heard enough of it.
+            level = logging.INFO if rest else logging.DEBUG
+            log.log(level, "a call of %s was left by its peer: %s", rpc, rest or "reset")
             if isinstance(exc, BaseExceptionGroup) and (cancelled := exc.split(trio.Cancelled)[0]) is not None:
                 raise cancelled from None
         finally:
@@ -274,7 +277,7 @@ class AI:
         await self._jobs.leave_upload(job)
         if job.superseded_by:
             won = {"epoch": str(job.superseded_by)}
-            raise Refused("SUPERSEDED", "a newer connection has taken this upload over", won)
+            raise Refused("SUPERSEDED", "a newer call with the same ticket goes on with this upload", won)
         if job.handed_over:
             raise Refused("DRAINING", "the server is shutting down; try again")
 

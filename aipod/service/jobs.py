@@ -291,6 +291,7 @@ class Jobs:
         known = method in self._methods
         again = known and self._methods[method].get("restartable") and fields.get("attempt", 0) < MAX_ATTEMPTS
         if phase == "RUNNING" and not (again and entry.payload.exists()):
+            log.warning("job %s %s@%s: the server was killed while it ran", entry.id, method, fields.get("version", ""))
             entry.store(
                 {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
             )

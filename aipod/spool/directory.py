@@ -239,4 +239,4 @@ class Spool:
 def _check_newest(look: Look, epoch: int) -> None:
     won = look.wanted()
     if won > epoch:
-        raise Refused("SUPERSEDED", "a newer connection has taken this upload over", {"epoch": str(won)})
+        raise Refused("SUPERSEDED", "a newer call with the same ticket goes on with this upload", {"epoch": str(won)})

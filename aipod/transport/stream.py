@@ -234,6 +234,7 @@ class H2Stream(base.Stream):
             self.reset_nowait(code)
 
     async def end(self) -> None:
+        await self.connection.write_ready.wait()  # before the question: meanwhile the server may finish the call
         if not self.finished_by_peer:
             await super().end()
 
