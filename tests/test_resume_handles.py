@@ -265,6 +265,33 @@ def test_a_killed_caller_continues_with_its_ticket_file(
     assert sent < (len(PAYLOAD) if phase == "RECEIVING" else 100_000)
 
 
+@pytest.mark.parametrize("submitted", [False, True])
+def test_who_is_cancelled_as_the_ticket_file_goes_has_the_answer(
+    served: Served, tmp_path: Path, submitted: bool
+) -> None:
+    """Mutant: the file is removed in a thread; the caller is cancelled meanwhile, and its next try runs once more."""
+    gate, ticket = Gate(tmp_path), tmp_path / "ticket"
+    gate.gate.touch()
+
+    async def ask(client: aipod.Client) -> Any:
+        if submitted:
+            job = await client.submit("gated", b"x", ticket_file=ticket, kwargs=gate.kwargs)
+            return await job.wait()
+        return await client.chaos(b"x", metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs)
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            call = asyncio.create_task(ask(client))
+            for state in (True, False):
+                while ticket.exists() is not state:
+                    await asyncio.sleep(0)
+            call.cancel()
+            assert await call == SMALL
+
+    run(main)
+    assert gate.mark.read_text() == "run\n"
+
+
 def test_a_ticket_file_is_for_one_request(served: Served, payload: Path, tmp_path: Path) -> None:
     gate, ticket = Gate(tmp_path), tmp_path / "ticket"
 

@@ -239,7 +239,7 @@ class Client:
         if timeout is not None and ticket_file is None:
             request.deadline = Deadline.from_timeout(timeout)
         answer, course = await self._run(request, course, timeout)
-        await self._delivered(request, course)
+        self._delivered(request, course)
         return answer
 
     async def _prepare(
@@ -303,7 +303,7 @@ class Client:
                 return await follower.run(), follower.course
         except BaseException as exc:
             self._leave(request, follower.course, exc)
-            continued = await _is_continued(follower.course, exc)
+            continued = _is_continued(follower.course, exc)
             if isinstance(exc, TimeoutError) and scope.expired():
                 raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc.__cause__
             raise
@@ -323,10 +323,12 @@ class Client:
             op = Op.RELEASE if course.phase == Phase.DONE else Op.CANCEL
             self._link.errand(end_left, self._link, request.metadata, course.ticket, op, course.misses)
 
-    async def _delivered(self, request: Request, course: Course) -> None:
+    def _delivered(self, request: Request, course: Course) -> None:
         """The caller has the answer: nobody will ask for it again."""
         if course.file is not None:
-            await asyncio.to_thread(course.file.remove)
+            # Not in a thread: a caller cancelled meanwhile would have neither the answer nor the way to it, and the
+            # same call would run the method once more.
+            course.file.remove()
         # The server itself does not keep a small one for long: a later call takes the word along.
         if course.event.answer_size <= INLINE:
             self._link.release(course.spool, course.ticket)
@@ -334,7 +336,7 @@ class Client:
             self._link.errand(ask, self._link, request.metadata, course.ticket, Op.RELEASE, course.misses)
 
 
-async def _is_continued(course: Course, error: BaseException) -> bool:
+def _is_continued(course: Course, error: BaseException) -> bool:
     """Whether the same call can go on with the job. Its ticket file goes where not.
 
     A job that has ended without an answer, or never began, is not continued: another try takes a new ticket.
@@ -343,7 +345,7 @@ async def _is_continued(course: Course, error: BaseException) -> bool:
         return False
     new = not (course.found or course.answered) and course.sent_to is None
     if course.phase > Phase.DONE or (new and isinstance(error, Refused)):
-        await asyncio.to_thread(course.file.remove)
+        course.file.remove()  # not in a thread, as in `_delivered`
         return False
     return True
 

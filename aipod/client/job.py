@@ -93,10 +93,10 @@ class Job:
                 answer = await self._follow(request)
         except JobFailed:
             if not keep:
-                await self._forget_file()  # it is the job's answer: asked again it would say the same
+                self._forget_file()  # it is the job's answer: asked again it would say the same
             raise
         if not keep:
-            await self._forget_file()
+            self._forget_file()
         return answer
 
     async def save(self, path: str | os.PathLike[str]) -> Path:
@@ -158,7 +158,7 @@ class Job:
         that the server does not know.
         """
         await self._end(Op.RELEASE)
-        await self._forget_file()
+        self._forget_file()
 
     async def _end(self, op: Op) -> None:
         for pause in ASK_AGAIN:  # the call that brought the job may be about to let go of its upload
@@ -207,6 +207,6 @@ class Job:
             if request.save_to is not None:
                 await asyncio.to_thread(course.leave if request.goes_on and not is_over else course.discard)
 
-    async def _forget_file(self) -> None:
+    def _forget_file(self) -> None:
         if self._file is not None:
-            await asyncio.to_thread(self._file.remove)
+            self._file.remove()  # not in a thread: who is cancelled meanwhile has not had the answer

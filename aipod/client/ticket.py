@@ -29,7 +29,7 @@ class Saved:
 
 
 class TicketFile:
-    """One file. Its methods block: call them from a thread. They raise `UsageError` and OSError."""
+    """One file. Its methods block: call them from a thread, but for `remove`. They raise `UsageError` and OSError."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
