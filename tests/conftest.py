@@ -100,9 +100,13 @@ def left_in(spool: Path, *, uploads: bool = True) -> list[str]:
     """
     fixed = {"app", "spool-id", "workers", ".probe"}
     kept = {path.name for path in spool.iterdir() if is_kept(path, uploads)} if spool.exists() else set()
-    found = (Path(base, name) for base, directories, files in os.walk(spool) for name in (*directories, *files))
-    names = (path.relative_to(spool) for path in found if path.name not in fixed)
-    return sorted(str(name) for name in names if name.parts[0].removesuffix(".lock") not in kept)
+    found = []
+    for base, directories, files in os.walk(spool):
+        if base == str(spool):
+            directories[:] = (name for name in directories if name not in kept)
+            files = [name for name in files if name.removesuffix(".lock") not in kept]
+        found += [os.path.relpath(f"{base}/{name}", spool) for name in (*directories, *files) if name not in fixed]
+    return sorted(found)
 
 
 def is_kept(entry: Path, uploads: bool) -> bool:
