@@ -17,13 +17,25 @@ from typing import Any, TypeVar
 import pytest
 
 from aipod.spool import ENDED, Journal
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.starter import ROOT, Started, starter
 
 # A shell ignores Ctrl-C in what it starts with `&`, and what it starts inherits that: no test of Ctrl-C would end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 T = TypeVar("T")
+
+# `--dist loadfile` hands files out in the order in which they were collected. By itself xdist takes those with the
+# fewest tests last, which are some of the longest: then three of four workers have nothing to do at the end.
+LONGEST = (
+    "test_hardening", "test_kill_points", "test_nginx", "test_cli", "test_nginx_jobs", "test_survive", "test_bad_input",
+    "test_churn", "test_bench", "test_interop", "test_transport", "test_strangers", "test_cli_jobs",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 def require(program: str) -> str:
@@ -101,9 +113,13 @@ def left_in(spool: Path, *, uploads: bool = True) -> list[str]:
     """
     fixed = {"app", "spool-id", "workers", ".probe"}
     kept = {path.name for path in spool.iterdir() if is_kept(path, uploads)} if spool.exists() else set()
-    found = (Path(base, name) for base, directories, files in os.walk(spool) for name in (*directories, *files))
-    names = (path.relative_to(spool) for path in found if path.name not in fixed)
-    return sorted(str(name) for name in names if name.parts[0].removesuffix(".lock") not in kept)
+    found = []
+    for base, directories, files in os.walk(spool):
+        if base == str(spool):
+            directories[:] = (name for name in directories if name not in kept)
+            files = [name for name in files if name.removesuffix(".lock") not in kept]
+        found += [os.path.relpath(f"{base}/{name}", spool) for name in (*directories, *files) if name not in fixed]
+    return sorted(found)
 
 
 def is_kept(entry: Path, uploads: bool) -> bool:
@@ -125,18 +141,31 @@ def peak_memory(pid: int) -> float:
 
 
 class Served:
-    """A `python -m aipod serve` process."""
+    """A `python -m aipod serve` process: a new one or, `forked`, a child of the starter, which says what differs."""
+
+    process: subprocess.Popen[str] | Started
 
     def __init__(
-        self, model: str, directory: Path, options: tuple[str, ...], bind: str, program: tuple[str, ...] = ("aipod",)
+        self,
+        model: str,
+        directory: Path,
+        options: tuple[str, ...],
+        bind: str,
+        program: tuple[str, ...] = ("aipod",),
+        *,
+        forked: bool = False,
     ) -> None:
         self.spool = directory / "spool"
         self.data = directory / "data"
         self.log = directory / f"server-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", *program, "serve", model, "--bind", bind, "--spool", str(self.spool)]
+        command = [*program, "serve", model, "--bind", bind, "--spool", str(self.spool)]
         command += ["--data", str(self.data), "--reserve", "0", *options]
         with self.log.open("w") as stderr:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT)
+            if forked and (ready := starter()) is not None:
+                self.process = ready.start(command, stderr)
+            else:
+                command = [sys.executable, "-m", *command]
+                self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("aipod listening on "), self.log.read_text()
@@ -162,7 +191,7 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Start servers: `serve("Plain", "--drain", "5")` or `serve("module:Class")`.
+    """Start servers: `serve("Plain", "--drain", "5")` or `serve("module:Class")`. They are forked.
 
     At the end each must drain cleanly, and leave neither an entry in its spool nor a process, unless the test has
     ended it itself.
@@ -171,7 +200,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
     def start(model: str, *options: str, bind: str = "127.0.0.1:0", directory: Path | None = None) -> Served:
         spec = model if ":" in model else f"tests.models_under_test:{model}"
-        started.append(Served(spec, directory or tmp_path, options, bind))
+        started.append(Served(spec, directory or tmp_path, options, bind, forked=True))
         return started[-1]
 
     try:

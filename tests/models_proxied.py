@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import trio
-
 import aipod
 from aipod import Context
+from tests.lazily import trio
 
 
 class Segment(aipod.Model):

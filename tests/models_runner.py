@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import trio
-
 import aipod
 from aipod import Context
+from tests.lazily import trio
 from tests.marks import say
 
 LONG = 100_000  # characters: over what travels inline

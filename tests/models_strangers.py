@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import trio
-
 import aipod
 from aipod import Context
+from tests.lazily import trio
 from tests.marks import say
 
 

@@ -168,9 +168,9 @@ class Stand:
         await download.reached.wait()
 
     async def lost(self) -> None:
-        """Until each has lost its connection."""
+        """Until each has lost its connection. It may have another one by now, and have come to its end."""
         for trial in self.trials.values():
-            await until(lambda trial=trial: trial.events[-1].phase == "WAITING")
+            await until(lambda trial=trial: any(event.phase == "WAITING" for event in trial.events))
 
     def go_on(self) -> None:
         for trial in self.trials.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -36,6 +37,7 @@ def frame(data: bytes, *, sized: bool = True, checksum: bool = True) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
+@functools.cache
 def bomb(size: int = 1 << 30, *, sized: bool = False) -> bytes:
     """A frame of about 32 KiB per GiB."""
     compressor = zstandard.ZstdCompressor().compressobj(size=size if sized else -1)

@@ -174,12 +174,13 @@ def test_a_server_killed_at_any_step(
         log = place / "steps"
         story = Story(place, name)
         program = ("tests.killed_server", str(n), str(log), job_id(story.client.ticket))
-        first = story.first = Served(MODEL, directory, OPTIONS, "127.0.0.1:0", program)
+        first = story.first = Served(MODEL, directory, OPTIONS, "127.0.0.1:0", program, forked=True)
         others = story.others = [survivor]
         try:
             if n % 4 == 1:
                 # The next server on this spool, which finds what was left; the story gets no answer before.
-                others.insert(0, Served(MODEL, directory, ("--tick", "0.05", "--drain", "0"), "127.0.0.1:0"))
+                options = ("--tick", "0.05", "--drain", "0")
+                others.insert(0, Served(MODEL, directory, options, "127.0.0.1:0", forked=True))
             became = story.judge(wire.sync(tell, story))
             return became, log.stat().st_size
         finally:

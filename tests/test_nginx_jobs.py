@@ -94,7 +94,7 @@ class Two:
         self.addresses = [nobody()] * 4 + list(self._homes)  # upstream "report"
 
     def _start(self, address: str) -> Served:
-        return Served(MODEL, self._homes[address], OPTIONS, address)
+        return Served(MODEL, self._homes[address], OPTIONS, address, forked=True)
 
     def kill(self, served: Served) -> None:
         served.process.kill()

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import os
 import signal
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -34,11 +33,11 @@ class Port:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.address = f"127.0.0.1:{free_port()}"
-        self._own: dict[subprocess.Popen[str], str] = {}
+        self._own: dict[object, str] = {}  # by process
         self.servers = [self._start() for _ in range(2)]
 
     def _start(self) -> Served:
-        return Served(MODEL, self._directory, (*OPTIONS, "--bind", "127.0.0.1:0"), self.address)
+        return Served(MODEL, self._directory, (*OPTIONS, "--bind", "127.0.0.1:0"), self.address, forked=True)
 
     def own_address(self, number: int) -> str:
         """Where only this one listens."""
