@@ -46,7 +46,7 @@ def serve_one(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
     def start(*options: str) -> Served:
         fixed = ("--tick", "0.2", "--drain", "0", "--cancel-grace", "1")
-        started.append(Served(MODEL, tmp_path, (*fixed, *options), "127.0.0.1:0"))
+        started.append(Served(MODEL, tmp_path, (*fixed, *options), "127.0.0.1:0", forked=True))
         return started[-1]
 
     yield start

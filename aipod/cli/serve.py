@@ -103,4 +103,3 @@ def _set_up_logging(*, debug: bool) -> None:
     )
     # grpclib logs every ended call of every stranger; what matters of it we log ourselves.
     logging.getLogger("grpclib").setLevel(logging.DEBUG if debug else logging.CRITICAL)
-    logging.getLogger("filelock").setLevel(logging.WARNING)
