@@ -384,9 +384,14 @@ def _raise_local(uploader: asyncio.Task[None]) -> None:
 async def _end(task: asyncio.Future[Any]) -> None:
     """Cancel `task` and wait for its end, whatever that is. This is an asyncio-flavored function."""
     task.cancel()
+    task.add_done_callback(_ask)  # also where this wait is cancelled
     await asyncio.wait([task])
+
+
+def _ask(task: asyncio.Future[Any]) -> None:
+    """asyncio logs an exception that nobody has asked for."""
     if not task.cancelled():
-        task.exception()  # asyncio logs an exception that nobody has asked for
+        task.exception()
 
 
 async def _local(fn: Callable[..., T], *args: Any) -> T:

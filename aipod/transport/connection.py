@@ -244,8 +244,12 @@ class _Socket:
         self.write = self.writelines = _nothing
         # Nobody waits longer for a write buffer that is not read, or for a peer that does not close.
         asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
-        if self._lingers and self._transport.can_write_eof():
-            self._transport.write_eof()
+        # With something in its write buffer asyncio would end this side later, where nothing catches an error.
+        if self._lingers and self._transport.can_write_eof() and not self._transport.get_write_buffer_size():
+            try:
+                self._transport.write_eof()
+            except OSError:  # its peer has reset it
+                self._transport.abort()
             self._transport.resume_reading()  # to see it close; the protocol drops what comes
         else:
             self._transport.close()
