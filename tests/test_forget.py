@@ -13,7 +13,7 @@ from aipod.results import INLINE
 from aipod.service.forget import Forgetter
 from aipod.spool import Spool
 from aipod.wire.ai import Phase
-from tests.test_spool import descriptors
+from tests.spools import descriptors
 
 
 class Clock:
