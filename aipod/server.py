@@ -88,7 +88,7 @@ async def serve(
                 trio.open_nursery() as jobs,
             ):
                 ai = AI(config, description, pool, spool, versions, jobs)
-                jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl))
+                jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
                 async with _listening(config, [ai, status.service()], sockets) as server:
                     task_status.started([_name(sock) for sock in sockets])
@@ -168,8 +168,11 @@ async def _look_at_model(
     return description, loop if description.is_async else process
 
 
-async def _sweep(sweeper: Sweeper) -> None:
-    """At the start and every `SWEEP` seconds, in steps: with 100,000 entries one sweep takes seconds."""
+async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]) -> None:
+    """At the start and every `SWEEP` seconds, in steps: with 100,000 entries one sweep takes seconds.
+
+    Jobs whose server was killed go on at another one, or at the next, whether anybody asks for them or not.
+    """
     while True:
         try:
             steps = sweeper.sweep()
@@ -178,6 +181,7 @@ async def _sweep(sweeper: Sweeper) -> None:
                 removed += count
             if removed:
                 log.info("removed %d entries that nobody wants any more", removed)
+            await adopt(await trio.to_thread.run_sync(sweeper.orphans))
         except (Refused, OSError) as exc:
             log.error("sweeping failed; trying again in %g s: %s", SWEEP, exc)
         await trio.sleep(SWEEP)

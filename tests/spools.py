@@ -50,6 +50,9 @@ class Broom:
     def sweep(self) -> int:
         return sum(self._sweeper.sweep())
 
+    def orphans(self) -> list[str]:
+        return self._sweeper.orphans()
+
 
 def sweep(spool: Spool) -> int:
     """One sweep of a process that has just been started."""

@@ -545,7 +545,7 @@ async def test_without_a_descriptor_what_goes_on_beside_the_calls_goes_on(
     caplog.set_level("ERROR", "aipod")
     with trio.move_on_after(0.1), descriptors(0):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_sweep, Sweeper(story.spool, upload_ttl=0, ttl=0))
+            nursery.start_soon(_sweep, Sweeper(story.spool, upload_ttl=0, ttl=0), ai.adopt)
             for _ in range(3):
                 await ai._jobs._heed_once()
             await trio.sleep_forever()

@@ -159,13 +159,12 @@ def test_a_server_that_has_all_the_jobs_it_may_have_refuses_one_more_and_keeps_w
         tasks.append(asyncio.create_task(left_in_line.visit(first.address)))
         await until(lambda: left_in_line.phase == Phase.QUEUED and left_in_line.committed)
         await begun(upload, first.address)
-        kill(first)
-        await asyncio.gather(*tasks, return_exceptions=True)
-
         full = serve_one("--max-jobs", "2").address
         task = await running(work, blocker, full)
         queued = asyncio.create_task(waiting.visit(full))
         await until(lambda: waiting.phase == Phase.QUEUED)
+        kill(first)
+        await asyncio.gather(*tasks, return_exceptions=True)
         before = entries(first.spool)
         for refusal in (
             await refused(work.client(size=4).visit, full),

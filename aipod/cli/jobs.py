@@ -26,7 +26,7 @@ def jobs(as_json: bool, timeout: float, **options: Any) -> None:
     """List the jobs of a server, newest first, the ended ones that it still has as well.
 
     An id names a job to people and in logs; its ticket, which owns it, nobody is told. A job whose server was killed is
-    listed as it was then, until somebody asks for it: then it goes on, or has failed as interrupted.
+    listed as it was then, until the next server, or another one on the same spool, goes on with it (half a minute).
     """
     end_on_signals()
     listed = asyncio.run(_ask(take_server(options), timeout))

@@ -32,9 +32,8 @@ class Job:
     file; `id` is the public name, which may be logged.
 
     The job goes on while nobody waits for it: as long as the client that submitted it is open, then for the server's
-    grace time (600 s by default). One that was left alone when its server was killed goes on when somebody asks for it
-    again, within an hour by default. What it answers can be had any number of times, until `release` or until it
-    expires. Waiting may be cancelled, and begun again, at any time.
+    grace time (600 s by default), and at the next server where its own was killed. What it answers can be had any
+    number of times, until `release` or until it expires. Waiting may be cancelled, and begun again, at any time.
     """
 
     def __init__(

@@ -64,6 +64,17 @@ class AI:
             nursery.start_soon(self._jobs.heed)
             nursery.start_soon(self._forgetter.run)
 
+    async def adopt(self, job_ids: list[str]) -> None:
+        """Go on with jobs whose process has died. This is a trio-flavored async function."""
+        for job_id in job_ids:
+            if self.draining:
+                return
+            try:
+                if job_id not in self._jobs.held:
+                    await self._jobs.adopt(job_id)
+            except (Refused, OSError) as exc:
+                log.warning("job %s: it cannot go on now: %s", job_id, exc)
+
     def __mapping__(self) -> dict[str, Handler]:
         return {
             f"/ai.AI/{rpc}": TrioHandler(functools.partial(self._serve, rpc), Cardinality.STREAM_STREAM, kind, Raw)

@@ -1,4 +1,4 @@
-"""Removal of what nobody can want any more."""
+"""Removal of what nobody can want any more, and a look for jobs that nobody works on."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ class Sweeper:
         self._clock = clock
         # What each entry looked like, and since when (monotonic); and how long it is kept.
         self._seen: dict[str, tuple[tuple[int, ...], float, float]] = {}
+        self._unended: dict[str, int] = {}  # jobs in line or running, and when (nanoseconds) that was written
+
+    def orphans(self) -> list[str]:
+        """Jobs of the last sweep whose process has died before their end, the oldest first. Blocks."""
+        ids = sorted(self._unended, key=self._unended.__getitem__)
+        return [job_id for job_id in ids if not self._spool.is_held(job_id)]
 
     def sweep(self) -> Iterator[int]:
         """Sweep once, in steps; each gives how many entries it has removed. Blocks.
@@ -57,6 +63,7 @@ class Sweeper:
             yield sum(map(self._look_at, ids[start : start + BATCH]))
         kept = set(ids)
         self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in kept}
+        self._unended = {job_id: since for job_id, since in self._unended.items() if job_id in kept}
 
     def _look_at(self, job_id: str) -> bool:
         try:
@@ -73,8 +80,11 @@ class Sweeper:
         if looked == times and now - since < keep:
             return False
         state = look.read()
+        self._unended.pop(job_id, None)
         if state.get("ticketed"):
             ended = state.get("phase") in ENDED
+            if state.get("phase") in ("QUEUED", "RUNNING"):
+                self._unended[job_id] = times[1]
             if looked != times:
                 since, keep = now, self._ttl if ended else self._upload_ttl
                 self._seen[job_id] = times, since, keep
