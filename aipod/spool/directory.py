@@ -104,7 +104,7 @@ class Spool:
         return self.path / f"{job_id}.lock"
 
     def worker_lock(self, name: str) -> Path:
-        """The lock file that worker `name` holds for as long as it lives."""
+        """The lock file that a worker holds under `name` until its next run is over."""
         return self.workers / f"{name}.lock"
 
     def forget_worker(self, name: str) -> None:
@@ -196,7 +196,7 @@ class Spool:
                 entry.go_on_from(state)
                 worker = state.get("worker")
                 if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
-                    lock.release()  # its server is gone, and the kernel is about to end the worker
+                    lock.release()  # the run is not over: its server is gone, the kernel is about to end the worker
                     return None
             except BaseException:
                 lock.release()
