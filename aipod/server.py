@@ -22,7 +22,7 @@ import outcome
 import trio
 
 from aipod.config import Config, state_home
-from aipod.errors import AipodError, Refused
+from aipod.errors import AipodError
 from aipod.pool import MakeRunner, open_pool
 from aipod.runner import Description
 from aipod.runner.loop import LoopRunner
@@ -178,8 +178,8 @@ async def _sweep(sweeper: Sweeper) -> None:
                 removed += count
             if removed:
                 log.info("removed %d entries that nobody wants any more", removed)
-        except (Refused, OSError) as exc:
-            log.error("sweeping failed; trying again in %g s: %s", SWEEP, exc)
+        except Exception as exc:  # whatever it is: without its broom a server goes on for long
+            log.error("sweeping failed; trying again in %g s", SWEEP, exc_info=exc)
         await trio.sleep(SWEEP)
 
 

@@ -128,7 +128,7 @@ async def settle_later(job: Job, tick: float) -> None:
 def _settle_answer(job: Job) -> bool:
     try:
         return job.entry.settle_answer()
-    except (Refused, OSError) as exc:
+    except Exception as exc:
         log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc)
         return False
 

@@ -62,6 +62,8 @@ _DECODE = json.JSONDecoder().decode
 class Journal:
     """Append-only lines, each checksummed; a torn line (power cut, full disk) is as if never written.
 
+    So is one that is no JSON object though its checksum is right: one job's file must not end a server.
+
     It remembers how far it came, so that who reads again every second reads only what is new, and who writes reads
     nothing again. The mutable state is replaced whole: threads that come at once cost each other a reading at most.
     """
@@ -137,7 +139,7 @@ class Journal:
             for line in whole.split(b"\n"):
                 check, _, text = line.partition(b" ")
                 if text and check == b"%08x" % zlib.crc32(text):
-                    state.update(_DECODE(text.decode()))
+                    state.update(_fields(text))
             known = _Known(known.inode, known.end + len(whole) + 1, state)
         self._known = known
         return dict(known.state)
@@ -146,6 +148,14 @@ class Journal:
 def _line(fields: dict[str, Any]) -> bytes:
     text = _ENCODE(fields)
     return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+
+
+def _fields(text: bytes) -> dict[str, Any]:
+    try:
+        fields = _DECODE(text.decode())
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _write(fd: int, line: bytes, *, sync: bool) -> None:

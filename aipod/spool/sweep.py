@@ -46,10 +46,7 @@ class Sweeper:
         for trash in self._spool.path.glob(".trash-*"):
             remove(trash)
         for path in self._spool.workers.glob("*.lock"):
-            lock = try_lock(path)
-            if lock is not None:
-                path.unlink(missing_ok=True)
-                lock.release()
+            _remove_if_free(path)
         names = {name.removesuffix(".lock") for name in os.listdir(self._spool.path)}
         ids = [name for name in names if is_job_id(name)]
         yield 0
@@ -63,7 +60,9 @@ class Sweeper:
             return self._sweep_one(job_id)
         except (Refused, OSError) as exc:
             logger.error("job %s: its entry could not be swept: %s", job_id, exc)
-            return False
+        except Exception as exc:  # whatever is wrong with one entry must cost neither the others nor the server
+            logger.error("job %s: a bug of aipod, or its entry is damaged", job_id, exc_info=exc)
+        return False
 
     def _sweep_one(self, job_id: str) -> bool:
         look = self._spool.look(job_id)
@@ -108,6 +107,17 @@ class Sweeper:
                 self._spool.lock_path(job_id).unlink(missing_ok=True)
             lock.release()
         return False
+
+
+def _remove_if_free(path: Path) -> None:
+    """Remove the lock file of a worker that is gone."""
+    try:
+        lock = try_lock(path)
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            lock.release()
+    except OSError as exc:
+        logger.error("%s could not be swept: %s", path, exc)
 
 
 def _exists(look: Look, name: str) -> bool:
