@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,30 @@ def test_what_a_model_does_to_its_job_is_that_job_s_failure(in_process: Served, 
     assert caught.value.reason == reason
     assert plain(in_process.address, method).info.reason == reason
     serves_on(in_process)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"), [("block_journal", "RESULT_NOT_STORED"), ("block_journal_and_raise", "MODEL_ERROR")]
+)
+def test_a_journal_that_would_be_waited_for(serve: Serve, method: str, reason: str) -> None:
+    """A FIFO. Mutant seen: it is opened as if it were a file; its callers, the sweep and SIGTERM wait for ever."""
+    served = serve(f"{MODELS}:InProcess", "--tick", "0.1")
+    with pytest.raises(JobFailed) as caught:
+        own(served.address, method)
+    assert caught.value.reason == reason
+    assert plain(served.address, method).info.reason == reason
+    assert own(served.address, "chaos", b"abc") == 3
+    # It cannot be read.
+    assert [job["phase"] for job in own(served.address, "aipod.jobs")] == ["DONE"]
+    assert served.stop() == 0
+    again = serve(f"{MODELS}:InProcess")  # which sweeps
+    assert own(again.address, "chaos", b"abc") == 3
+    assert again.stop() == 0
+    damaged = [path.parent for path in served.spool.glob("*/state") if path.is_fifo()]
+    assert len(damaged) == 1  # the plain one was removed when its call ended
+    for entry in damaged:
+        shutil.rmtree(entry)
+        entry.with_suffix(".lock").unlink()
 
 
 def test_a_result_that_has_a_directory_s_place(in_process: Served) -> None:

@@ -20,6 +20,7 @@ from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
 from aipod.spool.look import ENDED, Look, sync
+from aipod.spool.regular import open_regular
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
@@ -114,8 +115,8 @@ class Entry(Look):
         with refused_when_exhausted():
             with contextlib.suppress(FileNotFoundError):
                 self.payload.chmod(0o600)  # it was sealed, and its server killed before the job was queued
-            self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT, 0o600)
-            if os.fstat(self._fd).st_size < self.written:
+            self._fd, found = open_regular(self.payload, os.O_WRONLY | os.O_CREAT)
+            if found.st_size < self.written:
                 raise Refused("DAMAGED", f"the server has lost what it had of this payload below byte {self.written}")
             os.lseek(self._fd, self.written, os.SEEK_SET)
             self._reserve(state.get("size"))
@@ -252,8 +253,10 @@ class Entry(Look):
             return
         self._progress = progress, message
         fresh = self.path / "live.tmp"
-        with contextlib.suppress(OSError):
-            fresh.write_text(json.dumps({"progress": progress, "message": message}))
+        told = json.dumps({"progress": progress, "message": message}).encode()
+        with contextlib.suppress(Refused, OSError):
+            with os.fdopen(open_regular(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)[0], "wb") as file:
+                file.write(told)
             fresh.replace(self.path / "live")
 
     def append_log(self, text: str) -> None:
@@ -266,9 +269,10 @@ class Entry(Look):
             # Cut at a character: `read_log` counts what it can decode.
             data = data[:room].decode("utf-8", "ignore").encode() + b"\n[the log is full; the rest is dropped]\n"
         try:
-            with (self.path / "log").open("ab") as file:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            with os.fdopen(open_regular(self.path / "log", flags)[0], "ab") as file:
                 file.write(data)
-        except OSError as exc:
+        except (Refused, OSError) as exc:
             # A full disk costs the log, not the job.
             logger.warning("job %s: its log could not be written: %s", self.id, exc)
 
@@ -334,16 +338,21 @@ class Entry(Look):
 
         One without a journal, as a model can leave it, is nobody's: it is removed.
         """
-        if self._lock.is_locked and not self.read():
-            self.destroy()
-            return
         try:
+            if self._lock.is_locked and self._is_nothing():
+                self.destroy()
             if self._fd is not None:
                 with contextlib.suppress(Refused):  # the disk is full: what was told to be durable is
                     self.checkpoint(now=True)
                 self._close()
         finally:
             self._lock.release()
+
+    def _is_nothing(self) -> bool:
+        try:
+            return not self.read()
+        except Refused:
+            return False  # there is something, though it cannot be read
 
     def destroy(self) -> None:
         """Remove the entry, then its lock file, then let go of the lock. Idempotent."""

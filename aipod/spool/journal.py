@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from aipod.spool.regular import open_regular
+
 
 class Fields(TypedDict, total=False):
     """What a job's journal tells: the keys of its lines, all of which may be missing. Later lines over earlier ones.
@@ -73,11 +75,10 @@ class Journal:
         self._known = _NOTHING
 
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-        """Add a line. Raises `OSError`; then the journal is as before."""
+        """Add a line. Raises `OSError`, `Refused` (DAMAGED); then the journal is as before."""
         line = _line(fields)
-        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        fd, stat = open_regular(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            stat = os.fstat(fd)
             size, known = stat.st_size, self._known
             if size == 0:
                 known = _Known(stat.st_ino, 0, {})
@@ -96,14 +97,16 @@ class Journal:
             self._known = _Known(stat.st_ino, size + len(line), known.state | fields)
 
     def replace(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-        """Have the journal tell `fields` and nothing else any more. Raises `OSError`; then it is as before."""
+        """Have the journal tell `fields` and nothing else any more.
+
+        Raises `OSError`, `Refused` (DAMAGED); then it is as before.
+        """
         line, fresh = _line(fields), f"{self._path}.tmp"
         directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            fd, stat = open_regular(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
                 _write(fd, line, sync=sync)
-                inode = os.fstat(fd).st_ino
             finally:
                 os.close(fd)
             os.rename(fresh, self._path)
@@ -115,22 +118,23 @@ class Journal:
             raise
         finally:
             os.close(directory)
-        self._known = _Known(inode, len(line), dict(fields))
+        self._known = _Known(stat.st_ino, len(line), dict(fields))
 
     def read(self) -> dict[str, Any]:
-        """The fold of all whole lines, later ones over earlier ones; empty where there is none."""
+        """The fold of all whole lines, later ones over earlier ones; empty where there is none.
+
+        Raises `OSError`, `Refused` (DAMAGED).
+        """
         try:
-            fd = os.open(self._path, os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError):
+            fd, stat = open_regular(self._path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return {}  # a model can do that to its job
         try:
-            stat, known = os.fstat(fd), self._known
+            known = self._known
             # Another file than the one that was read, or one that somebody has cut.
             if stat.st_ino != known.inode or stat.st_size < known.end:
                 known = _Known(stat.st_ino, 0, {})
             raw = os.pread(fd, stat.st_size - known.end, known.end) if stat.st_size > known.end else b""
-        except IsADirectoryError:
-            return {}  # that, too
         finally:
             os.close(fd)
         whole, end, _ = raw.rpartition(b"\n")

@@ -71,7 +71,11 @@ class Sweeper:
         looked, since, keep = self._seen.get(job_id, ((), now, 0.0))
         if looked == times and now - since < keep:
             return False
-        state = look.read()
+        hold = self._spool.hold
+        try:
+            state = look.read()
+        except Refused:  # damaged: it is told so to who asks, for as long as an upload is kept
+            state, hold = {"ticketed": True}, self._spool.hold_damaged
         if state.get("ticketed"):
             ended = state.get("phase") in ENDED
             if looked != times:
@@ -82,7 +86,7 @@ class Sweeper:
                     self._tidy(job_id)
                 return False
         self._seen.pop(job_id, None)
-        entry = self._spool.hold(job_id)
+        entry = hold(job_id)
         if entry is None:
             return self._remove_lock(job_id)
         if _times(entry.path) != times:  # somebody was here meanwhile
