@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from aipod.spool.regular import open_regular
+from aipod.spool.regular import keep, open_regular
 
 
 class Fields(TypedDict, total=False):
@@ -166,4 +166,4 @@ def _write(fd: int, line: bytes, *, sync: bool) -> None:
     if os.write(fd, line) < len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if sync:
-        os.fdatasync(fd)
+        keep(os.fdatasync, fd)

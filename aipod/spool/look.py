@@ -14,7 +14,7 @@ from typing import Any
 from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.spool.journal import Journal
-from aipod.spool.regular import open_regular, read_regular
+from aipod.spool.regular import keep, open_regular, read_regular
 
 READ = 1 * MIB
 # Phases that a job never leaves, but for RELEASED.
@@ -172,7 +172,7 @@ def sync(path: Path) -> None:
     except FileNotFoundError:
         return
     try:
-        os.fsync(fd)
+        keep(os.fsync, fd)
     finally:
         os.close(fd)
 

@@ -1,13 +1,32 @@
-"""Opening the files of an entry: a model may put anything in their place, and who opens a FIFO waits for another."""
+"""Opening and syncing the files of an entry.
+
+A model may put anything in their place, and who opens a FIFO waits for another.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from aipod.errors import Refused
+
+
+class NotKept(OSError):
+    """A sync has failed. The system tells that once: a later one that succeeds says nothing of what was lost before.
+
+    https://wiki.postgresql.org/wiki/Fsync_Errors
+    """
+
+
+def keep(sync: Callable[[int], None], fd: int) -> None:
+    """`sync(fd)`, which is `os.fsync` or `os.fdatasync`. Raises `NotKept`."""
+    try:
+        sync(fd)
+    except OSError as exc:
+        raise NotKept(exc.errno, exc.strerror) from exc
 
 
 def open_regular(path: Path | str, flags: int) -> tuple[int, os.stat_result]:
