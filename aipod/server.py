@@ -7,6 +7,7 @@ This is trio; `transport.bridge` hosts grpclib's asyncio server in it. The nurse
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
@@ -44,8 +45,11 @@ SWEEP = 30.0
 # Seconds that peers get to take the last trailers and GOAWAY, and to close: when nothing hurries, and when it does.
 LINGER = 2.0
 LINGER_AT_ONCE = 0.5
-# A job takes one or two descriptors, a connection one; the usual soft limit is 1024.
+# A connection takes one descriptor, a job that it brings two or three; the usual soft limit is 1024.
 MAX_FILES = 65536
+FILES_PER_CONNECTION = 4
+# What a server has open besides: its listeners, its loop, its workers.
+RESERVED_FILES = 32
 
 
 class ServeError(AipodError):
@@ -69,6 +73,7 @@ async def serve(
         stop = trio.Event()
     with _sockets(config) as sockets, _home(config) as (spool_path, data_path):
         files = _raise_file_limit()
+        config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)
         async with bridge.open_loop():
             look = await _unless(stop, _look_at_model, config, spool, versions, files)
@@ -146,6 +151,15 @@ def _raise_file_limit() -> int:
         with contextlib.suppress(OSError, ValueError):  # macOS has one more limit, below an infinite hard one
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return soft
+
+
+def _with_room(config: Config, files: int) -> Config:
+    """`config` with as many connections as a process that may have `files` open can serve."""
+    room = max(1, (files - RESERVED_FILES) // FILES_PER_CONNECTION)
+    if files == resource.RLIM_INFINITY or 0 < config.max_connections <= room:
+        return config
+    log.warning("at most %d connections at once: this process may have only %d files open (ulimit -n)", room, files)
+    return dataclasses.replace(config, max_connections=room)
 
 
 async def _look_at_model(
