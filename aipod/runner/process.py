@@ -60,6 +60,7 @@ class ProcessRunner:
         self._stream: trio.SocketStream | None = None
         self._tether = -1  # write end of the pipe whose end the worker cannot survive
         self._broken = False
+        self._unread = False  # the worker has ended with something of ours unread
 
     async def start(self) -> Description:
         try:
@@ -142,7 +143,7 @@ class ProcessRunner:
             if self._broken:
                 with trio.CancelScope(shield=True):
                     await self._end(0)
-            if not running:
+            if not running or self._unread:
                 raise RunnerBroken from exc  # it has not got the whole task
             raise
 
@@ -221,8 +222,11 @@ class ProcessRunner:
         while (frame := worker.unpack(self._buffer)) is None:
             try:
                 data = await self._stream.receive_some()
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 data = b""
+                # The kernel resets a Unix socket that is closed with data in it, else it says that it has ended. The
+                # worker reads in order, and what was sent to it last is the task.
+                self._unread = isinstance(exc.__cause__, ConnectionResetError)
             if not data:
                 raise await self._crashed()
             self._buffer += data

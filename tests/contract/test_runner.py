@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from aipod.errors import JobFailed, ModelError
 from aipod.results import Result
@@ -271,6 +273,26 @@ async def test_a_shutdown_that_is_cancelled_leaves_no_process(process: Fixture) 
         scope.cancel()
         await runner.shutdown()
     assert await runner.wait() is not None
+
+
+async def test_a_worker_that_dies_before_it_has_read_its_task_has_not_started_it(process: Fixture) -> None:
+    """Mutant seen: the end of its socket says WORKER_CRASHED, whatever was unread in it."""
+    before = set(children(os.getpid()))
+    runner = process.make()
+    await runner.start()
+    (worker,) = set(children(os.getpid())) - before
+    os.kill(worker, signal.SIGSTOP)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def run() -> None:
+            with pytest.raises(RunnerBroken):
+                await runner.run(process.task("forever"), ignore)
+
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(worker, signal.SIGKILL)
+    assert runner.broken
+    assert not (process.data / "running").exists()
 
 
 async def test_a_worker_s_lock_tells_of_one_run(process: Fixture) -> None:
