@@ -234,7 +234,7 @@ class Lease:
 
     @property
     def lock_name(self) -> str:
-        """The worker lock that is held while the run may compute; empty where the server's own process runs it."""
+        """The worker lock that is held until the run is over; empty where the server's own process runs it."""
         return self._instance.runner.lock_name
 
     async def run(self, task: Task, report: Report) -> Result:

@@ -7,6 +7,7 @@ This is trio; `transport.bridge` hosts grpclib's asyncio server in it. The nurse
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
@@ -22,7 +23,7 @@ import outcome
 import trio
 
 from aipod.config import Config, state_home
-from aipod.errors import AipodError, Refused
+from aipod.errors import AipodError
 from aipod.pool import MakeRunner, open_pool
 from aipod.runner import Description
 from aipod.runner.loop import LoopRunner
@@ -44,8 +45,11 @@ SWEEP = 30.0
 # Seconds that peers get to take the last trailers and GOAWAY, and to close: when nothing hurries, and when it does.
 LINGER = 2.0
 LINGER_AT_ONCE = 0.5
-# A job takes one or two descriptors, a connection one; the usual soft limit is 1024.
+# A connection takes one descriptor, a job that it brings two or three; the usual soft limit is 1024.
 MAX_FILES = 65536
+FILES_PER_CONNECTION = 4
+# What a server has open besides: its listeners, its loop, its workers.
+RESERVED_FILES = 32
 
 
 class ServeError(AipodError):
@@ -69,6 +73,7 @@ async def serve(
         stop = trio.Event()
     with _sockets(config) as sockets, _home(config) as (spool_path, data_path):
         files = _raise_file_limit()
+        config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)
         async with bridge.open_loop():
             look = await _unless(stop, _look_at_model, config, spool, versions, files)
@@ -148,6 +153,15 @@ def _raise_file_limit() -> int:
     return soft
 
 
+def _with_room(config: Config, files: int) -> Config:
+    """`config` with as many connections as a process that may have `files` open can serve."""
+    room = max(1, (files - RESERVED_FILES) // FILES_PER_CONNECTION)
+    if files == resource.RLIM_INFINITY or 0 < config.max_connections <= room:
+        return config
+    log.warning("at most %d connections at once: this process may have only %d files open (ulimit -n)", room, files)
+    return dataclasses.replace(config, max_connections=room)
+
+
 async def _look_at_model(
     config: Config, spool: Spool, versions: Versions, files: int
 ) -> tuple[Description, MakeRunner]:
@@ -182,8 +196,8 @@ async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]
             if removed:
                 log.info("removed %d entries that nobody wants any more", removed)
             await adopt(await trio.to_thread.run_sync(sweeper.orphans))
-        except (Refused, OSError) as exc:
-            log.error("sweeping failed; trying again in %g s: %s", SWEEP, exc)
+        except Exception as exc:  # whatever it is: without its broom a server goes on for long
+            log.error("sweeping failed; trying again in %g s", SWEEP, exc_info=exc)
         await trio.sleep(SWEEP)
 
 

@@ -118,7 +118,11 @@ def _tether(pipe: int) -> None:
 
 
 def _hold(path: str) -> int:
-    """flock the worker's own lock file for as long as this process lives; the descriptor is close-on-exec."""
+    """flock the worker's own lock file for as long as this process lives; the descriptor is close-on-exec.
+
+    At the end of each run the file gets another name (`Worker.run`): who finds the name free, or gone, knows that the
+    run is over, though this process may live on.
+    """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -210,8 +214,9 @@ class Reporter:
 class Worker:
     """One instance and the job it runs. The main thread runs jobs; a thread of its own hears the server."""
 
-    def __init__(self, link: Link, instance: Any) -> None:
+    def __init__(self, link: Link, instance: Any, lock: str) -> None:
         self._link = link
+        self._lock = lock  # the name that the lock file has now
         self._instance = instance
         self._reporter = Reporter(link)
         self._jobs: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
@@ -246,6 +251,9 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             head, blob = self._run_one(*job)
             self._reporter.end()
+            # Before the server knows, so that the name which it writes down for the next run is held from then on.
+            os.rename(self._lock, job[0]["next_lock"])
+            self._lock = job[0]["next_lock"]
             self._link.send(head, blob)
         self._instance.close()
 
@@ -317,7 +325,7 @@ def main() -> None:
         return
     if not hasattr(instance, "close"):
         instance.close = lambda: None
-    worker = Worker(link, instance)
+    worker = Worker(link, instance, head["lock"])
     link.send({"event": "ready", **description})
     worker.run()
     os.close(lock)

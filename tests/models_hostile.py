@@ -61,6 +61,18 @@ class InProcess(aipod.Model):
         self.replace_journal(context, path)
         raise ValueError
 
+    def block_journal(self, context: Context, path: Path) -> None:
+        """Whoever opens it waits for somebody at the other end."""
+        for name in ("state", "log", "live"):
+            (path.parent / name).unlink(missing_ok=True)
+            os.mkfifo(path.parent / name)
+        context.progress(0.5)
+        context.log("a line")
+
+    def block_journal_and_raise(self, context: Context, path: Path) -> None:
+        self.block_journal(context, path)
+        raise ValueError
+
     def replace_result(self, context: Context, path: Path) -> Path:
         (path.parent / "res").mkdir()
         (context.work_dir / "result").touch()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
+from aipod.config import Config
 from aipod.errors import JobFailed, ModelError
+from aipod.server import _with_room
 from tests import stranger
 from tests.calls import calls, marked, own, plain
 from tests.conftest import ROOT, Serve, Served, alive, children, left_in, wait_until
@@ -68,6 +72,30 @@ def test_what_a_model_does_to_its_job_is_that_job_s_failure(in_process: Served, 
     assert caught.value.reason == reason
     assert plain(in_process.address, method).info.reason == reason
     serves_on(in_process)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"), [("block_journal", "RESULT_NOT_STORED"), ("block_journal_and_raise", "MODEL_ERROR")]
+)
+def test_a_journal_that_would_be_waited_for(serve: Serve, method: str, reason: str) -> None:
+    """A FIFO. Mutant seen: it is opened as if it were a file; its callers, the sweep and SIGTERM wait for ever."""
+    served = serve(f"{MODELS}:InProcess", "--tick", "0.1")
+    with pytest.raises(JobFailed) as caught:
+        own(served.address, method)
+    assert caught.value.reason == reason
+    assert plain(served.address, method).info.reason == reason
+    assert own(served.address, "chaos", b"abc") == 3
+    # It cannot be read.
+    assert [job["phase"] for job in own(served.address, "aipod.jobs")] == ["DONE"]
+    assert served.stop() == 0
+    again = serve(f"{MODELS}:InProcess")  # which sweeps
+    assert own(again.address, "chaos", b"abc") == 3
+    assert again.stop() == 0
+    damaged = [path.parent for path in served.spool.glob("*/state") if path.is_fifo()]
+    assert len(damaged) == 1  # the plain one was removed when its call ended
+    for entry in damaged:
+        shutil.rmtree(entry)
+        entry.with_suffix(".lock").unlink()
 
 
 def test_a_result_that_has_a_directory_s_place(in_process: Served) -> None:
@@ -166,6 +194,38 @@ def test_no_descriptor_left(serve: Serve, tmp_path: Path) -> None:
     assert "a bug of aipod" not in served.log_text()
     assert served.stop() == 0
     serves_on(serve(f"{MODELS}:InProcess"))
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot limit another process")
+def test_connections_that_cannot_be_accepted_are_one_line_and_come_in_later(serve: Serve) -> None:
+    """Mutants seen: asyncio's own loop around accept(), which logs a thousand errors a second; each try is logged.
+
+    Then the first refusal of the server's life, made with no descriptor left. Mutant seen: what it needs is imported
+    only then.
+    """
+    served = serve(f"{MODELS}:InProcess")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with calls() as threads, stranger.open_channel(served.address, ("grpc.enable_retries", 0)) as channel:
+        grpc.channel_ready_future(channel).result(timeout=30)
+        before = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (4, hard))
+        waiting = [threads.submit(own, served.address, "chaos", b"abc") for _ in range(3)]
+        wait_until(lambda: "no connection can be accepted" in served.log_text())
+        time.sleep(2.5)  # of tries, one a second
+        reply = stranger.reply_of(stranger.start(channel, "chaos", iter([stranger.first_message("chaos", {})])))
+        assert (reply.code, reply.info.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert served.log_text().count("no connection can be accepted") == 1
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, before)
+        assert [future.result() for future in waiting] == [3, 3, 3]
+    assert "Traceback" not in served.log_text()
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted", "connections"),
+    [(65536, 1000, 1000), (1024, 1000, 248), (64, 1000, 8), (64, 5, 5), (8, 1000, 1), (1024, 0, 248)],
+)
+def test_there_are_no_more_connections_than_descriptors_for_them(files: int, wanted: int, connections: int) -> None:
+    assert _with_room(Config(max_connections=wanted), files).max_connections == connections
+    assert _with_room(Config(max_connections=wanted), resource.RLIM_INFINITY).max_connections == wanted
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot look at another process's limits")

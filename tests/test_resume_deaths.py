@@ -95,6 +95,28 @@ def test_a_run_is_interrupted_when_its_server_dies_and_what_waited_is_run(
     run(main)
 
 
+def test_an_outcome_that_is_not_in_the_journal_is_no_run_for_ever(serve_one: Callable[..., Served], work: Work) -> None:
+    """I7. The server has given up to store it, or its line is torn; the worker lives on and waits for other jobs.
+
+    Mutant seen: the worker's lock keeps its name from run to run.
+    """
+
+    async def main() -> None:
+        served = serve_one()
+        client = work.client()
+        assert (await client.visit(served.address)).phase == Phase.DONE
+        state = served.spool / job_id(client.ticket) / "state"
+        with state.open("rb+") as file:
+            file.truncate(state.stat().st_size - 3)
+        outcome = await attach(served.address, client.ticket)
+        assert (outcome.phase, outcome.reason) == (Phase.FAILED, "INTERRUPTED")
+        assert await client.visit(served.address) == outcome
+        assert (await work.client().visit(served.address)).phase == Phase.DONE  # by the same worker
+        assert work.lines == ["start"] * 2
+
+    run(main)
+
+
 def test_a_restartable_method_is_run_once_more_and_no_more(serve_one: Callable[..., Served], work: Work) -> None:
     async def main() -> None:
         servers = [serve_one() for _ in range(2)]

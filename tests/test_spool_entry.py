@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +361,72 @@ def test_what_is_recorded_while_the_entry_settles_waits_for_it(spool: Spool, ste
     lines = [json.loads(line[9:]) for line in (entry.path / "state").read_bytes().splitlines()]
     assert lines[1:] == [{"settled": True}, {"phase": "DONE"}]
     entry.destroy()
+
+
+@contextlib.contextmanager
+def broken(fd: int) -> Iterator[None]:
+    """Syncs of `fd` fail: it is a pipe."""
+    good = os.dup(fd)
+    ends = os.pipe()
+    os.dup2(ends[1], fd)
+    try:
+        yield
+    finally:
+        os.dup2(good, fd)
+        for one in (good, *ends):
+            os.close(one)
+
+
+def test_a_sync_that_succeeds_after_one_that_failed_acknowledges_nothing(spool: Spool) -> None:
+    """I1: an error of the disk is told once. The next holder goes on at the durable offset, and writes the rest anew.
+
+    Mutants seen: what comes after a failed sync is synced again, by a checkpoint, a settling or a letting go.
+    """
+    entry = claimed(spool, A, TICKETED)
+    entry.write(b"kept")
+    entry.checkpoint(now=True)
+    entry.write(b"lost")
+    assert entry._fd is not None
+    with broken(entry._fd):
+        assert refusal(entry.checkpoint, now=True) == "BUSY"
+    assert refusal(entry.checkpoint, now=True) == "BUSY"
+    entry.let_go()
+    assert spool.look(A).read()["offset"] == entry.durable == 4
+    again = spool.hold(A)
+    assert again is not None
+    assert again.resume()
+    assert again.written == 4
+    again.write(b"more")
+    again.checkpoint(now=True)
+    assert again.read()["offset"] == 8
+    assert again.payload.read_bytes() == b"keptmore"
+    again.destroy()
+
+
+def test_an_entry_that_the_disk_has_failed_to_keep_never_settles(spool: Spool) -> None:
+    """Mutant seen: it is tried again, and believed."""
+    entry = claimed(spool, A, TICKETED)
+    entry.payload.unlink()
+    os.mkfifo(entry.payload)
+    assert refusal(entry.settle) == "BUSY"
+    entry.payload.unlink()
+    entry.settle()
+    assert not entry.settled
+    entry.store({"phase": "FAILED"})  # it is told all the same, as long as there is power
+    assert entry.read().items() >= {"phase": "FAILED"}.items()
+    assert "settled" not in entry.read()
+    entry.destroy()
+
+
+def test_a_long_answer_that_the_disk_has_failed_to_keep_never_settles(spool: Spool) -> None:
+    entry = claimed(spool, A, TICKETED)
+    os.mkfifo(entry.result)
+    entry.store({"phase": "DONE"})
+    entry.let_go()
+    assert refusal(entry.settle_answer) == "BUSY"
+    entry.result.unlink()
+    assert entry.settle_answer()  # there is nothing to be tried again
+    assert "settled" not in spool.look(A).read()
+    again = spool.hold(A)
+    assert again is not None
+    again.destroy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,18 @@ def test_a_journal_with_any_bit_flipped_loses_that_line_only(tmp_path: Path) -> 
         state = Journal(path).read()
         assert state.items() <= {"a": 1, "b": 2, "c": 3}.items()
         assert len(state) == (2 if whole[place : place + 1] != b"\n" else 1 if place < len(whole) - 1 else 2)
+
+
+@pytest.mark.parametrize("text", [b"5", b"null", b"[1]", b'[["a", 5]]', b"[" * 100_000, b"9" * 5000, b"{", b"\xff"])
+def test_a_line_that_is_no_object_is_as_if_never_written(tmp_path: Path, text: bytes) -> None:
+    """Though its checksum is right. Mutant seen: no look at what it is."""
+    path = tmp_path / "state"
+    journal = Journal(path)
+    journal.append({"a": 1})
+    with path.open("ab") as file:
+        file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    journal.append({"b": 2})
+    assert journal.read() == Journal(path).read() == {"a": 1, "b": 2}
 
 
 def test_a_journal_on_a_full_disk_stays_whole(tmp_path: Path) -> None:

@@ -143,3 +143,20 @@ def test_an_entry_that_cannot_be_removed_costs_nobody_else(tmp_path: Path, caplo
     (tmp_path / f"{A}.lock").mkdir()  # unlink() raises, as on a file system that has become read-only
     entry.destroy()
     assert "could not be removed" in caplog.text
+
+
+def test_an_entry_with_which_nothing_can_be_done_costs_nobody_else(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mutant seen: a sweep that goes on after some exceptions only."""
+    with killed(spool, A, PLAIN) as entry:
+        entry.record({"phase": "RUNNING", "worker": "no\0name"})
+    (spool.workers / "123-abc.lock").mkdir()
+    with killed(spool, B, PLAIN):
+        pass
+    assert sweep(spool) == 1
+    assert f"job {A}" in caplog.text
+    assert not (spool.path / B).exists()
+    (spool.workers / "123-abc.lock").rmdir()
+    entry.record({"worker": ""})
+    assert sweep(spool) == 1

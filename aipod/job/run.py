@@ -128,7 +128,7 @@ async def settle_later(job: Job, tick: float) -> None:
 def _settle_answer(job: Job) -> bool:
     try:
         return job.entry.settle_answer()
-    except (Refused, OSError) as exc:
+    except Exception as exc:
         log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc)
         return False
 
@@ -279,8 +279,18 @@ def _store_failure(job: Job, error: JobFailed) -> bool:
         job.entry.store(fields)
     except (Refused, OSError) as exc:
         log.warning("job %s: its outcome could not be stored: %s", job.entry.id, exc)
-        return not job.entry.read()  # a model can remove its own job; then there is nothing to write to
+        return _cannot_be_written_to(job.entry)
     return True
+
+
+def _cannot_be_written_to(entry: Entry) -> bool:
+    """Whether a model has removed its own job, or put something else where its journal was."""
+    try:
+        return not entry.read()
+    except Refused:
+        return True
+    except OSError:
+        return False
 
 
 def _phase_of(failure: JobFailed) -> Phase:

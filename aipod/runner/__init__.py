@@ -68,8 +68,14 @@ class Task:
 class Runner(Protocol):
     """One instance of a version. All four verbs are trio-flavored async functions."""
 
-    lock_name: str  # of the worker lock that is held while this runner may compute; empty where the server's own is
     shared: bool  # may run several jobs at once
+
+    @property
+    def lock_name(self) -> str:
+        """Of the worker lock that is held until the next run is over, and no longer; empty where the server's own is.
+
+        Once that run is over it is another one.
+        """
 
     @property
     def broken(self) -> bool:

@@ -41,7 +41,8 @@ class ProcessRunner:
         files: int = 0,
     ) -> None:
         """`files`: the worker's own limit of open files; 0 is this process's."""
-        self.lock_name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._runs = 0  # that are over
         self._hello = {
             "op": "load",
             "model": model,
@@ -59,6 +60,7 @@ class ProcessRunner:
         self._stream: trio.SocketStream | None = None
         self._tether = -1  # write end of the pipe whose end the worker cannot survive
         self._broken = False
+        self._unread = False  # the worker has ended with something of ours unread
 
     async def start(self) -> Description:
         try:
@@ -102,6 +104,11 @@ class ProcessRunner:
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
 
     @property
+    def lock_name(self) -> str:
+        """The worker's lock has a new name for each run, so that a journal which names one tells of that run only."""
+        return f"{self._name}-{self._runs}"
+
+    @property
     def broken(self) -> bool:
         return self._broken or self._process is None or self._process.poll() is not None
 
@@ -121,6 +128,7 @@ class ProcessRunner:
             "res": str(task.res),
             "new_version": str(task.new_version),
             "timeout": task.timeout,
+            "next_lock": str(self._spool.worker_lock(f"{self._name}-{self._runs + 1}")),
         }
         running = False
         try:
@@ -135,7 +143,7 @@ class ProcessRunner:
             if self._broken:
                 with trio.CancelScope(shield=True):
                     await self._end(0)
-            if not running:
+            if not running or self._unread:
                 raise RunnerBroken from exc  # it has not got the whole task
             raise
 
@@ -144,11 +152,12 @@ class ProcessRunner:
             event, blob = await self._receive()
             if event["event"] == "report":
                 report(event.get("progress"), event.get("message"), event.get("log"))
-            elif event["event"] == "done":
+                continue
+            self._runs += 1
+            if event["event"] == "done":
                 return Result(event["kind"], blob if event["inline"] else None)
-            else:
-                metadata: dict[str, str] = {name: event[name] for name in ("type", "trace") if name in event}
-                raise job_failed(event["reason"], event["message"], metadata)
+            metadata: dict[str, str] = {name: event[name] for name in ("type", "trace") if name in event}
+            raise job_failed(event["reason"], event["message"], metadata)
 
     async def _stop(self, report: Report, *, ask: bool) -> None:
         """Three steps: ask, SIGTERM, SIGKILL. Returns when the method has ended; the worker lives on if it obeyed."""
@@ -213,8 +222,11 @@ class ProcessRunner:
         while (frame := worker.unpack(self._buffer)) is None:
             try:
                 data = await self._stream.receive_some()
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 data = b""
+                # The kernel resets a Unix socket that is closed with data in it, else it says that it has ended. The
+                # worker reads in order, and what was sent to it last is the task.
+                self._unread = isinstance(exc.__cause__, ConnectionResetError)
             if not data:
                 raise await self._crashed()
             self._buffer += data

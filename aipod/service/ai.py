@@ -72,8 +72,8 @@ class AI:
             try:
                 if job_id not in self._jobs.held:
                     await self._jobs.adopt(job_id)
-            except (Refused, OSError) as exc:
-                log.warning("job %s: it cannot go on now: %s", job_id, exc)
+            except Exception as exc:  # one that is damaged, say: the others go on
+                log.warning("job %s: it cannot go on now", job_id, exc_info=exc)
 
     def __mapping__(self) -> dict[str, Handler]:
         return {

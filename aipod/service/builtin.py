@@ -19,7 +19,10 @@ def _jobs(spool: Spool) -> list[dict[str, Any]]:
     """What there is in the spool, newest first: id, method, version, phase, attempt, progress, message. No tickets."""
     listed = []
     for look in spool.newest(MAX_LISTED):
-        fields, live = look.read(), look.live()
+        try:
+            fields, live = look.read(), look.live()
+        except (Refused, OSError):
+            continue  # one that is damaged must not hide the others
         if "method" in fields:
             told = {name: fields[name] for name in ("method", "version")}
             told |= {"phase": fields.get("phase", "RECEIVING"), "attempt": fields.get("attempt", 0)}

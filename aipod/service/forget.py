@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import trio
 
-from aipod.errors import Refused
 from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, Job, Told
 from aipod.spool import ENDED, Entry, Spool
 
@@ -62,7 +61,7 @@ class Forgetter:
                     return False
                 forget_answer(entry)
                 return True
-        except (Refused, OSError) as exc:
+        except Exception as exc:  # one broken entry must not end the server
             log.warning("job %s: it could not be released; it stays until its time is over: %s", job_id, exc)
             return False
 
@@ -71,7 +70,7 @@ class Forgetter:
             with self._spool.holding(job_id) as entry:
                 if entry is not None and entry.read().get("phase") in ENDED:
                     entry.destroy()
-        except (Refused, OSError) as exc:
+        except Exception as exc:  # one broken entry must not end the server
             log.warning("job %s: it could not be removed; it stays until its time is over: %s", job_id, exc)
 
 

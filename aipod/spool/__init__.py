@@ -3,7 +3,7 @@
     spool/                 0700
       app                  MODULE.CLASS that this spool belongs to
       spool-id             random, made once; with the boot id behind it, it names this spool on the wire
-      workers/<name>.lock  held by a worker process for as long as it lives
+      workers/<name>.lock  held by a worker process for as long as it lives; its name is another one after each run
       <id>.lock            held by the server process that works on the entry; unlinked only by who holds it
       <id>/                0700
         state              the journal: one line per step, "crc32 json\\n"; the fold of all whole lines is the truth;

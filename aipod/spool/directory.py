@@ -16,6 +16,7 @@ from aipod.errors import AipodError, Refused, refused_when_exhausted
 from aipod.spool.entry import Entry
 from aipod.spool.locks import is_locked, try_lock
 from aipod.spool.look import Look, sync
+from aipod.spool.regular import read_regular
 
 # Seconds that a sweep may hold the lock file of a new job, until it sees that there is no entry.
 CLAIM_PATIENCE = 0.1
@@ -94,7 +95,7 @@ class Spool:
                 os.link(fresh, target)
             fresh.unlink()
             sync(self.path)
-        return target.read_text().strip()
+        return read_regular(target).decode().strip()
 
     def is_named(self, name: str) -> bool:
         """Whether `name` is this spool's, before or after a reboot."""
@@ -104,7 +105,7 @@ class Spool:
         return self.path / f"{job_id}.lock"
 
     def worker_lock(self, name: str) -> Path:
-        """The lock file that worker `name` holds for as long as it lives."""
+        """The lock file that a worker holds under `name` until its next run is over."""
         return self.workers / f"{name}.lock"
 
     def forget_worker(self, name: str) -> None:
@@ -179,7 +180,7 @@ class Spool:
     def hold(self, job_id: str) -> Entry | None:
         """The entry of a job that nobody holds; None where somebody does, or there is none.
 
-        Raises `Refused` (OVERLOADED).
+        Raises `Refused` (OVERLOADED, DAMAGED).
         """
         with refused_when_exhausted():
             if not os.path.exists(self.path / job_id):
@@ -196,12 +197,17 @@ class Spool:
                 entry.go_on_from(state)
                 worker = state.get("worker")
                 if state.get("phase") == "RUNNING" and worker and is_locked(self.worker_lock(worker)):
-                    lock.release()  # its server is gone, and the kernel is about to end the worker
+                    lock.release()  # the run is not over: its server is gone, the kernel is about to end the worker
                     return None
             except BaseException:
                 lock.release()
                 raise
         return entry
+
+    def hold_damaged(self, job_id: str) -> Entry | None:
+        """The entry of a job whose journal cannot be read, to be destroyed; None where somebody holds it."""
+        lock = try_lock(self.lock_path(job_id))
+        return None if lock is None else Entry(self, job_id, lock)
 
     @contextlib.contextmanager
     def holding(self, job_id: str) -> Iterator[Entry | None]:

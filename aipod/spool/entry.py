@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
 from aipod.spool.look import ENDED, Look, sync
+from aipod.spool.regular import NotKept, keep, open_regular
 from aipod.trash import remove
 
 logger = logging.getLogger("aipod.spool")
@@ -78,6 +80,7 @@ class Entry(Look):
         self.written = 0  # bytes in the payload file
         self.durable = 0  # bytes of it that have been synced
         self._settled = False  # the entry's files have their names on disk; from now on the journal is synced
+        self._lost = False  # a sync has failed: none that comes later is believed, by this holder
         self._settling = threading.RLock()  # what is recorded meanwhile would count as on disk, and not be there
         self._began = self._synced_at = time.monotonic()
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
@@ -114,8 +117,8 @@ class Entry(Look):
         with refused_when_exhausted():
             with contextlib.suppress(FileNotFoundError):
                 self.payload.chmod(0o600)  # it was sealed, and its server killed before the job was queued
-            self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT, 0o600)
-            if os.fstat(self._fd).st_size < self.written:
+            self._fd, found = open_regular(self.payload, os.O_WRONLY | os.O_CREAT)
+            if found.st_size < self.written:
                 raise Refused("DAMAGED", f"the server has lost what it had of this payload below byte {self.written}")
             os.lseek(self._fd, self.written, os.SEEK_SET)
             self._reserve(state.get("size"))
@@ -156,7 +159,8 @@ class Entry(Look):
     def checkpoint(self, *, now: bool = False) -> None:
         """Make what has been written durable: `now`, or where a tick has passed or `SYNC_BYTES` are at stake.
 
-        Raises `Refused` (SPOOL_FULL); what was durable before stays it.
+        Raises `Refused` (SPOOL_FULL, BUSY); what was durable before stays it. Where the disk has failed, that is so for
+        as long as this holder has the entry: the next one writes anew what comes behind it.
         """
         due = time.monotonic() - self._synced_at >= SYNC_AFTER or self.written - self.durable >= SYNC_BYTES
         if not due and not now:
@@ -164,13 +168,28 @@ class Entry(Look):
         if not now:
             self._home.check_space(0)
         if self._fd is not None and self.written > self.durable:
+            if self._lost:
+                raise _not_kept()
             written = self.written
-            with refused_when_exhausted():
-                os.fdatasync(self._fd)
+            with self._noticing():
+                keep(os.fdatasync, self._fd)
             self.record({"offset": written}, sync=True)
             self.settle()
             self.durable = written
         self._synced_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Remember that a sync has failed. Turns the disk's errors into `Refused` (SPOOL_FULL, BUSY, OVERLOADED)."""
+        try:
+            with refused_when_exhausted():
+                try:
+                    yield
+                except NotKept:
+                    self._lost = True
+                    raise
+        except NotKept as exc:
+            raise _not_kept() from exc
 
     def start_over(self) -> None:
         """Have the next one that holds this upload begin anew: what has arrived is not the payload.
@@ -188,7 +207,8 @@ class Entry(Look):
             if os.fstat(self._fd).st_size != self.written:
                 os.ftruncate(self._fd, self.written)  # what was noise, or set aside for more
             if self._settled:
-                os.fdatasync(self._fd)
+                with self._noticing():
+                    keep(os.fdatasync, self._fd)
             os.fchmod(self._fd, 0o400)
             self._close()
 
@@ -207,15 +227,18 @@ class Entry(Look):
     def record(self, fields: dict[str, Any], *, sync: bool = False) -> None:
         """Append a line to the journal; on disk when this returns, once the entry has settled.
 
-        Raises `Refused` (SPOOL_FULL, OVERLOADED).
+        Raises `Refused` (SPOOL_FULL, OVERLOADED, BUSY).
         """
-        with self._settling, refused_when_exhausted():
+        with self._settling, self._noticing():
             self._journal.append(fields, sync=sync or self._settled)
 
     def settle(self) -> None:
-        """Make the whole entry survive a power cut, once. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
-        with self._settling, refused_when_exhausted():
-            if self._settled:
+        """Make the whole entry survive a power cut, once; never, where the disk has failed to keep a part of it.
+
+        Raises `Refused` (SPOOL_FULL, OVERLOADED, BUSY).
+        """
+        with self._settling, self._noticing():
+            if self._settled or self._lost:
                 return
             for path in (self.payload, self.path / "kw", self.path / "state", self.path, self._home.path):
                 sync(path)
@@ -232,12 +255,18 @@ class Entry(Look):
         """Make an answer survive a power cut whose job had not settled when it ended; False where another holds it.
 
         For an entry that was let go of: whoever wants to release the answer need not wait for a slow disk.
-        Raises `Refused` (SPOOL_FULL, OVERLOADED), `OSError`.
+        Raises `Refused` (SPOOL_FULL, OVERLOADED, BUSY). Does nothing once it has failed: see `regular.NotKept`.
         """
-        sync(self.result)
+        if self._lost:
+            return True
+        with self._noticing():
+            sync(self.result)
         with self._home.holding(self.id) as entry:
             if entry is not None and entry.read().get("phase") == "DONE":
-                entry.settle()
+                try:
+                    entry.settle()
+                finally:
+                    self._lost = entry._lost
             return entry is not None or not self.read()
 
     # The run
@@ -252,8 +281,10 @@ class Entry(Look):
             return
         self._progress = progress, message
         fresh = self.path / "live.tmp"
-        with contextlib.suppress(OSError):
-            fresh.write_text(json.dumps({"progress": progress, "message": message}))
+        told = json.dumps({"progress": progress, "message": message}).encode()
+        with contextlib.suppress(Refused, OSError):
+            with os.fdopen(open_regular(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)[0], "wb") as file:
+                file.write(told)
             fresh.replace(self.path / "live")
 
     def append_log(self, text: str) -> None:
@@ -266,9 +297,10 @@ class Entry(Look):
             # Cut at a character: `read_log` counts what it can decode.
             data = data[:room].decode("utf-8", "ignore").encode() + b"\n[the log is full; the rest is dropped]\n"
         try:
-            with (self.path / "log").open("ab") as file:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            with os.fdopen(open_regular(self.path / "log", flags)[0], "ab") as file:
                 file.write(data)
-        except OSError as exc:
+        except (Refused, OSError) as exc:
             # A full disk costs the log, not the job.
             logger.warning("job %s: its log could not be written: %s", self.id, exc)
 
@@ -334,16 +366,21 @@ class Entry(Look):
 
         One without a journal, as a model can leave it, is nobody's: it is removed.
         """
-        if self._lock.is_locked and not self.read():
-            self.destroy()
-            return
         try:
+            if self._lock.is_locked and self._is_nothing():
+                self.destroy()
             if self._fd is not None:
                 with contextlib.suppress(Refused):  # the disk is full: what was told to be durable is
                     self.checkpoint(now=True)
                 self._close()
         finally:
             self._lock.release()
+
+    def _is_nothing(self) -> bool:
+        try:
+            return not self.read()
+        except Refused:
+            return False  # there is something, though it cannot be read
 
     def destroy(self) -> None:
         """Remove the entry, then its lock file, then let go of the lock. Idempotent."""
@@ -366,3 +403,7 @@ class Entry(Look):
     @property
     def ended(self) -> bool:
         return self.read().get("phase") in ENDED
+
+
+def _not_kept() -> Refused:
+    return Refused("BUSY", "the server's disk did not keep what was sent last; it is to be sent again")

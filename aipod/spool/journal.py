@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from aipod.spool.regular import keep, open_regular
+
 
 class Fields(TypedDict, total=False):
     """What a job's journal tells: the keys of its lines, all of which may be missing. Later lines over earlier ones.
@@ -33,7 +35,7 @@ class Fields(TypedDict, total=False):
     offset: int  # bytes of the payload that are durable: at each checkpoint; all of it, when the job is queued
     settled: bool  # the entry's files have their names on disk, and from now on every line is synced
     phase: str  # name of a wire.ai.Phase; RECEIVING where it is missing
-    worker: str  # with RUNNING: name of the lock of the worker that runs the method; empty where the server itself does
+    worker: str  # with RUNNING: name of the lock that is held until this run is over; empty where the server runs it
     attempt: int  # with RUNNING: how often the method was started, this time included
 
     # With an outcome, its last line but for RELEASED; `Entry.release` then leaves of all this what tells of no answer.
@@ -62,6 +64,8 @@ _DECODE = json.JSONDecoder().decode
 class Journal:
     """Append-only lines, each checksummed; a torn line (power cut, full disk) is as if never written.
 
+    So is one that is no JSON object though its checksum is right: one job's file must not end a server.
+
     It remembers how far it came, so that who reads again every second reads only what is new, and who writes reads
     nothing again. The mutable state is replaced whole: threads that come at once cost each other a reading at most.
     """
@@ -71,11 +75,10 @@ class Journal:
         self._known = _NOTHING
 
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-        """Add a line. Raises `OSError`; then the journal is as before."""
+        """Add a line. Raises `OSError`, `Refused` (DAMAGED); then the journal is as before."""
         line = _line(fields)
-        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        fd, stat = open_regular(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            stat = os.fstat(fd)
             size, known = stat.st_size, self._known
             if size == 0:
                 known = _Known(stat.st_ino, 0, {})
@@ -94,14 +97,16 @@ class Journal:
             self._known = _Known(stat.st_ino, size + len(line), known.state | fields)
 
     def replace(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-        """Have the journal tell `fields` and nothing else any more. Raises `OSError`; then it is as before."""
+        """Have the journal tell `fields` and nothing else any more.
+
+        Raises `OSError`, `Refused` (DAMAGED); then it is as before.
+        """
         line, fresh = _line(fields), f"{self._path}.tmp"
         directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            fd, stat = open_regular(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
                 _write(fd, line, sync=sync)
-                inode = os.fstat(fd).st_ino
             finally:
                 os.close(fd)
             os.rename(fresh, self._path)
@@ -113,22 +118,23 @@ class Journal:
             raise
         finally:
             os.close(directory)
-        self._known = _Known(inode, len(line), dict(fields))
+        self._known = _Known(stat.st_ino, len(line), dict(fields))
 
     def read(self) -> dict[str, Any]:
-        """The fold of all whole lines, later ones over earlier ones; empty where there is none."""
+        """The fold of all whole lines, later ones over earlier ones; empty where there is none.
+
+        Raises `OSError`, `Refused` (DAMAGED).
+        """
         try:
-            fd = os.open(self._path, os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError):
+            fd, stat = open_regular(self._path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return {}  # a model can do that to its job
         try:
-            stat, known = os.fstat(fd), self._known
+            known = self._known
             # Another file than the one that was read, or one that somebody has cut.
             if stat.st_ino != known.inode or stat.st_size < known.end:
                 known = _Known(stat.st_ino, 0, {})
             raw = os.pread(fd, stat.st_size - known.end, known.end) if stat.st_size > known.end else b""
-        except IsADirectoryError:
-            return {}  # that, too
         finally:
             os.close(fd)
         whole, end, _ = raw.rpartition(b"\n")
@@ -137,7 +143,7 @@ class Journal:
             for line in whole.split(b"\n"):
                 check, _, text = line.partition(b" ")
                 if text and check == b"%08x" % zlib.crc32(text):
-                    state.update(_DECODE(text.decode()))
+                    state.update(_fields(text))
             known = _Known(known.inode, known.end + len(whole) + 1, state)
         self._known = known
         return dict(known.state)
@@ -148,8 +154,16 @@ def _line(fields: dict[str, Any]) -> bytes:
     return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
 
 
+def _fields(text: bytes) -> dict[str, Any]:
+    try:
+        fields = _DECODE(text.decode())
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
 def _write(fd: int, line: bytes, *, sync: bool) -> None:
     if os.write(fd, line) < len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if sync:
-        os.fdatasync(fd)
+        keep(os.fdatasync, fd)

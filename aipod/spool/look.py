@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from aipod.config import MIB
-from aipod.errors import refused_when_exhausted
+from aipod.errors import Refused, refused_when_exhausted
 from aipod.spool.journal import Journal
+from aipod.spool.regular import keep, open_regular, read_regular
 
 READ = 1 * MIB
 # Phases that a job never leaves, but for RELEASED.
@@ -54,7 +55,10 @@ class Look:
         return self.path / "work"
 
     def read(self) -> dict[str, Any]:
-        """The fold of the journal; empty where there is no such job, or a power cut has left nothing to rely on."""
+        """The fold of the journal; empty where there is no such job, or a power cut has left nothing to rely on.
+
+        Raises `Refused` (DAMAGED), `OSError`.
+        """
         state = self._journal.read()
         return {} if _is_lost(state, self._boot) else state
 
@@ -66,15 +70,15 @@ class Look:
     def kwargs(self) -> bytes:
         """The keyword arguments, as JSON."""
         inline = self.read().get("kwargs")
-        return inline.encode() if inline is not None else (self.path / "kw").read_bytes()
+        return inline.encode() if inline is not None else read_regular(self.path / "kw")
 
     def live(self) -> dict[str, Any]:
         """What the model has reported last; empty where it has reported nothing."""
         try:
-            told: dict[str, Any] = json.loads((self.path / "live").read_text())
-        except (OSError, ValueError):
+            told = json.loads(read_regular(self.path / "live"))
+        except (Refused, OSError, ValueError, RecursionError):
             return {}
-        return told
+        return told if isinstance(told, dict) else {}
 
     @property
     def log_size(self) -> int:
@@ -87,10 +91,10 @@ class Look:
     def read_log(self, offset: int, limit: int) -> bytes:
         """At most `limit` bytes of the log from `offset` on, cut at a character; empty where there is no more."""
         try:
-            with (self.path / "log").open("rb") as file:
+            with os.fdopen(open_regular(self.path / "log", os.O_RDONLY)[0], "rb") as file:
                 file.seek(offset)
                 data = file.read(limit)
-        except OSError:
+        except (Refused, OSError):
             return b""  # none was written, or it cannot be read now: a heartbeat must not pay for that
         return data.decode("utf-8", "ignore").encode()
 
@@ -164,18 +168,18 @@ def _is_lost(state: dict[str, Any], boot: str) -> bool:
 def sync(path: Path) -> None:
     """fsync a file or a directory, if it is there."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # what is no file cannot be synced, and must not be waited for
     except FileNotFoundError:
         return
     try:
-        os.fsync(fd)
+        keep(os.fsync, fd)
     finally:
         os.close(fd)
 
 
 def _pieces(path: Path, offset: int) -> Generator[bytes, None, None]:
     with refused_when_exhausted():
-        file = path.open("rb", buffering=0)
+        file = os.fdopen(open_regular(path, os.O_RDONLY)[0], "rb", buffering=0)
     with file:
         file.seek(offset)
         while piece := file.read(READ):

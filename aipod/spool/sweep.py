@@ -52,10 +52,7 @@ class Sweeper:
         for trash in self._spool.path.glob(".trash-*"):
             remove(trash)
         for path in self._spool.workers.glob("*.lock"):
-            lock = try_lock(path)
-            if lock is not None:
-                path.unlink(missing_ok=True)
-                lock.release()
+            _remove_if_free(path)
         names = {name.removesuffix(".lock") for name in os.listdir(self._spool.path)}
         ids = [name for name in names if is_job_id(name)]
         yield 0
@@ -70,7 +67,9 @@ class Sweeper:
             return self._sweep_one(job_id)
         except (Refused, OSError) as exc:
             logger.error("job %s: its entry could not be swept: %s", job_id, exc)
-            return False
+        except Exception as exc:  # whatever is wrong with one entry must cost neither the others nor the server
+            logger.error("job %s: a bug of aipod, or its entry is damaged", job_id, exc_info=exc)
+        return False
 
     def _sweep_one(self, job_id: str) -> bool:
         look = self._spool.look(job_id)
@@ -79,8 +78,12 @@ class Sweeper:
         looked, since, keep = self._seen.get(job_id, ((), now, 0.0))
         if looked == times and now - since < keep:
             return False
-        state = look.read()
         self._unended.pop(job_id, None)
+        hold = self._spool.hold
+        try:
+            state = look.read()
+        except Refused:  # damaged: it is told so to who asks, for as long as an upload is kept
+            state, hold = {"ticketed": True}, self._spool.hold_damaged
         if state.get("ticketed"):
             ended = state.get("phase") in ENDED
             if state.get("phase") in ("QUEUED", "RUNNING"):
@@ -93,7 +96,7 @@ class Sweeper:
                     self._tidy(job_id)
                 return False
         self._seen.pop(job_id, None)
-        entry = self._spool.hold(job_id)
+        entry = hold(job_id)
         if entry is None:
             return self._remove_lock(job_id)
         if _times(entry.path) != times:  # somebody was here meanwhile
@@ -118,6 +121,17 @@ class Sweeper:
                 self._spool.lock_path(job_id).unlink(missing_ok=True)
             lock.release()
         return False
+
+
+def _remove_if_free(path: Path) -> None:
+    """Remove the lock file of a worker that is gone."""
+    try:
+        lock = try_lock(path)
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            lock.release()
+    except OSError as exc:
+        logger.error("%s could not be swept: %s", path, exc)
 
 
 def _exists(look: Look, name: str) -> bool:

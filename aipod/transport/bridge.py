@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import errno
+import functools
 import heapq
 import logging
 import time
@@ -18,12 +20,18 @@ import grpclib.utils
 import trio
 import trio_asyncio
 
+from aipod.transport.limits import Bucket
+
 # grpclib binds `current_task` when it is imported. Where that was before trio_asyncio replaced it (Python 3.12+), every
 # call would fail with "no running event loop": bind it again, so that the order of imports does not matter.
 grpclib.utils._current_task = asyncio.current_task
 
 log = logging.getLogger("aipod.transport")
 T = TypeVar("T")
+
+# Seconds between two lines that say that this process, or its machine, has no more descriptors or memory.
+EXHAUSTED_EVERY = 60.0
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 # Callbacks that are run, and reads of one descriptor and the seconds that they take, before trio has its turn again.
 _CALLBACKS = 32
@@ -36,15 +44,21 @@ async def open_loop() -> AsyncIterator[Any]:
     """An asyncio loop on top of trio for the body of the `async with`. This is a trio-flavored async function."""
     async with trio_asyncio.open_loop() as loop:
         # trio-asyncio's own handler ends the loop, and with it the process, at the first bad packet.
-        loop.set_exception_handler(_log_error)
+        loop.set_exception_handler(functools.partial(_log_error, Bucket(1 / EXHAUSTED_EVERY, 1)))
         _purge_timers(loop)
         _batch_callbacks(loop)
         _read_on(loop)
         yield loop
 
 
-def _log_error(loop: Any, context: dict[str, Any]) -> None:
-    log.error("event loop: %s", context.get("message"), exc_info=context.get("exception"))
+def _log_error(exhausted: Bucket, loop: Any, context: dict[str, Any]) -> None:
+    exc = context.get("exception")
+    if isinstance(exc, OSError) and exc.errno in _EXHAUSTED:
+        # By accept(), which is tried again every second: it is not worth a line each time.
+        if exhausted.take():
+            log.error("no connection can be accepted for now: %s", exc.strerror)
+        return
+    log.error("event loop: %s", context.get("message"), exc_info=exc)
 
 
 def _purge_timers(loop: Any) -> None:

@@ -12,6 +12,10 @@ from typing import Any, cast
 import grpclib.const
 import grpclib.server
 import trio
+
+# What a status with details is made of: grpclib would import it with the first one, which may be the one that says that
+# there is no descriptor left, as for an import.
+from google.rpc import status_pb2  # noqa: F401
 from grpclib.const import Status
 from grpclib.encoding.proto import ProtoStatusDetailsCodec
 from grpclib.exceptions import GRPCError, StreamTerminatedError
@@ -200,8 +204,10 @@ class Server(grpclib.server.Server):
             tls = {"ssl": context, "ssl_handshake_timeout": self.settings.handshake_timeout}
         for sock in sockets:
             create = self._loop.create_unix_server if sock.family == socket.AF_UNIX else self._loop.create_server
-            # A duplicate: asyncio closes what it is given.
-            self._listeners.append(await create(self._protocol_factory, sock=sock.dup(), backlog=BACKLOG, **tls))
+            # A duplicate: asyncio closes what it is given. Its `backlog` is also how often it calls accept() in a row,
+            # and it goes on after an error: a thousand times where there is no descriptor left.
+            self._listeners.append(await create(self._protocol_factory, sock=sock.dup(), backlog=1, **tls))
+            sock.listen(BACKLOG)
 
     def _protocol_factory(self) -> H2Protocol:
         if self._stopped:  # accepted in the moment in which its listener was closed: asyncio would stumble over it

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from aipod.errors import JobFailed, ModelError
 from aipod.results import Result
@@ -18,6 +21,7 @@ from aipod.runner.fake import FakeRunner
 from aipod.runner.loop import LoopRunner
 from aipod.runner.process import ProcessRunner
 from aipod.spool import Spool
+from aipod.spool.locks import is_locked
 from aipod.transport import bridge
 from tests import models_runner
 from tests.conftest import alive, children
@@ -269,6 +273,56 @@ async def test_a_shutdown_that_is_cancelled_leaves_no_process(process: Fixture) 
         scope.cancel()
         await runner.shutdown()
     assert await runner.wait() is not None
+
+
+async def test_a_worker_that_dies_before_it_has_read_its_task_has_not_started_it(process: Fixture) -> None:
+    """Mutant seen: the end of its socket says WORKER_CRASHED, whatever was unread in it."""
+    before = set(children(os.getpid()))
+    runner = process.make()
+    await runner.start()
+    (worker,) = set(children(os.getpid())) - before
+    os.kill(worker, signal.SIGSTOP)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def run() -> None:
+            with pytest.raises(RunnerBroken):
+                await runner.run(process.task("forever"), ignore)
+
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(worker, signal.SIGKILL)
+    assert runner.broken
+    assert not (process.data / "running").exists()
+
+
+async def test_a_worker_s_lock_tells_of_one_run(process: Fixture) -> None:
+    """I7: held under the name of a run until that is over, though the worker lives on; then under the next one's.
+
+    Mutant seen: the lock keeps its name.
+    """
+    runner = process.make()
+    await runner.start()
+
+    def held(name: str) -> bool:
+        return is_locked(process.spool.worker_lock(name))
+
+    first = runner.lock_name
+    assert held(first)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runner.run, process.task("forever"), ignore)
+        await process.appears("running")
+        assert (runner.lock_name, held(first)) == (first, True)
+        nursery.cancel_scope.cancel()
+    names = [first]
+    for method in ("boom", "talk"):
+        assert not held(names[-1])
+        assert held(runner.lock_name)
+        names.append(runner.lock_name)
+        with contextlib.suppress(ModelError):
+            await runner.run(process.task(method), ignore)
+    assert len({*names, runner.lock_name}) == 4
+    assert [path.name for path in process.spool.workers.iterdir()] == [f"{runner.lock_name}.lock"]
+    await runner.shutdown()
 
 
 async def test_runners_leak_no_descriptor(process: Fixture) -> None:
