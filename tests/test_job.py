@@ -33,7 +33,7 @@ from aipod.spool import Entry, Journal, Spool, Sweeper, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
-from tests.test_spool import descriptors
+from tests.spools import descriptors
 
 
 class FakeCall:
