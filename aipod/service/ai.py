@@ -254,8 +254,7 @@ class AI:
                 await send_all(own_messages(job.look, job.answer, open_.have, self._config.level), writer.send)
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
-        if open_.op != Op.ATTACH:  # who attaches may ask as often as it likes
-            self._forgetter.answered(job)
+        self._forgetter.told(job, open_)
 
     async def _upload(self, job: Job, call: Call, deadline: float) -> None:
         """Receive the payload and start the job; whatever comes between leaves it to who comes next."""

@@ -112,10 +112,17 @@ class Spool:
         with contextlib.suppress(FileNotFoundError):
             self.worker_lock(name).unlink()
 
+    def has_room(self, wanted: int = 0) -> bool:
+        """Whether `wanted` more bytes would leave the reserve untouched."""
+        return self._free() - wanted >= self._reserve
+
+    def _free(self) -> int:
+        stat = os.statvfs(self.path)
+        return stat.f_bavail * stat.f_frsize
+
     def check_space(self, wanted: int) -> None:
         """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes would eat into the reserve."""
-        stat = os.statvfs(self.path)
-        if stat.f_bavail * stat.f_frsize - wanted < self._reserve:
+        if not self.has_room(wanted):
             raise Refused("SPOOL_FULL", "the server's disk has no room for this payload; try again later")
 
     # Entries
