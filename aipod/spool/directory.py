@@ -149,7 +149,7 @@ class Spool:
         self, job_id: str, fields: dict[str, Any], kwargs: bytes = b"{}", *, size: int | None = None
     ) -> Entry | None:
         """Create the entry `job_id` and hold it; None where there is one. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
-        self.check_space(size or 0)
+        self.check_space((size or 0) + len(kwargs))
         with refused_when_exhausted():
             lock = try_lock(self.lock_path(job_id), patience=CLAIM_PATIENCE)
             if lock is None:
