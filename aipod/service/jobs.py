@@ -273,7 +273,10 @@ class Jobs:
             await trio.sleep(min(self._config.tick, 1.0) / 4)  # the worker of a killed server is about to be ended
             return
         if job_id in self.held:
-            raise AssertionError("a job that is held here was taken up again")
+            # Its run has let go of it this moment, and is about to tell those who watch.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(entry.let_go)
+            return
         request = None
         try:
             request = await trio.to_thread.run_sync(self._recover, entry)
