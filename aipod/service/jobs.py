@@ -188,7 +188,8 @@ class Jobs:
     async def claim_plain(self, request: Request) -> Entry:
         """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
         entry = await self._held(self._claim(request), Entry.destroy)
-        assert entry is not None, "two random tickets are not the same"
+        if entry is None:  # two random tickets are not the same: its lock is held, by a sweep that does not go on
+            raise Refused("BUSY", "the server could not begin the job; try again")
         return entry
 
     def _claim(self, request: Request) -> Callable[[], Entry | None]:
