@@ -65,6 +65,15 @@ class Compressor:
         return self._context.compress(data)
 
 
+def stated_size(data: bytes) -> int | None:
+    """Bytes that a zstd frame says it becomes; None where it does not say, or is none."""
+    try:
+        size: int = zstandard.get_frame_parameters(data).content_size
+    except zstandard.ZstdError:
+        return None
+    return None if size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) else size
+
+
 def unframe(data: bytes, limit: int, reason: str) -> bytes:
     """Decode exactly one frame of at most `limit` bytes, stated or not. Raises `Refused(reason)`."""
     try:

@@ -336,7 +336,8 @@ class Recovery:
         assert entry is not None
         request = jobs(self.spool)._recover(entry)
         assert request is not None
-        assert (request.method, request.kwargs) == ("hello", self.kwargs)
+        assert (request.method, entry.kwargs()) == ("hello", self.kwargs)
+        assert request.kwargs == (self.kwargs if len(self.kwargs) <= INLINE else None)  # the run reads long ones
         assert entry.payload.read_bytes() == PAYLOAD
         entry.let_go()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, Keep, Told
 from aipod.results import INLINE
 from aipod.service.forget import Forgetter
 from aipod.spool import Spool
-from aipod.wire.ai import Phase
+from aipod.wire.ai import Op, Open, Phase
 from tests.spools import descriptors
 
 
@@ -45,22 +46,70 @@ def done(size: int) -> dict[str, Any]:
     return {"phase": "DONE", "kind": "bytes", "answer": size, "digest": "00", "inline": "x" * min(size, 10)}
 
 
-def test_small_jobs_are_removed_when_their_client_can_not_look_for_them_any_more(spool: Spool) -> None:
+# A call for the answer, one that only submits, one that attaches.
+WANTED, SUBMIT, ATTACH = Open(), Open(have=2**64 - 1), Open(op=Op.ATTACH)
+
+
+def small_ones(spool: Spool, digits: str) -> dict[str, Told]:
+    return {digit: ended(spool, digit, **done(INLINE)) for digit in digits}
+
+
+def test_what_was_sent_is_kept_until_its_client_says_that_it_has_it(spool: Spool) -> None:
+    """Mutant seen: what was sent goes after `KEEP_ANSWERED` (as it once did, wherever the answer had gone)."""
     clock = Clock()
     forgetter = Forgetter(spool, clock=clock)
-    small, large = ended(spool, "a", **done(INLINE)), ended(spool, "b", **done(INLINE + 1))
+    jobs = small_ones(spool, "ab")
+    for told in jobs.values():
+        forgetter.told(told, WANTED)
+    trio.run(forgetter.release, [jobs["a"].look.id])
+    clock.now += 100 * KEEP_ANSWERED
+    trio.run(forgetter.remove_due)
+    assert not jobs["a"].look.read()
+    assert jobs["b"].look.read()["phase"] == "DONE"
+
+
+def test_where_there_are_too_many_the_oldest_small_ones_that_were_sent_go(spool: Spool) -> None:
+    """Mutants seen: submitted jobs count as sent; attached ones do; who attaches is told a time that is not true."""
+    clock = Clock()
+    forgetter = Forgetter(spool, unsaid=2, clock=clock)
+    jobs = small_ones(spool, "0123456")
+    large = ended(spool, "b", **done(INLINE + 1))
     failed = ended(spool, "c", phase="FAILED", reason="MODEL_ERROR", message="no")
-    for told in (small, large, failed):
-        forgetter.answered(told)
+    for told in (large, failed, *(jobs[digit] for digit in "01234")):
+        forgetter.told(told, WANTED)
+    forgetter.told(jobs["0"], ATTACH)
+    for told, opening in ((jobs["5"], SUBMIT), (jobs["6"], ATTACH)):
+        for _ in range(3):
+            forgetter.told(told, opening)
+
+    def left() -> set[str]:
+        return {name[0] for name in os.listdir(spool.path) if len(name) == 32}
+
     clock.now += KEEP_ANSWERED - 1
-    forgetter.remove_due()
-    assert small.look.read()
-    assert failed.look.read()
+    trio.run(forgetter.remove_due)
+    assert left() == set("0123456bc")
     clock.now += 1
-    forgetter.remove_due()
-    assert not small.look.read()
-    assert not failed.look.read()
-    assert large.look.read()["phase"] == "DONE"
+    trio.run(forgetter.remove_due)
+    assert left() == set("0456b")
+    clock.now += 100 * KEEP_ANSWERED
+    trio.run(forgetter.remove_due)
+    assert left() == set("0456b")
+
+
+def test_where_there_is_no_room_small_ones_that_were_sent_go(spool: Spool) -> None:
+    clock = Clock()
+    full = Spool.open(spool.path, "app", reserve=1 << 62)
+    forgetter = Forgetter(full, clock=clock)
+    jobs = small_ones(spool, "ab")
+    forgetter.told(jobs["a"], WANTED)
+    forgetter.told(jobs["b"], SUBMIT)
+    clock.now += KEEP_ANSWERED - 1
+    trio.run(forgetter.remove_due)
+    assert jobs["a"].look.read()
+    clock.now += 1
+    trio.run(forgetter.remove_due)
+    assert not jobs["a"].look.read()
+    assert jobs["b"].look.read()
 
 
 def test_a_client_is_told_how_long_its_job_is_kept(spool: Spool) -> None:
@@ -84,10 +133,10 @@ def test_a_released_job_says_so_for_a_minute(spool: Spool) -> None:
     assert told.look.read()["phase"] == "RELEASED"
     assert "inline" not in told.look.read()
     clock.now += KEEP_RELEASED - 1
-    forgetter.remove_due()
+    trio.run(forgetter.remove_due)
     assert told.look.read()["phase"] == "RELEASED"
     clock.now += 1
-    forgetter.remove_due()
+    trio.run(forgetter.remove_due)
     assert not told.look.read()
 
 
@@ -99,7 +148,7 @@ def test_a_job_that_has_not_ended_is_neither_released_nor_removed(spool: Spool) 
     for held in (True, False):
         trio.run(forgetter.release, [entry.id])
         clock.now += KEEP_RELEASED
-        forgetter.remove_due()
+        trio.run(forgetter.remove_due)
         assert entry.read()["method"] == "predict"
         assert "phase" not in entry.read()
         if held:
@@ -109,12 +158,12 @@ def test_a_job_that_has_not_ended_is_neither_released_nor_removed(spool: Spool) 
 def test_without_a_descriptor_nothing_is_forgotten_and_nothing_ends(spool: Spool) -> None:
     """What goes on beside the calls must not end the server. Mutant seen: what `hold` raises is not caught."""
     clock = Clock()
-    forgetter = Forgetter(spool, clock=clock)
+    forgetter = Forgetter(spool, unsaid=0, clock=clock)
     first, second = ended(spool, "a", **done(INLINE)), ended(spool, "b", **done(INLINE))
-    forgetter.answered(first)
+    forgetter.told(first, WANTED)
     clock.now += KEEP_ANSWERED
     with descriptors(0):
-        forgetter.remove_due()
+        assert forgetter._remove(first.look.id)
         assert not forgetter._release(second.look.id)
     for told in (first, second):
         assert told.look.read()["phase"] == "DONE"

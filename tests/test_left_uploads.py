@@ -76,6 +76,20 @@ async def upload(jobs: Jobs) -> Job:
     return job
 
 
+async def test_a_job_that_was_let_go_of_and_is_still_known_here_is_not_adopted(tmp_path: Path) -> None:
+    """A run lets go of its entry before its job leaves `held`. Mutant seen: an AssertionError (as it once was)."""
+    spool = Spool.open(tmp_path / "spool", "app", reserve=0)
+    async with trio.open_nursery() as nursery:
+        jobs = jobs_of(spool, nursery)
+        job = await upload(jobs)
+        await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED", "offset": 1})
+        await trio.to_thread.run_sync(job.entry.let_go)
+        await jobs.adopt(ID)
+        assert jobs.held == {ID: job}
+    assert not spool.is_held(ID)
+    assert spool.look(ID).read()["phase"] == "QUEUED"
+
+
 @pytest.mark.parametrize("release", [False, True])
 async def test_a_cancel_that_comes_while_the_upload_is_let_go(tmp_path: Path, release: bool) -> None:
     """The call that brought it is gone and does not look at the job any more.

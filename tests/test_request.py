@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
 import zstandard
 
+from aipod.config import MIB
 from aipod.errors import Refused
 from aipod.job.request import (
     MAX_RELEASED,
     MAX_SOURCE,
     Request,
     check_method,
+    has_large_kwargs,
     job_id,
     parse_attach,
     parse_request,
     stored_request,
 )
+from aipod.results import INLINE
 from aipod.wire.ai import Op, Open, Raw, StreamInput
 
 METHODS: dict[str, Any] = {"chaos": {}, "predict": {}, "hello": {}}
@@ -229,6 +233,37 @@ def test_the_same_request_in_another_connection_has_the_same_fingerprint() -> No
     assert resumed.open is not None
     resumed.open.op = Op.RESUME
     assert resumed.fingerprint == told().fingerprint
+
+
+@pytest.mark.parametrize("text", [r"\ud83d\ude00", "\N{GRINNING FACE}", r"\ud800", r"x\udc00\ud83d", "\x7f\u2028"])
+def test_kwargs_take_no_more_bytes_than_on_the_wire(text: str) -> None:
+    """Mutants seen: every character beyond ASCII is escaped; half a pair ends the call as a bug of the server."""
+    sent = ('{"a": "' + text * 100 + '"}').encode()
+    kept = parse_request("chaos", Raw(data=zstandard.compress(sent)), {}, METHODS, "Scan", 1 << 20).kwargs
+    assert kept is not None
+    assert len(kept) <= len(sent)
+    assert json.loads(kept.decode()) == json.loads(sent)
+
+
+def test_long_kwargs_are_left_to_the_entry() -> None:
+    for size, stays in ((INLINE, True), (INLINE + 1, False)):
+        request = chaos({"a": "x" * (size - len('{"a": ""}'))})
+        assert request.kwargs is not None
+        assert len(request.kwargs) == size
+        request.drop_kwargs()
+        assert (request.kwargs is not None) is stays
+
+
+def test_which_kwargs_are_large() -> None:
+    assert not has_large_kwargs(Raw(), 100)
+    assert not has_large_kwargs(Raw(data=zstandard.compress(bytes(INLINE))), MIB)
+    assert has_large_kwargs(Raw(data=zstandard.compress(bytes(INLINE + 1))), MIB)
+    stream = zstandard.ZstdCompressor().compressobj()
+    unstated = stream.compress(b"{}") + stream.flush()
+    assert has_large_kwargs(StreamInput(kwargs_json=unstated), MIB)
+    noise = os.urandom(MIB)
+    assert has_large_kwargs(Raw(data=zstandard.compress(noise)), MIB)
+    assert refusal(has_large_kwargs, Raw(data=zstandard.compress(noise)), MIB // 2).startswith("BAD_KWARGS")
 
 
 def test_what_the_journal_has_is_enough_to_run_the_job_elsewhere() -> None:

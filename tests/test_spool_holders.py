@@ -15,6 +15,7 @@ import pytest
 
 from aipod.errors import Refused
 from aipod.spool import Entry, Spool
+from aipod.spool.locks import try_lock
 from tests.conftest import ROOT, left_in
 from tests.spools import (
     PLAIN,
@@ -33,6 +34,21 @@ from tests.spools import (
 spool = pytest.fixture(left_empty)
 
 # Locks
+
+
+def test_a_claim_waits_for_who_only_looks_whether_there_is_an_entry(spool: Spool) -> None:
+    """A sweep holds the lock file of a job that is about to begin, and its process gets no time to go on.
+
+    Mutant seen: a tenth of a second is enough; `claim_plain` then failed, for it takes no ticket for known.
+    """
+    lock = try_lock(spool.lock_path(A))
+    assert lock is not None
+    timer = threading.Timer(0.5, lock.release)
+    timer.start()
+    entry = spool.claim(A, PLAIN)
+    timer.join()
+    assert entry is not None
+    entry.destroy()
 
 
 def test_two_processes_exclude_each_other(spool: Spool) -> None:

@@ -19,9 +19,9 @@ from aipod.runner import Report, Task
 from aipod.spool import ENDED, Entry, Look, Words
 from aipod.wire.ai import Error, Phase, State
 
-# Seconds that an ended job with an answer of at most `INLINE` is kept once that was sent, for its client may have lost
-# the end of it and look for it that long (Config.reconnect, and then some); and once its client has said that it has
-# the answer.
+# Seconds that an ended job with an answer of at most `INLINE` is kept at least once that was sent, however short room
+# is, for its client may have lost it and look for it that long (Config.reconnect, and then some); and once its client
+# has said that it has the answer.
 KEEP_ANSWERED = 900.0
 KEEP_RELEASED = 60.0
 
@@ -144,7 +144,7 @@ class Watched(abc.ABC):
 
     @property
     def small(self) -> bool:
-        """An ended job that is not kept for long once its client was told: nothing of worth would be kept."""
+        """An ended job that may go before its time where room is short: nothing of worth would be lost."""
         return self.answer is None or self.answer.size <= INLINE
 
     def notify(self) -> None:

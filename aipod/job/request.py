@@ -11,9 +11,10 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from aipod.codec import MAX_RELEASED, TICKET_MAX, TICKET_MIN, job_id, parse_kwargs
+from aipod.codec import MAX_RELEASED, TICKET_MAX, TICKET_MIN, job_id, parse_kwargs, stated_size
 from aipod.config import KIB
 from aipod.errors import Refused
+from aipod.results import INLINE
 from aipod.versions import check_version
 from aipod.wire.ai import Op, Open, Raw, StreamInput
 
@@ -30,13 +31,13 @@ _CREDENTIAL = re.compile(r"authorization|cookie|token|secret|passw|credential|ap
 class Request:
     """A checked first message. `first` is what it carries besides: perhaps already a chunk or `last`.
 
-    Nothing changes but `first`, once.
+    Nothing changes but `first` and `kwargs`, once each.
     """
 
     job_id: str
     method: str
     version: str
-    kwargs: bytes  # JSON object, without what was aipod's own
+    kwargs: bytes | None  # JSON object, without what was aipod's own; None: it is long, and the job's entry has it
     size: int | None  # of the payload, where the caller said it
     open: Open | None  # None: a plain client
     first: Raw
@@ -62,8 +63,25 @@ class Request:
         first, self.first = self.first, Raw()
         return first
 
+    def drop_kwargs(self) -> None:
+        """The entry has the kwargs: a job in line, or one that runs for days, must not hold megabytes of them."""
+        if self.kwargs is not None and len(self.kwargs) > INLINE:
+            self.kwargs = None
 
-def stored_request(job_id: str, fields: Mapping[str, Any], kwargs: bytes) -> Request:
+
+def has_large_kwargs(message: Raw | StreamInput, limit: int) -> bool:
+    """Whether a first message may become more kwargs than every call may hold in memory.
+
+    Raises `Refused(BAD_KWARGS)` where it has more of them than `limit` bytes can be packed into.
+    """
+    packed = message.kwargs_json if isinstance(message, StreamInput) else message.data
+    if len(packed) > limit + limit // 128 + KIB:  # ZSTD_compressBound, and then some
+        raise Refused("BAD_KWARGS", f"{len(packed)} bytes of compressed keyword arguments; the limit is {limit}")
+    size = stated_size(packed) if packed else 0
+    return size is None or size > INLINE
+
+
+def stored_request(job_id: str, fields: Mapping[str, Any], kwargs: bytes | None) -> Request:
     """The request of a ticketed job as its journal has it."""
     return Request(
         job_id=job_id,
@@ -107,12 +125,12 @@ def parse_request(
     kwargs = parse_kwargs(packed, limit)
     size = _declared_size(kwargs, first.open)
     version = _version(named_version, kwargs)
-    text = json.dumps({key: value for key, value in kwargs.items() if not key.startswith(_OWN)})
+    text = _text({key: value for key, value in kwargs.items() if not key.startswith(_OWN)})
     return Request(
         job_id=_identify(first.open, headers),
         method=method,
         version=version,
-        kwargs=text.encode(),
+        kwargs=text,
         size=size,
         open=first.open,
         first=first,
@@ -125,7 +143,16 @@ def _is_secret(name: str) -> bool:
     return _CREDENTIAL.search(name.lower()) is not None
 
 
-def _fingerprint(*parts: str | int | None) -> str:
+def _text(kwargs: Mapping[str, Any]) -> bytes:
+    """`kwargs` as JSON in UTF-8: escaped, each emoji would take three times what it took on the wire.
+
+    Half a surrogate pair, which JSON can name and UTF-8 cannot, stays the escape that it was: Python writes it alike.
+    """
+    return json.dumps(kwargs, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _fingerprint(method: str, version: str, kwargs: bytes, size: int | None, source: str) -> str:
+    parts = [method, version, hashlib.sha256(kwargs).hexdigest(), size, source]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -148,7 +148,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         job_id=request.job_id,
         method=request.method,
         version=request.version,
-        kwargs=request.kwargs,
+        kwargs=b"",
         metadata=request.metadata,
         payload=entry.payload,
         work_dir=entry.work,
@@ -169,12 +169,15 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                 # A run that was killed has left half a new version, a work directory, perhaps a result.
                 await trio.to_thread.run_sync(versions.discard, request.job_id)
                 await trio.to_thread.run_sync(entry.forget_run)
+            kwargs = request.kwargs
+            if kwargs is None:
+                kwargs = await trio.to_thread.run_sync(_long_kwargs, entry, limiter=BULK)
             with trio.CancelScope(shield=True):  # what is written is also true of `job`
                 step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
                 await trio.to_thread.run_sync(entry.record, step)
                 job.enter(Phase.RUNNING)
             left = min(terms.deadline - trio.current_time(), timeout or math.inf)
-            timed = dataclasses.replace(task, timeout=None if left == math.inf else left)
+            timed = dataclasses.replace(task, kwargs=kwargs, timeout=None if left == math.inf else left)
             try:
                 with trio.move_on_after(timeout or math.inf) as patience:
                     result = await lease.run(timed, job.report)
@@ -204,6 +207,14 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
             await trio.to_thread.run_sync(entry.store, answer.fields)
             job.answer = answer
     job.enter(Phase.DONE)
+
+
+def _long_kwargs(entry: Entry) -> bytes:
+    """The kwargs that only the entry has: in memory from here to the end of the run, and one job an instance."""
+    try:
+        return entry.kwargs()
+    except FileNotFoundError:
+        raise job_failed("DAMAGED", "the server has lost the keyword arguments") from None
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from aipod.config import Config
 from aipod.errors import AipodError, Refused, job_failed, leaves
 from aipod.job.job import Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
-from aipod.job.request import Request, parse_attach, parse_request
+from aipod.job.request import Request, has_large_kwargs, parse_attach, parse_request
 from aipod.job.upload import check_limit, receive_payload
 from aipod.pool import Lease, Pool, Waiter
 from aipod.runner import Description
@@ -29,12 +29,19 @@ from aipod.service.forget import Forgetter
 from aipod.service.jobs import Jobs
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
-from aipod.spool import Spool
+from aipod.spool import Entry, Spool
 from aipod.transport.server import PEER_GONE, TrioHandler
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase, Raw, StreamInput
 
 RPCS = {"chaos": Raw, "train": StreamInput, "predict": StreamInput, "log": StreamInput}
+
+# Calls at once whose large kwargs are in memory, from their decompression until the job's entry has them; how many more
+# wait for that with what has arrived (16 MiB each, where it could not be compressed); and how many of them are parsed:
+# that holds the GIL, and with it every heartbeat, and one emoji among ASCII makes each character take 4 bytes.
+LARGE_KWARGS = 2
+LARGE_WAITING = 64
+PARSING = 1
 
 
 class AI:
@@ -54,6 +61,8 @@ class AI:
         self._nursery = jobs
         self._jobs = Jobs(config, description.methods, spool, versions, functools.partial(Place, pool), jobs)
         self._forgetter = Forgetter(spool)
+        self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
+        self._parsing = trio.CapacityLimiter(PARSING)
         self._active: dict[trio.CancelScope, Job | None] = {}  # the jobs of plain clients
         self._less = trio.Event()  # there is one call less in `_active`
         self.draining = False
@@ -176,13 +185,22 @@ class AI:
                 if is_builtin(rpc, call.headers.get("x-func-name", "")):
                     await self._builtin(first, call, viewer, writer)
                 elif (attach := parse_attach(first, call.headers)) is not None:
-                    await self._own(None, *attach, call, viewer, writer, scope.deadline)
+                    await self._own(None, None, *attach, call, viewer, writer, scope.deadline)
                 else:
-                    request = await self._open(rpc, first, call)
+                    large = has_large_kwargs(first, self._config.kwargs_limit)
+                    async with self._room_for_kwargs() if large else contextlib.nullcontext():
+                        request = await self._open(rpc, first, call, self._parsing if large else None)
+                        del first  # what came of the kwargs
+                        if request.open is not None:
+                            found = await self._jobs.find(request)
+                        else:
+                            entry = await self._jobs.claim_plain(request)
+                        request.drop_kwargs()
                     if request.open is not None:
-                        await self._own(request, request.job_id, request.open, call, viewer, writer, scope.deadline)
+                        who = request.job_id, request.open
+                        await self._own(request, found, *who, call, viewer, writer, scope.deadline)
                     else:
-                        await self._plain(request, call, viewer, writer, trailers, scope)
+                        await self._plain(request, entry, call, viewer, writer, trailers, scope)
                 nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
             if trio.current_time() >= scope.deadline:
@@ -199,13 +217,31 @@ class AI:
             return first
         raise Refused("UPLOAD_STALLED", f"no first message for {self._config.upload_stall:g} s (--upload-stall)")
 
-    async def _open(self, rpc: str, first: Raw | StreamInput, call: Call) -> Request:
+    @contextlib.asynccontextmanager
+    async def _room_for_kwargs(self) -> AsyncIterator[None]:
+        """The block may have large kwargs in memory. This is a trio-flavored async context manager."""
+        full = Refused("OVERLOADED", "the server has many calls with large keyword arguments at once; try again later")
+        if self._large_kwargs.statistics().tasks_waiting >= LARGE_WAITING:
+            raise full
+        with trio.move_on_after(self._config.upload_stall) as patience:
+            await self._large_kwargs.acquire()
+        if patience.cancelled_caught:
+            raise full
+        try:
+            yield
+        finally:
+            self._large_kwargs.release()
+
+    async def _open(
+        self, rpc: str, first: Raw | StreamInput, call: Call, limiter: trio.CapacityLimiter | None
+    ) -> Request:
         """Check what is asked for; every refusal that needs no payload is made here."""
         # In a thread: 16 MiB of JSON take a while.
         request = await trio.to_thread.run_sync(
             parse_request,
             *(rpc, first, call.headers, self._description.methods, self._description.name),
             self._config.kwargs_limit,
+            limiter=limiter,
         )
         if self.draining and request.plain:
             raise Refused("DRAINING", "the server is shutting down; try again")
@@ -229,6 +265,7 @@ class AI:
     async def _own(
         self,
         request: Request | None,
+        found: Job | Told | None,
         job_id: str,
         open_: Open,
         call: Call,
@@ -236,7 +273,7 @@ class AI:
         writer: Writer,
         deadline: float,
     ) -> None:
-        """Find the job, bring its payload where it is this call's to bring, watch it, and send its answer."""
+        """Watch the job, `found` or looked for; bring its payload where it is this call's to bring; send its answer."""
         if open_.released:
             self._nursery.start_soon(self._forgetter.release, [codec.job_id(ticket) for ticket in open_.released])
         if open_.op in (Op.CANCEL, Op.RELEASE):
@@ -244,7 +281,9 @@ class AI:
             await writer.send(Raw(data=PONG, state=told.state()))
             return
         while True:
-            job = await (self._jobs.attach(job_id) if request is None else self._jobs.find(request))
+            if found is None:
+                found = await (self._jobs.attach(job_id) if request is None else self._jobs.find(request))
+            job, found = found, None
             viewer.watch(job, open_.log_have)
             if not isinstance(job, Job):
                 await self._jobs.follow(job)
@@ -265,8 +304,7 @@ class AI:
                 await send_all(own_messages(job.look, job.answer, open_.have, self._config.level), writer.send)
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
-        if open_.op != Op.ATTACH:  # who attaches may ask as often as it likes
-            self._forgetter.answered(job)
+        self._forgetter.told(job, open_)
 
     async def _upload(self, job: Job, call: Call, deadline: float) -> None:
         """Receive the payload and start the job; whatever comes between leaves it to who comes next."""
@@ -297,13 +335,14 @@ class AI:
     async def _plain(
         self,
         request: Request,
+        entry: Entry,
         call: Call,
         viewer: Viewer,
         writer: Writer,
         trailers: dict[str, str],
         scope: trio.CancelScope,
     ) -> None:
-        async with self._job(request, call, viewer, scope.deadline) as job:
+        async with self._job(request, entry, call, viewer, scope.deadline) as job:
             self._active[scope] = job
             await job.over.wait()
             viewer.stop()
@@ -316,9 +355,10 @@ class AI:
             await send_all(messages, writer.send)
 
     @contextlib.asynccontextmanager
-    async def _job(self, request: Request, call: Call, viewer: Viewer, deadline: float) -> AsyncIterator[Job]:
+    async def _job(
+        self, request: Request, entry: Entry, call: Call, viewer: Viewer, deadline: float
+    ) -> AsyncIterator[Job]:
         """Receive the payload and start the job. When the viewer leaves, the job is cancelled if it has not ended."""
-        entry = await self._jobs.claim_plain(request)
         job = Job(request, entry, self._spool.id)
         try:
             viewer.watch(job)

@@ -1,8 +1,14 @@
-"""Ended jobs whose answers have arrived: what they keep is forgotten before their time."""
+"""Ended jobs whose answers have arrived, or may have: what they keep is forgotten before their time.
+
+Nothing but the client's own word proves that it has an answer: one of `Open.released`, or a RELEASE. What was written
+to a connection may have gone to a dead one, a proxy takes and acknowledges what no client ever sees, and the half-close
+came long before the answer. So an answer that was sent, and of which its client has said nothing, is kept as any other;
+but not every client says something, and small ones come by the thousand: the oldest of them go where there are too many
+or the disk has no room left, after `KEEP_ANSWERED` at the earliest.
+"""
 
 from __future__ import annotations
 
-import collections
 import logging
 import time
 from collections.abc import Callable
@@ -11,48 +17,72 @@ import trio
 
 from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, Job, Told
 from aipod.spool import ENDED, Entry, Spool
+from aipod.wire.ai import Op, Open
 
 log = logging.getLogger("aipod.job")
 
 # Seconds between two removals.
 EVERY = 5.0
+# Small answers that were sent and of which nothing was heard, before the oldest of them go. With a page each for
+# directory and journal that is 80 MB; in memory 2 MB.
+UNSAID = 10_000
 
 
 class Forgetter:
     """Releases answers that have arrived, and removes small jobs soon afterwards.
 
-    The mutable state is when (monotonic) which job is removed, in order; bounded by the small jobs of that many
-    seconds.
+    The mutable state is when (monotonic) which job may be removed, in order: `UNSAID` small jobs and those of so many
+    seconds at most.
     """
 
-    def __init__(self, spool: Spool, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, spool: Spool, *, unsaid: int = UNSAID, clock: Callable[[], float] = time.monotonic) -> None:
         self._spool = spool
+        self._unsaid = unsaid
         self._clock = clock
-        self._answered: collections.deque[tuple[float, str]] = collections.deque()
-        self._released: collections.deque[tuple[float, str]] = collections.deque()
+        self._answered: dict[str, float] = {}  # in order: dicts are
+        self._released: dict[str, float] = {}
 
-    def answered(self, watched: Job | Told) -> None:
-        """The whole answer was sent to the call that brought the job: a small one is not kept for long."""
-        if watched.small:
-            self._answered.append((self._clock() + KEEP_ANSWERED, watched.look.id))
+    def told(self, watched: Job | Told, open_: Open) -> None:
+        """The end of the job was told to a call, and all of the answer that it wanted was sent.
+
+        Only the caller that brought the job is done with it then: who attaches may ask as often as it likes, and who
+        wants something else (to submit the job, to hear of its end) says that it has more of the answer than there is.
+        The seconds that a call is told as `State.ttl` begin now, also where the answer was sent before.
+        """
+        job_id = watched.look.id
+        sent = open_.op != Op.ATTACH and open_.have <= (watched.answer.size if watched.answer is not None else 0)
+        if watched.small and (self._answered.pop(job_id, None) is not None or sent):
+            self._answered[job_id] = self._clock() + KEEP_ANSWERED
 
     async def release(self, job_ids: list[str]) -> None:
         """Forget the answers of ended jobs. This is a trio-flavored async function."""
         for job_id in job_ids:
             if await trio.to_thread.run_sync(self._release, job_id):
-                self._released.append((self._clock() + KEEP_RELEASED, job_id))
+                self._answered.pop(job_id, None)
+                self._released.setdefault(job_id, self._clock() + KEEP_RELEASED)
 
     async def run(self) -> None:
         """Remove jobs in time. This is a trio-flavored async function; it never returns."""
         while True:
             await trio.sleep(EVERY)
-            await trio.to_thread.run_sync(self.remove_due)
+            await self.remove_due()
 
-    def remove_due(self) -> None:
-        """Remove the jobs whose time has come. Blocks."""
-        for waiting in (self._answered, self._released):
-            while waiting and waiting[0][0] <= self._clock():
-                self._remove(waiting.popleft()[1])
+    async def remove_due(self) -> None:
+        """Remove the jobs whose time has come. This is a trio-flavored async function."""
+        has_room = await trio.to_thread.run_sync(self._has_room)
+        while (job_id := self._next_due(has_room)) is not None:
+            has_room = await trio.to_thread.run_sync(self._remove, job_id)
+
+    def _next_due(self, has_room: bool) -> str | None:
+        """The next job to be removed, which is not thought of any more; None where none is due."""
+        now = self._clock()
+        is_short = not has_room or len(self._answered) > self._unsaid
+        for waiting in (self._released, self._answered) if is_short else (self._released,):
+            job_id = next(iter(waiting), None)
+            if job_id is not None and waiting[job_id] <= now:
+                del waiting[job_id]
+                return job_id
+        return None
 
     def _release(self, job_id: str) -> bool:
         try:
@@ -65,13 +95,22 @@ class Forgetter:
             log.warning("job %s: it could not be released; it stays until its time is over: %s", job_id, exc)
             return False
 
-    def _remove(self, job_id: str) -> None:
+    def _has_room(self) -> bool:
+        try:
+            return self._spool.has_room()
+        except OSError as exc:
+            log.warning("the spool's disk does not say how much room it has: %s", exc)
+            return True
+
+    def _remove(self, job_id: str) -> bool:
+        """Remove the job; whether the disk has room then. Blocks."""
         try:
             with self._spool.holding(job_id) as entry:
                 if entry is not None and entry.read().get("phase") in ENDED:
                     entry.destroy()
         except Exception as exc:  # one broken entry must not end the server
             log.warning("job %s: it could not be removed; it stays until its time is over: %s", job_id, exc)
+        return self._has_room()
 
 
 def forget_answer(entry: Entry) -> None:

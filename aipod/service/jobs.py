@@ -78,6 +78,7 @@ class Jobs:
         assert request.open is not None
         job_id, epoch = request.job_id, request.open.epoch
         self._check_spool(request.open)
+        older_has_it = False
         with trio.move_on_after(TAKE_OVER):
             while True:
                 fields, _, _ = await trio.to_thread.run_sync(self._read, self._spool.look(job_id))
@@ -96,12 +97,15 @@ class Jobs:
                 if older is not None and older.epoch < epoch:
                     older.give_up_upload(epoch)
                 entry = await self._held(functools.partial(self._spool.take_over, job_id, epoch))
+                older_has_it = entry is None
                 if entry is not None:
                     job = await self._resume(entry, request)
                     if job is not None:
                         return job
                 await trio.sleep(min(self._config.tick, 1.0) / 4)
-        raise Refused("BUSY", "an older connection has not yet let go of this upload; try again")
+        if older_has_it:
+            raise Refused("BUSY", "an older connection has not yet let go of this upload; try again")
+        raise Refused("BUSY", f"the server has not come to this job in {TAKE_OVER:g} s, its disk is slow; try again")
 
     async def attach(self, job_id: str) -> Job | Told:
         """The job, to be watched. This is a trio-flavored async function.
@@ -163,6 +167,8 @@ class Jobs:
                 raise self._not_started()
             return None
         self._check_open()
+        if request.kwargs is None:  # they are in the entry of the job that this call has watched
+            raise Refused("BUSY", "the job was removed while it was watched; try again")
         # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
         entry = await self._held(self._claim(request), Entry.destroy)
         return None if entry is None else self._take_in(Job(request, entry, self._spool.id, self._keep))
@@ -182,10 +188,12 @@ class Jobs:
     async def claim_plain(self, request: Request) -> Entry:
         """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
         entry = await self._held(self._claim(request), Entry.destroy)
-        assert entry is not None, "two random tickets are not the same"
+        if entry is None:  # two random tickets are not the same: its lock is held, by a sweep that does not go on
+            raise Refused("BUSY", "the server could not begin the job; try again")
         return entry
 
     def _claim(self, request: Request) -> Callable[[], Entry | None]:
+        assert request.kwargs is not None, "a job is created once for a request"
         self._check_room(request.job_id)
         return functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
 
@@ -266,7 +274,10 @@ class Jobs:
             await trio.sleep(min(self._config.tick, 1.0) / 4)  # the worker of a killed server is about to be ended
             return
         if job_id in self.held:
-            raise AssertionError("a job that is held here was taken up again")
+            # Its run has let go of it this moment, and is about to tell those who watch.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(entry.let_go)
+            return
         request = None
         try:
             request = await trio.to_thread.run_sync(self._recover, entry)
@@ -304,7 +315,7 @@ class Jobs:
             return None
         if phase == "RUNNING":
             entry.record({"phase": "QUEUED"})
-        return stored_request(entry.id, fields, entry.kwargs())
+        return stored_request(entry.id, fields, entry.kwargs() if "kwargs" in fields else None)
 
     # Ending
 

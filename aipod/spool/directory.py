@@ -7,6 +7,7 @@ import heapq
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 from aipod.config import GIB
 from aipod.errors import AipodError, Refused, refused_when_exhausted
 from aipod.spool.entry import Entry
-from aipod.spool.locks import is_locked, try_lock
+from aipod.spool.locks import POLL, Lock, is_locked, try_lock
 from aipod.spool.look import Look, sync
 from aipod.spool.regular import read_regular
 
-# Seconds that a sweep may hold the lock file of a new job, until it sees that there is no entry.
-CLAIM_PATIENCE = 0.1
+# Seconds for which the lock file of a job without an entry may be held: a sweep holds it until it has seen that there
+# is none, which takes a starved process a while.
+CLAIM_PATIENCE = 5.0
 # Times that a restartable method is started for one job.
 MAX_ATTEMPTS = 2
 
@@ -113,10 +115,17 @@ class Spool:
         with contextlib.suppress(FileNotFoundError):
             self.worker_lock(name).unlink()
 
+    def has_room(self, wanted: int = 0) -> bool:
+        """Whether `wanted` more bytes would leave the reserve untouched."""
+        return self._free() - wanted >= self._reserve
+
+    def _free(self) -> int:
+        stat = os.statvfs(self.path)
+        return stat.f_bavail * stat.f_frsize
+
     def check_space(self, wanted: int) -> None:
         """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes would eat into the reserve."""
-        stat = os.statvfs(self.path)
-        if stat.f_bavail * stat.f_frsize - wanted < self._reserve:
+        if not self.has_room(wanted):
             raise Refused("SPOOL_FULL", "the server's disk has no room for this payload; try again later")
 
     # Entries
@@ -142,10 +151,13 @@ class Spool:
     def claim(
         self, job_id: str, fields: dict[str, Any], kwargs: bytes = b"{}", *, size: int | None = None
     ) -> Entry | None:
-        """Create the entry `job_id` and hold it; None where there is one. Raises `Refused` (SPOOL_FULL, OVERLOADED)."""
-        self.check_space(size or 0)
+        """Create the entry `job_id` and hold it; None where there is one, or somebody holds its lock for seconds.
+
+        Raises `Refused` (SPOOL_FULL, OVERLOADED).
+        """
+        self.check_space((size or 0) + len(kwargs))
         with refused_when_exhausted():
-            lock = try_lock(self.lock_path(job_id), patience=CLAIM_PATIENCE)
+            lock = self._lock_new(job_id)
             if lock is None:
                 return None
             entry = Entry(self, job_id, lock)
@@ -167,6 +179,14 @@ class Spool:
                 return None
         entry.destroy()  # whoever made it was killed before its first line
         return self.claim(job_id, fields, kwargs, size=size)
+
+    def _lock_new(self, job_id: str) -> Lock | None:
+        until = time.monotonic() + CLAIM_PATIENCE
+        while (lock := try_lock(self.lock_path(job_id))) is None:
+            if os.path.exists(self.path / job_id) or time.monotonic() >= until:
+                return None
+            time.sleep(POLL)
+        return lock
 
     def fence(self, job_id: str) -> bool:
         """Have it that no job can ever start under this ticket; False where there is one already."""

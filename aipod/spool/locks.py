@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from pathlib import Path
 
 import filelock
 
-POLL = 0.01  # seconds
+POLL = 0.01  # seconds between two attempts of one who waits
 
 
 class Lock:
@@ -67,18 +66,12 @@ def _close_copies() -> None:
 os.register_at_fork(before=_gate.acquire, after_in_parent=_gate.release, after_in_child=_close_copies)
 
 
-def try_lock(path: Path, *, patience: float = 0.0) -> Lock | None:
-    """The lock, held; its file is made. None where another holds it for longer than `patience` seconds.
+def try_lock(path: Path) -> Lock | None:
+    """The lock, held; its file is made. None where another holds it.
 
     Raises `OSError`: no flock on this file system, no descriptor left.
     """
-    until = time.monotonic() + patience
-    while (lock := _attempt(path, os.O_CREAT)) is None:
-        left = until - time.monotonic()
-        if left <= 0:
-            return None
-        time.sleep(min(POLL, left))
-    return lock
+    return _attempt(path, os.O_CREAT)
 
 
 def is_locked(path: Path) -> bool:
