@@ -9,6 +9,7 @@ import json
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,30 @@ def test_a_ticket_file_is_for_one_request(served: Served, payload: Path, tmp_pat
 
     run(main)
     assert gate.runs == 1
+
+
+@pytest.mark.parametrize("size", [1, 3_000_000])
+def test_callers_who_begin_with_one_ticket_file_at_once_have_one_job(served: Served, tmp_path: Path, size: int) -> None:
+    """Each has the answer, or is told that a newer one goes on. Mutant: each makes a ticket where there is no file."""
+    gate = Gate(tmp_path)
+    gate.gate.touch()
+    data = random.Random(0).randbytes(size)
+
+    async def call(ticket: Path) -> Any:
+        async with aipod.Client(served.address) as client:
+            with warnings.catch_warnings(action="ignore"):
+                try:
+                    return await client.chaos(data, metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs)
+                except (aipod.Refused, aipod.JobFailed) as exc:
+                    return exc.reason
+
+    async def main() -> None:
+        for number in range(1, 9):
+            answers = await asyncio.gather(*(call(tmp_path / f"ticket{number}") for _ in range(3)))
+            assert {"size": size, "sha256": hashlib.sha256(data).hexdigest()} in answers
+            assert gate.runs == number, answers
+
+    run(main)
 
 
 def test_a_newer_caller_takes_the_upload_over(served: Served, payload: Path, tmp_path: Path) -> None:

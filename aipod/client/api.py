@@ -270,9 +270,10 @@ class Client:
             return request, Course()
         request.fingerprint = await asyncio.to_thread(_fingerprint, request, text, source)
         file = TicketFile(ticket_file)
-        saved = await asyncio.to_thread(file.load)
-        if saved is None:
-            return request, Course(file=file)
+        course = Course(file=file)
+        saved = await asyncio.to_thread(file.create, course.saved(request))
+        if saved.ticket == course.ticket:
+            return request, course
         file.check(saved, request.fingerprint)
         return request, Course.of_file(file, saved)
 
@@ -325,10 +326,7 @@ class Client:
 
     def _delivered(self, request: Request, course: Course) -> None:
         """The caller has the answer: nobody will ask for it again."""
-        if course.file is not None:
-            # Not in a thread: a caller cancelled meanwhile would have neither the answer nor the way to it, and the
-            # same call would run the method once more.
-            course.file.remove()
+        course.forget_file()
         # The server itself does not keep a small one for long: a later call takes the word along.
         if course.event.answer_size <= INLINE:
             self._link.release(course.spool, course.ticket)
@@ -344,8 +342,10 @@ def _is_continued(course: Course, error: BaseException) -> bool:
     if course.file is None:
         return False
     new = not (course.found or course.answered) and course.sent_to is None
-    if course.phase > Phase.DONE or (new and isinstance(error, Refused)):
-        course.file.remove()  # not in a thread, as in `_delivered`
+    # SUPERSEDED: another caller goes on with the job, and with the file.
+    refused = isinstance(error, Refused) and error.reason != "SUPERSEDED"
+    if course.phase > Phase.DONE or (new and refused):
+        course.forget_file()
         return False
     return True
 

@@ -15,6 +15,7 @@ from aipod.client.course import Course, Request, elsewhere
 from aipod.client.failure import ELSEWHERE, Action, Decision, Known, Local, NoAnswer, decide
 from aipod.client.link import Link
 from aipod.client.patience import Patience
+from aipod.client.ticket import next_ticket
 from aipod.errors import job_failed
 from aipod.wire.ai import Op, Phase, State
 
@@ -108,7 +109,7 @@ class Follower:
             self._anew += 1
             if self._anew > self._link.config.attempts:
                 raise decision.error from decision.cause
-            self.course = Course(file=course.file, event=course.event)
+            self.course = Course(next_ticket(course.ticket), file=course.file, event=course.event)
             return 0.0  # the attempts that were lost have waited
         free = attempt.idle and not attempt.heard and decision.action is Action.RETRY
         pause = self._patience.pause(known=known, at_least=decision.retry_after, free=free, within=decision.within)

@@ -209,4 +209,4 @@ class Job:
 
     def _forget_file(self) -> None:
         if self._file is not None:
-            self._file.remove()  # not in a thread: who is cancelled meanwhile has not had the answer
+            self._file.remove(self.ticket)  # not in a thread: who is cancelled meanwhile has not had the answer
