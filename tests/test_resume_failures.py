@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import re
 from typing import Any
@@ -139,6 +140,19 @@ def test_reasons_with_retry_info(reason: str) -> None:
     decision = decide(refusal(reason, delay=1.5), AFTER)
     assert decision is not None
     assert decision.retry_after == 1.5
+
+
+def test_an_upload_that_found_a_full_disk_has_not_run() -> None:
+    """Though `last` was sent: the server did not take what came before it."""
+    told = dataclasses.replace(AFTER, phase=Phase.RECEIVING, receiving=True)
+    decision = decide(refusal("SPOOL_FULL", delay=1.5), told)
+    assert decision is not None
+    assert isinstance(decision.error, aipod.Refused)
+    assert "the method has not run" in str(decision.error)
+    # It said so in an earlier attempt only: what cannot be stored may be how a run has ended.
+    earlier = dataclasses.replace(told, receiving=False)
+    assert outcome(refusal("SPOOL_FULL", delay=1.5), earlier) == (Action.RETRY, "JOB_LOST")
+    assert outcome(refusal("BUSY", delay=1.5), told) == (Action.RETRY, "JOB_LOST")
 
 
 @pytest.mark.parametrize("reason", sorted(TRANSIENT))

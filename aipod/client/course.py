@@ -136,13 +136,13 @@ class Course:
         """What grows with progress."""
         return self.phase, self.offset, self.have
 
-    def known(self, target: str, op: Op) -> Known:
+    def known(self, target: str, op: Op, *, receiving: bool) -> Known:
         """What the table of failures wants to know after an attempt with `op`."""
         ago = time.time() - self.sent_at
         if self.sent_clock is not None and ago >= 0:
             ago = max(ago, time.monotonic() - self.sent_clock)
         left = ELSEWHERE - self.searched
-        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left)
+        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left, receiving)
 
     def next_epoch(self) -> int:
         self.epoch = max(self.epoch + 1, time.time_ns() // 1000)

@@ -83,6 +83,7 @@ class Known:
     may_outbid: bool = False  # this process has just taken the job over from another one's file
     damaged: int = 0  # times that a chunk arrived damaged, before this attempt
     elsewhere: int = 0  # times that it may still be asked for elsewhere
+    receiving: bool = False  # the last word in this attempt was that the payload is not complete: nothing has run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +185,10 @@ def _of_status(exc: GRPCError, known: Known) -> Decision:
 def _of_reason(
     reason: str, text: str, metadata: dict[str, str], delay: float | None, exc: GRPCError, known: Known
 ) -> Decision:
+    # Who pauses an upload for want of disk has not all of it; other reasons may come when it has.
+    paused = reason == "SPOOL_FULL" and (known.receiving or (known.sent_to is None and known.op != Op.ATTACH))
+    if paused:
+        text += "; the method has not run"
     refused = Refused(reason, text, metadata)
     spool = metadata.get("spool", "")
     ttl = float(metadata["ttl"]) if metadata.get("ttl", "").isdecimal() else 0.0
@@ -211,7 +216,8 @@ def _of_reason(
         # RetryInfo: the server says that nothing was done now. What it did before is another matter.
         if known.op == Op.RUN and "kept" not in metadata:
             return Decision(Action.RETRY, refused, exc, retry_after=delay, untouched=True)
-        return Decision(Action.RETRY, refused if known.sent_to is None else gone(known, text), exc, retry_after=delay)
+        error = refused if paused or known.sent_to is None else gone(known, text)
+        return Decision(Action.RETRY, error, exc, retry_after=delay)
     if reason in _ENDED:
         return Decision(Action.STOP, job_failed(reason, text, metadata), exc)
     return Decision(Action.STOP, refused, exc)

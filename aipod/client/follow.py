@@ -55,7 +55,7 @@ class Follower:
                 )
                 return await in_own_task(attempt.run())
             except (Exception, BaseExceptionGroup) as exc:
-                decision = decide(exc, course.known(self._link.target, attempt.op))
+                decision = decide(exc, course.known(self._link.target, attempt.op, receiving=attempt.receiving))
                 if decision is None:
                     raise
                 deadline = self._request.deadline
