@@ -329,21 +329,52 @@ def test_released_tickets_go_to_the_spool_they_are_of() -> None:
     assert len(link._released) == 256
 
 
-def test_errands_are_bounded_and_end_with_the_client() -> None:
-    async def main() -> tuple[int, int]:
+def test_errands_wait_for_their_turn_and_end_with_the_client() -> None:
+    """Mutants: what is above so many at once is dropped, as it once was; all run at once."""
+
+    async def main() -> tuple[int, int, int]:
         link = Link("127.0.0.1:1", aipod.Config())
-        began = done = 0
+        running = most = done = 0
 
         async def errand() -> None:
-            nonlocal began, done
-            began += 1
-            await asyncio.sleep(0.01)
+            nonlocal running, most, done
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            running -= 1
             done += 1
             raise OSError("nobody is told")
 
-        for _ in range(100):
-            link.errand(errand)
+        taken = sum(link.errand(errand) for _ in range(5000))
         await link.aclose()
-        return began, done
+        assert not link.errands
+        return taken, done, most
 
-    assert run(main) == (64, 64)
+    assert run(main) == (16 + 4096, 16 + 4096, 16)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["aclose", "close"])
+def test_errands_that_nobody_answers_do_not_hold_the_client(at_once: bool) -> None:
+    """Those that wait are given up with the first ones. Mutant: each has its two seconds."""
+
+    async def main() -> int:
+        link, began = Link("127.0.0.1:1", aipod.Config()), 0
+
+        async def errand() -> None:
+            nonlocal began
+            began += 1
+            await asyncio.Event().wait()
+
+        for _ in range(1000):
+            link.errand(errand)
+        await asyncio.sleep(0)
+        if at_once:
+            link.close()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        else:
+            await link.aclose()
+        assert not link.errands
+        return began
+
+    assert run(main) == 16

@@ -194,7 +194,7 @@ class Job:
         known = self._taken if known is None else known
         phase = Phase.QUEUED if known else Phase.NONE
         course = Course(self.ticket, Op.ATTACH, fresh=False, answered=known, phase=phase, misses=self._misses)
-        follower = Follower(self._link, request, course)
+        follower = Follower(self._link, request, course, self._link.closes)
         is_over = False
         try:
             return await follower.run()
