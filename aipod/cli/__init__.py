@@ -58,6 +58,8 @@ class _Commands(click.Group):
             command = getattr(importlib.import_module(f"aipod.cli.{cmd_name}"), cmd_name)
             command.params.append(_debug_option())  # accepted before and after the command's name
             self.add_command(command)
+            if callable(signal.getsignal(signal.SIGINT)):  # neither ignored nor the system's
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         return super().get_command(ctx, cmd_name)
 
 
@@ -94,7 +96,7 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as exc:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail("INTERRUPTED", f"stopped by Ctrl-C{flags.left}", INTERRUPTED)
+        return _interrupted(flags)
     except click.exceptions.NoArgsIsHelpError as exc:
         exc.show()
         return _fail("USAGE", "a command is missing", USAGE)
@@ -109,8 +111,13 @@ def run(arguments: list[str]) -> int:
         if flags.debug:
             traceback.print_exc()
         if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(exc)):
-            return _fail("INTERRUPTED", f"stopped by Ctrl-C{flags.left}", INTERRUPTED)
+            return _interrupted(flags)
         return _explain(exc, flags.left)
+
+
+def _interrupted(flags: Flags) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not put a traceback behind the last line
+    return _fail("INTERRUPTED", f"stopped by Ctrl-C{flags.left}", INTERRUPTED)
 
 
 def _explain(exc: BaseException, left: str) -> int:
