@@ -19,7 +19,7 @@ def main() -> None:
 
 def _leave(*_: object) -> None:
     """Nothing was begun, so there is nothing to end."""
-    os.write(2, b"aipod: INTERRUPTED: stopped by Ctrl-C\n")
+    os.write(2, b"aipod: STOPPED: by Ctrl-C\n")
     os._exit(130)
 
 

@@ -389,7 +389,7 @@ def test_ctrl_c_is_status_130_and_cancels_the_job(
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert process.stderr is not None
-        assert process.stderr.read().strip() == b"aipod: INTERRUPTED: stopped by Ctrl-C; the job is cancelled"
+        assert process.stderr.read().strip() == b"aipod: STOPPED: by Ctrl-C; the job is cancelled"
     if where == "running":
         wait_until(lambda: mark.read_text() == "cancelled")
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
@@ -408,7 +408,7 @@ def test_ctrl_c_while_it_imports_is_status_130_without_a_traceback(module: str) 
         said = process.stderr.read()
         assert process.wait(20) == 130
     assert "Traceback" not in said
-    assert said.rstrip().splitlines()[-1].startswith("aipod: INTERRUPTED: stopped by Ctrl-C")
+    assert said.rstrip().splitlines()[-1].startswith("aipod: STOPPED: by Ctrl-C")
 
 
 def test_who_is_no_terminal_hears_once_that_it_is_tried_again() -> None:

@@ -194,6 +194,7 @@ def test_a_job_that_is_not_there() -> None:
     assert outcome(refusal("NOT_FOUND"), STRANGE) == (Action.STOP, "NOT_FOUND")
     decision = decide(refusal("NOT_FOUND"), WATCHED)
     assert decision is not None
+    assert "t answers, but the job is not found there; it may have run" in str(decision.error), "no connection was lost"
     assert (decision.action, decision.within) == (Action.RETRY, OUT_OF_SIGHT)
     assert isinstance(decision.error, aipod.JobLost)
 
