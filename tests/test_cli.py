@@ -389,10 +389,38 @@ def test_ctrl_c_is_status_130_and_cancels_the_job(
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert process.stderr is not None
-        assert process.stderr.read().strip() == b"aipod: INTERRUPTED: stopped by Ctrl-C; the job is cancelled"
+        assert process.stderr.read().strip() == b"aipod: STOPPED: by Ctrl-C; the job is cancelled"
     if where == "running":
         wait_until(lambda: mark.read_text() == "cancelled")
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
+
+
+@pytest.mark.parametrize("module", ["click", "aipod.cli.options", "grpclib.client", "aipod.cli.ticket"])
+def test_ctrl_c_while_it_imports_is_status_130_without_a_traceback(module: str) -> None:
+    """Mutant: KeyboardInterrupt goes through whatever is imported this moment."""
+    command = [sys.executable, "-X", "importtime", "-m", "aipod", "call", "x", "--to", f"127.0.0.1:{free_port()}"]
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=CLEAN, **options) as process:
+        assert process.stderr is not None
+        while process.stderr.readline().rpartition("|")[2].strip() != module:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(20) == 130
+    assert "Traceback" not in said
+    assert said.rstrip().splitlines()[-1].startswith("aipod: STOPPED: by Ctrl-C")
+
+
+def test_who_is_no_terminal_hears_once_that_it_is_tried_again() -> None:
+    """And imports nothing for a bar. Mutants: nothing is said until patience ends; one line for each try."""
+    code = "import sys; from aipod.cli import run; status = run(sys.argv[1:]); print('rich' in sys.modules, status)"
+    arguments = ["call", "x", "--attempts", "3", "--to", f"127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=CLEAN, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    note, last = done.stderr.splitlines()
+    assert note == "aipod: note: Connection refused; trying again"
+    assert last.startswith("aipod: UNREACHABLE: ")
+    assert done.stdout == "False 3\n"
 
 
 def quietly(served: Served) -> list[str]:

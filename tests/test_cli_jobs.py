@@ -120,7 +120,7 @@ def test_the_same_command_continues_whatever_it_was_doing(
         where = f"{work.ticket} --to {proxy.address}`"
         if number == signal.SIGINT:
             assert stopped.last == (
-                "aipod: INTERRUPTED: stopped by Ctrl-C; the server keeps what has arrived: the same command goes on "
+                "aipod: STOPPED: by Ctrl-C; the server keeps what has arrived: the same command goes on "
                 f"with the upload, `aipod cancel {where} gives it up"
             )
         async with open_proxy(served.port) as proxy:
@@ -130,7 +130,7 @@ def test_the_same_command_continues_whatever_it_was_doing(
         where = f"{work.ticket} --to {proxy.address}`"
         if number == signal.SIGINT:
             assert stopped.last == (
-                "aipod: INTERRUPTED: stopped by Ctrl-C; the server goes on with the job for its grace time and keeps "
+                "aipod: STOPPED: by Ctrl-C; the server goes on with the job for its grace time and keeps "
                 f"the answer: the same command or `aipod attach {where} comes back to it, `aipod cancel {where} stops "
                 "it"
             )
@@ -207,7 +207,9 @@ def test_stdin_is_not_needed_once_the_upload_is_complete(to: tuple[str, str], wo
     work.gate.touch()
     done = aipod("call", *to, *work.request("-"))
     assert (done.status, done.out, work.runs) == (0, SMALL, 1)
-    assert re.fullmatch("aipod: note: the whole payload was sent before; .*\n", done.err)
+    assert re.fullmatch(
+        "aipod: note: the payload's end was sent before: .* not looked at if the server has all of it\n", done.err
+    )
 
 
 def test_a_job_that_failed_or_was_refused_leaves_no_ticket_file(to: tuple[str, str], work: Work) -> None:
@@ -301,7 +303,8 @@ def test_a_server_that_is_started_again_while_one_is_attached(serve: Serve, work
         serve(MODEL, "--tick", "0.1", bind=bind)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert err.decode().startswith("aipod: INTERRUPTED: the server was killed while the method ran")
+    assert err.decode().splitlines()[-1].startswith("aipod: INTERRUPTED: the server was killed while the method ran")
+    assert "call again to run it once more" in err.decode()
     assert work.runs == 1
 
 
@@ -369,6 +372,7 @@ def test_jobs_is_a_table_for_people_and_lines_of_json(serve: Serve, work: Work, 
         (("submit", "chaos"), 2, "USAGE: Missing option '--ticket'"),
         (("call", "chaos", "--ticket", "/no/directory/t"), 2, "USAGE: '/no/directory' is no directory that can be "),
         (("call", "chaos", "--ticket", __file__), 2, "USAGE: .* is no ticket file; "),
+        (("call", "chaos", "-k"), 2, "USAGE: Option '-k' requires an argument .see aipod call --help.$"),
         (("jobs", "--meta", "x"), 2, "USAGE: --meta 'x' is not NAME=VALUE"),
         (("jobs", "--attempts", "1"), 3, "UNREACHABLE: no lasting connection to .*: Connection refused"),
     ],

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from grpc import StatusCode
 from grpclib.const import Status
 
+import aipod
 from aipod.codec import job_id
 from aipod.config import MIB
 from aipod.spool import Journal
@@ -254,6 +255,32 @@ def test_a_disk_that_fills_up_is_a_pause(serve_one: Callable[..., Served], work:
             await one.last(payload)
             assert (await one.outcome()).data == answer_to(payload, 10)
         assert work.lines == ["start"]
+
+    run(main)
+
+
+def test_who_gives_up_on_a_full_disk_leaves_nothing_on_it(serve_one: Callable[..., Served], tmp_path: Path) -> None:
+    """What is raised says that nothing has run, and the job is cancelled, unless there is a ticket file for it.
+
+    Mutants seen: no word to the server where the payload's end was sent, which never arrived; JobLost for that.
+    """
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield os.urandom(3 * MIB)
+
+    async def main() -> None:
+        served = serve_one()
+        limit(served, 2 * MIB)
+        async with aipod.Client(served.address, config=aipod.Config(reconnect=2.0)) as client:
+            for ticket_file in (tmp_path / "ticket", None):
+                with pytest.raises(aipod.Refused, match="the method has not run") as caught:
+                    await client.submit("count", pieces(), ticket_file=ticket_file, starts=str(tmp_path / "starts"))
+                assert caught.value.reason == "SPOOL_FULL"
+        left = (Journal(served.spool / name / "state").read() for name in entries(served.spool))
+        phases = sorted(state.get("phase", "RECEIVING") for state in left)
+        assert phases == ["CANCELLED", "RECEIVING"]
+        assert sum(path.stat().st_size for path in served.spool.glob("*/in")) == 2 * MIB
+        assert not (tmp_path / "starts").exists()
 
     run(main)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import re
 from typing import Any
@@ -141,6 +142,19 @@ def test_reasons_with_retry_info(reason: str) -> None:
     assert decision.retry_after == 1.5
 
 
+def test_an_upload_that_found_a_full_disk_has_not_run() -> None:
+    """Though `last` was sent: the server did not take what came before it."""
+    told = dataclasses.replace(AFTER, phase=Phase.RECEIVING, receiving=True)
+    decision = decide(refusal("SPOOL_FULL", delay=1.5), told)
+    assert decision is not None
+    assert isinstance(decision.error, aipod.Refused)
+    assert "the method has not run" in str(decision.error)
+    # It said so in an earlier attempt only: what cannot be stored may be how a run has ended.
+    earlier = dataclasses.replace(told, receiving=False)
+    assert outcome(refusal("SPOOL_FULL", delay=1.5), earlier) == (Action.RETRY, "JOB_LOST")
+    assert outcome(refusal("BUSY", delay=1.5), told) == (Action.RETRY, "JOB_LOST")
+
+
 @pytest.mark.parametrize("reason", sorted(TRANSIENT))
 def test_reasons_that_say_nothing_against_the_request(reason: str) -> None:
     assert outcome(refusal(reason), BEFORE) == (Action.RETRY, "UNREACHABLE")
@@ -180,6 +194,7 @@ def test_a_job_that_is_not_there() -> None:
     assert outcome(refusal("NOT_FOUND"), STRANGE) == (Action.STOP, "NOT_FOUND")
     decision = decide(refusal("NOT_FOUND"), WATCHED)
     assert decision is not None
+    assert "t answers, but the job is not found there; it may have run" in str(decision.error), "no connection was lost"
     assert (decision.action, decision.within) == (Action.RETRY, OUT_OF_SIGHT)
     assert isinstance(decision.error, aipod.JobLost)
 

@@ -9,6 +9,7 @@ import json
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,86 @@ def test_leaving_an_awaited_call_cancels_its_job_at_once(served: Served, tmp_pat
 
     run(main)
     run(lambda: until(lambda: all(name.startswith("workers/") for name in left_in(served.spool)), seconds=10))
+
+
+def test_many_calls_that_are_left_at_once_are_all_cancelled(served: Served, tmp_path: Path) -> None:
+    """Mutant: errands above a number are dropped, as they once were: those jobs went on for their grace."""
+    gate = Gate(tmp_path)
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            queued: set[str] = set()
+
+            def note(event: Event) -> None:
+                if event.phase in ("QUEUED", "RUNNING"):
+                    queued.add(event.job_id)
+
+            calls = [
+                asyncio.create_task(client.chaos(b"x", metadata=GATED, on_event=note, **gate.kwargs))
+                for _ in range(150)
+            ]
+            await until(lambda: len(queued) == 150)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+        async with aipod.Client(served.address) as client:
+
+            async def phases() -> list[str]:
+                jobs = await client.chaos(metadata=[("x-func-name", "aipod.jobs")])
+                return [job["phase"] for job in jobs if job["id"] in queued]
+
+            while await phases() != ["CANCELLED"] * 150:  # the running ones end in their own time
+                await asyncio.sleep(0.1)
+
+    run(main)
+
+
+def test_an_answer_whose_release_was_lost_is_released_with_the_next_call(served: Served) -> None:
+    """Mutant: the errand's failure is nobody's."""
+
+    async def main() -> None:
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
+            await client.chaos(metadata=[("x-func-name", "seeded")], length=200_000)
+            proxy.trap()
+            assert len(client._link.errands) == 1
+            await until(lambda: not client._link.errands)
+            (lost,) = client._link._released
+            await client.chaos(b"x")
+            assert lost not in client._link._released
+            with pytest.raises(aipod.JobFailed) as caught:
+                await client.attach(lost[1]).wait()
+            assert caught.value.reason == "RELEASED"
+
+    run(main)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["aclose", "close"])
+def test_nothing_is_opened_after_a_client_was_closed(served: Served, tmp_path: Path, at_once: bool) -> None:
+    """Mutants: an errand, or a call that was begun before, makes a new connection that nobody closes."""
+    gate = Gate(tmp_path)
+
+    async def main() -> None:
+        async with open_proxy(served.port) as proxy:
+            client = aipod.Client(proxy.address)
+            left = asyncio.create_task(client.chaos(b"x", metadata=GATED, **gate.kwargs))
+            await until(gate.mark.exists)
+            left.cancel()  # not awaited: it learns of that only when the client is closed
+            begun = asyncio.create_task(client.chaos(tmp_path / "mark", metadata=GATED, **gate.kwargs))
+            await asyncio.sleep(0)  # it is looking at its file
+            if at_once:
+                client.close()
+            else:
+                await client.__aexit__(None, None, None)
+            with pytest.raises(asyncio.CancelledError):
+                await left
+            with pytest.raises(aipod.Unreachable):
+                await begun
+            await until(lambda: not client._link.errands)
+            assert client._link._channel is None
+            assert proxy.connections == 1
+
+    run(main)
+    gate.gate.touch()
 
 
 def test_small_answers_are_released_with_the_next_call_and_large_ones_at_once(served: Served, tmp_path: Path) -> None:
@@ -313,6 +394,30 @@ def test_a_ticket_file_is_for_one_request(served: Served, payload: Path, tmp_pat
 
     run(main)
     assert gate.runs == 1
+
+
+@pytest.mark.parametrize("size", [1, 3_000_000])
+def test_callers_who_begin_with_one_ticket_file_at_once_have_one_job(served: Served, tmp_path: Path, size: int) -> None:
+    """Each has the answer, or is told that a newer one goes on. Mutant: each makes a ticket where there is no file."""
+    gate = Gate(tmp_path)
+    gate.gate.touch()
+    data = random.Random(0).randbytes(size)
+
+    async def call(ticket: Path) -> Any:
+        async with aipod.Client(served.address) as client:
+            with warnings.catch_warnings(action="ignore"):
+                try:
+                    return await client.chaos(data, metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs)
+                except (aipod.Refused, aipod.JobFailed) as exc:
+                    return exc.reason
+
+    async def main() -> None:
+        for number in range(1, 9):
+            answers = await asyncio.gather(*(call(tmp_path / f"ticket{number}") for _ in range(3)))
+            assert {"size": size, "sha256": hashlib.sha256(data).hexdigest()} in answers
+            assert gate.runs == number, answers
+
+    run(main)
 
 
 def test_a_newer_caller_takes_the_upload_over(served: Served, payload: Path, tmp_path: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import dataclasses
 import json
+import os
 import random
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from aipod.client.failure import (
 from aipod.client.link import RELEASED_PER_CALL, Link
 from aipod.client.patience import Patience
 from aipod.client.sink import Sink
-from aipod.client.ticket import Saved, TicketFile, parse_ticket
+from aipod.client.ticket import Saved, TicketFile, next_ticket, parse_ticket
 from aipod.codec import Compressor, digest
 from aipod.wire.ai import Op, Open, Raw, State
 from tests.conftest import run
@@ -113,7 +117,7 @@ SAVED = Saved(bytes(range(16)), 123, SPOOL, 5.5, "request")
 def test_a_ticket_file_keeps_what_it_gets(tmp_path: Path) -> None:
     file = TicketFile(tmp_path / "ticket")
     assert file.load() is None
-    file.remove()
+    file.remove(SAVED.ticket)
     file.save(SAVED)
     assert file.load() == SAVED
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
@@ -124,8 +128,52 @@ def test_a_ticket_file_keeps_what_it_gets(tmp_path: Path) -> None:
     file.check(later, "request")
     with pytest.raises(aipod.UsageError, match="another request"):
         file.check(later, "other")
-    file.remove()
+    file.remove(SAVED.ticket)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_who_create_a_ticket_file_at_once_all_get_the_same_ticket(tmp_path: Path) -> None:
+    """Mutant: the file is looked for and then replaced, as it once was: each caller has a job of its own."""
+    tickets = [bytes([n]) * 16 for n in range(8)]
+    for number in range(20):
+        path, start = tmp_path / str(number), threading.Barrier(len(tickets))
+
+        def create(ticket: bytes, path: Path = path, start: threading.Barrier = start) -> bytes:
+            start.wait()
+            return TicketFile(path).create(Saved(ticket, 0, "", None, "request")).ticket
+
+        with concurrent.futures.ThreadPoolExecutor(len(tickets)) as pool:
+            found = set(pool.map(create, tickets))
+        saved = TicketFile(path).load()
+        assert saved is not None
+        assert found == {saved.ticket}
+    assert len(list(tmp_path.iterdir())) == 20, "nothing else is left"
+
+
+def test_a_ticket_file_of_another_job_is_left_alone(tmp_path: Path) -> None:
+    file = TicketFile(tmp_path / "ticket")
+    other = Saved(b"x" * 16, 1, "", None, "request")
+    file.save(SAVED)
+    assert file.create(other) == SAVED
+    with pytest.raises(aipod.UsageError, match="belongs to another job now"):
+        file.save(other)
+    file.remove(other.ticket)
+    assert file.load() == SAVED
+    # The same job, run anew.
+    anew = dataclasses.replace(other, ticket=next_ticket(SAVED.ticket))
+    file.save(anew)
+    assert file.load() == anew
+    file.path.write_text("no ticket file")
+    file.remove(anew.ticket)
+    assert file.path.read_text() == "no ticket file"
+
+
+def test_a_ticket_file_that_is_a_broken_link_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ticket"
+    path.symlink_to("nowhere")
+    with pytest.raises(aipod.UsageError, match="broken link"):
+        TicketFile(path).save(SAVED)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_ticket_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -139,10 +187,14 @@ def test_a_ticket_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "[]", "{}", "\xff", '{"ticket": 5}']
+    ["", "x", "[]", "{}", "\xff", '{"ticket": 5}', "[" * 10_000, " " * 2**20]
     + [
         json.dumps({"ticket": "00" * 16, "epoch": 1, "spool": "s", "sent": None, "request": "r", **wrong})
-        for wrong in ({"ticket": "0g"}, {"epoch": "1"}, {"spool": None}, {"sent": "1"}, {"request": 1})
+        for wrong in (
+            {"ticket": "0g"}, {"epoch": "1"}, {"epoch": 10**30}, {"epoch": -1}, {"epoch": True}, {"spool": None},
+            {"spool": "\ud800"}, {"sent": "1"}, {"sent": 10**400}, {"sent": -1}, {"sent": float("nan")},
+            {"sent": float("inf")}, {"request": 1},
+        )
     ],
 )  # fmt: skip
 def test_what_is_no_ticket_file_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
@@ -151,6 +203,23 @@ def test_what_is_no_ticket_file_is_refused_and_left_alone(tmp_path: Path, text: 
     with pytest.raises(aipod.UsageError):
         TicketFile(path).load()
     assert path.read_bytes() == text.encode("latin1")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
+def test_a_ticket_file_is_a_regular_file(tmp_path: Path, kind: str) -> None:
+    """Mutant: a FIFO is waited for."""
+    path = tmp_path / "ticket"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    for use in (TicketFile(path).load, lambda: TicketFile(path).save(SAVED)):
+        with pytest.raises(aipod.UsageError, match="is no regular file, as a ticket file is; name another one"):
+            use()
+    TicketFile(path).remove(SAVED.ticket)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_tickets_come_as_bytes_or_as_text() -> None:
@@ -260,21 +329,52 @@ def test_released_tickets_go_to_the_spool_they_are_of() -> None:
     assert len(link._released) == 256
 
 
-def test_errands_are_bounded_and_end_with_the_client() -> None:
-    async def main() -> tuple[int, int]:
+def test_errands_wait_for_their_turn_and_end_with_the_client() -> None:
+    """Mutants: what is above so many at once is dropped, as it once was; all run at once."""
+
+    async def main() -> tuple[int, int, int]:
         link = Link("127.0.0.1:1", aipod.Config())
-        began = done = 0
+        running = most = done = 0
 
         async def errand() -> None:
-            nonlocal began, done
-            began += 1
-            await asyncio.sleep(0.01)
+            nonlocal running, most, done
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            running -= 1
             done += 1
             raise OSError("nobody is told")
 
-        for _ in range(100):
-            link.errand(errand)
+        taken = sum(link.errand(errand) for _ in range(5000))
         await link.aclose()
-        return began, done
+        assert not link.errands
+        return taken, done, most
 
-    assert run(main) == (64, 64)
+    assert run(main) == (16 + 4096, 16 + 4096, 16)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["aclose", "close"])
+def test_errands_that_nobody_answers_do_not_hold_the_client(at_once: bool) -> None:
+    """Those that wait are given up with the first ones. Mutant: each has its two seconds."""
+
+    async def main() -> int:
+        link, began = Link("127.0.0.1:1", aipod.Config()), 0
+
+        async def errand() -> None:
+            nonlocal began
+            began += 1
+            await asyncio.Event().wait()
+
+        for _ in range(1000):
+            link.errand(errand)
+        await asyncio.sleep(0)
+        if at_once:
+            link.close()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        else:
+            await link.aclose()
+        assert not link.errands
+        return began
+
+    assert run(main) == 16

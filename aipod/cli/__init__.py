@@ -20,7 +20,7 @@ import click
 from aipod import __version__
 from aipod.errors import AipodError, JobLost, Unreachable, UsageError, leaves
 
-OK, FAILED, USAGE, LOST, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, LOST, STOPPED = 0, 1, 2, 3, 130
 
 
 @dataclasses.dataclass
@@ -28,6 +28,7 @@ class Flags:
     """What holds for every command; the context's `obj`."""
 
     debug: bool = False
+    command: str = ""
     left: str = ""  # what becomes of a job that a command leaves, and how to come back to it
 
 
@@ -53,11 +54,20 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return ["attach", "call", "cancel", "demo", "health", "jobs", "serve", "submit"]
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        found = super().resolve_command(ctx, args)
+        ctx.obj.command = found[0] or ""
+        return found
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.commands and cmd_name in self.list_commands(ctx):
             command = getattr(importlib.import_module(f"aipod.cli.{cmd_name}"), cmd_name)
             command.params.append(_debug_option())  # accepted before and after the command's name
             self.add_command(command)
+            if callable(signal.getsignal(signal.SIGINT)):  # neither ignored nor the system's
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         return super().get_command(ctx, cmd_name)
 
 
@@ -94,12 +104,14 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as exc:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail("INTERRUPTED", f"stopped by Ctrl-C{flags.left}", INTERRUPTED)
+        return _stopped(flags)
     except click.exceptions.NoArgsIsHelpError as exc:
         exc.show()
         return _fail("USAGE", "a command is missing", USAGE)
     except click.ClickException as exc:
-        path = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx is not None else "aipod"
+        path = f"aipod {flags.command}".rstrip()  # click does not always know
+        if isinstance(exc, click.UsageError) and exc.ctx is not None:
+            path = exc.ctx.command_path
         return _fail("USAGE", f"{exc.format_message().rstrip('.')} (see {path} --help)", USAGE)
     except BrokenPipeError:
         # Whoever read our stdout is gone; the interpreter must not complain about it at exit.
@@ -109,8 +121,13 @@ def run(arguments: list[str]) -> int:
         if flags.debug:
             traceback.print_exc()
         if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(exc)):
-            return _fail("INTERRUPTED", f"stopped by Ctrl-C{flags.left}", INTERRUPTED)
+            return _stopped(flags)
         return _explain(exc, flags.left)
+
+
+def _stopped(flags: Flags) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not put a traceback behind the last line
+    return _fail("STOPPED", f"by Ctrl-C{flags.left}", STOPPED)
 
 
 def _explain(exc: BaseException, left: str) -> int:
@@ -126,6 +143,8 @@ def _explain(exc: BaseException, left: str) -> int:
             text = f"{kind}: {leaf.message}" if kind else leaf.message
             if leaf.reason == "DEADLINE_EXCEEDED":
                 text += left
+            if leaf.reason == "INTERRUPTED":
+                text += "; call again to run it once more (a method declared restartable is run again by itself)"
             # An address that may not or cannot be bound on any machine is a wrong option, one in use is not.
             usage = leaf.reason == "BIND_FAILED" and isinstance(leaf.__cause__, ValueError)
             return _fail(leaf.reason, text, USAGE if usage else FAILED)

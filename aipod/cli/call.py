@@ -94,13 +94,13 @@ async def _call_with_ticket(
                 try:
                     return await job.wait(save_to=save_to, on_event=on_event, keep=True)
                 except JobFailed:
-                    await asyncio.to_thread(file.remove)  # asked again it would say the same
+                    await asyncio.to_thread(file.remove, job.ticket)  # asked again it would say the same
                     raise
 
             async with limited(timeout):
                 await deliver(ask, progress, output, kept=True)
-            await asyncio.to_thread(file.remove)
             assert job is not None
+            await asyncio.to_thread(file.remove, job.ticket)
             with contextlib.suppress(AipodError, TimeoutError):  # the server forgets it by itself, later
                 async with asyncio.timeout(RELEASE):
                     await job.release()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +14,7 @@ from aipod.cli.options import Server, server_options, take_server, timeout_optio
 from aipod.cli.progress import Progress
 from aipod.cli.ticket import read_ticket, ticket_argument
 from aipod.client import Client, Job
+from aipod.client.ticket import TicketFile
 
 # What a job is that was stopped before it had an answer; its ticket is good for nothing more.
 WITHOUT_ANSWER = ("FAILED", "CANCELLED", "RELEASED")
@@ -33,10 +33,11 @@ def cancel(ticket: str, release: bool, timeout: float, **options: Any) -> None:
     """
     end_on_signals()
     server = take_server(options)
-    phase = asyncio.run(_cancel(server, read_ticket(ticket), release, timeout))
+    owned = read_ticket(ticket)
+    phase = asyncio.run(_cancel(server, owned, release, timeout))
     click.echo(phase)
     if phase in WITHOUT_ANSWER and ticket != "-":
-        Path(ticket).unlink(missing_ok=True)
+        TicketFile(ticket).remove(owned)
     if phase == "DONE":
         click.echo("aipod: note: it had ended before; attach gives its answer, --release forgets it", err=True)
     elif phase not in WITHOUT_ANSWER:

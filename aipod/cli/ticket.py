@@ -44,7 +44,7 @@ def check_ticket_file(file: Path, *, from_stdin: bool) -> None:
         )
     saved = TicketFile(file).load()
     if from_stdin and saved is not None and saved.sent is not None:
-        text = "the whole payload was sent before; what is on stdin is not looked at unless the end of it was lost"
+        text = "the payload's end was sent before: what is on stdin is not looked at if the server has all of it"
         click.echo(f"aipod: note: {text}", err=True)
 
 

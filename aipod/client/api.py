@@ -13,10 +13,9 @@ from typing import Any
 
 from grpclib.metadata import Deadline, encode_metadata
 
-from aipod.client.call import ask
 from aipod.client.course import Course, Request, Until
 from aipod.client.event import OnEvent
-from aipod.client.follow import Follower, end_left
+from aipod.client.follow import Follower, end_left, release
 from aipod.client.job import Job
 from aipod.client.link import Link
 from aipod.client.reader import Payload
@@ -68,8 +67,8 @@ class Client:
     def close(self) -> None:
         """Close the connection; calls under way end as lost ones. The next call opens a new one.
 
-        Leaving `async with` also lets the server know of calls that were left (2 s at most), and waits until the
-        socket is closed (1 s at most).
+        Leaving `async with` also lets the server know of calls that were left (for as long as it answers, 2 s at most
+        where it does not), and waits until the socket is closed (1 s at most).
         """
         self._link.close()
 
@@ -195,6 +194,7 @@ class Client:
         Raises as `predict`; what the job then ends with is told by `Job.wait`. Cancelled without a ticket file before
         it returns: the job is cancelled, best effort.
         """
+        closes = self._link.closes
         metadata = _checked(metadata)
         if method not in RPCS:
             metadata = [*(pair for pair in metadata if pair[0] != "x-func-name"), ("x-func-name", method)]
@@ -204,7 +204,7 @@ class Client:
             rpc, payload, version, metadata, ticket_file, {**(kwargs or {}), **more}, stacklevel=3
         )
         request.until, request.on_event = Until.TAKEN, on_event
-        _, course = await self._run(request, course, None)
+        _, course = await self._run(request, course, None, closes)
         job = Job(self._link, course.ticket, request.metadata, taken=True, file=course.file, misses=course.misses)
         job._watch()
         return job
@@ -229,6 +229,7 @@ class Client:
         ticket_file: str | os.PathLike[str] | None,
         kwargs: dict[str, Any],
     ) -> Any:
+        closes = self._link.closes
         _check_timeout(timeout)
         if save_to is not None:
             await asyncio.to_thread(check_target, save_to)
@@ -238,8 +239,8 @@ class Client:
         request.save_to, request.on_event, request.goes_on = save_to, on_event, ticket_file is not None
         if timeout is not None and ticket_file is None:
             request.deadline = Deadline.from_timeout(timeout)
-        answer, course = await self._run(request, course, timeout)
-        self._delivered(request, course)
+        answer, course = await self._run(request, course, timeout, closes)
+        self._delivered(request, course, closes)
         return answer
 
     async def _prepare(
@@ -270,9 +271,10 @@ class Client:
             return request, Course()
         request.fingerprint = await asyncio.to_thread(_fingerprint, request, text, source)
         file = TicketFile(ticket_file)
-        saved = await asyncio.to_thread(file.load)
-        if saved is None:
-            return request, Course(file=file)
+        course = Course(file=file)
+        saved = await asyncio.to_thread(file.create, course.saved(request))
+        if saved.ticket == course.ticket:
+            return request, course
         file.check(saved, request.fingerprint)
         return request, Course.of_file(file, saved)
 
@@ -292,17 +294,20 @@ class Client:
             )
         return text
 
-    async def _run(self, request: Request, course: Course, timeout: float | None) -> tuple[Any, Course]:
-        """Follow the job as far as `request` wants; what that gave, and what is known of the job then."""
+    async def _run(self, request: Request, course: Course, timeout: float | None, closes: int) -> tuple[Any, Course]:
+        """Follow the job as far as `request` wants; what that gave, and what is known of the job then.
+
+        `closes`: of the link, when the caller called; one that was closed since is not opened again for that.
+        """
         assert request.source is not None
-        follower = Follower(self._link, request, course)
+        follower = Follower(self._link, request, course, closes)
         scope = asyncio.timeout(timeout)
         continued = False
         try:
             async with request.source, scope:
                 return await follower.run(), follower.course
         except BaseException as exc:
-            self._leave(request, follower.course, exc)
+            self._leave(request, follower.course, exc, closes)
             continued = _is_continued(follower.course, exc)
             if isinstance(exc, TimeoutError) and scope.expired():
                 raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc.__cause__
@@ -312,28 +317,25 @@ class Client:
                 course = follower.course
                 await asyncio.to_thread(course.leave if continued else course.discard)
 
-    def _leave(self, request: Request, course: Course, error: BaseException) -> None:
+    def _leave(self, request: Request, course: Course, error: BaseException, closes: int) -> None:
         """The caller goes without an answer: nobody can ask for the job again, unless there is a file."""
         if course.phase > Phase.DONE:
             self._link.release(course.spool, course.ticket)
             return
         absent = course.fresh or isinstance(error, Unreachable | JobLost)  # or out of reach
         absent = absent or (isinstance(error, Refused) and not course.answered)
-        if course.file is None and not absent:
+        if course.file is None and not absent and self._link.closes == closes:
             op = Op.RELEASE if course.phase == Phase.DONE else Op.CANCEL
             self._link.errand(end_left, self._link, request.metadata, course.ticket, op, course.misses)
 
-    def _delivered(self, request: Request, course: Course) -> None:
+    def _delivered(self, request: Request, course: Course, closes: int) -> None:
         """The caller has the answer: nobody will ask for it again."""
-        if course.file is not None:
-            # Not in a thread: a caller cancelled meanwhile would have neither the answer nor the way to it, and the
-            # same call would run the method once more.
-            course.file.remove()
+        course.forget_file()
         # The server itself does not keep a small one for long: a later call takes the word along.
-        if course.event.answer_size <= INLINE:
+        asks = course.event.answer_size > INLINE and self._link.closes == closes
+        who = (request.metadata, course.ticket, course.spool, course.misses)
+        if not (asks and self._link.errand(release, self._link, *who)):
             self._link.release(course.spool, course.ticket)
-        else:
-            self._link.errand(ask, self._link, request.metadata, course.ticket, Op.RELEASE, course.misses)
 
 
 def _is_continued(course: Course, error: BaseException) -> bool:
@@ -344,8 +346,10 @@ def _is_continued(course: Course, error: BaseException) -> bool:
     if course.file is None:
         return False
     new = not (course.found or course.answered) and course.sent_to is None
-    if course.phase > Phase.DONE or (new and isinstance(error, Refused)):
-        course.file.remove()  # not in a thread, as in `_delivered`
+    # SUPERSEDED: another caller goes on with the job, and with the file.
+    refused = isinstance(error, Refused) and error.reason != "SUPERSEDED"
+    if course.phase > Phase.DONE or (new and refused):
+        course.forget_file()
         return False
     return True
 

@@ -56,6 +56,7 @@ class Attempt:
         self.was_fresh = course.fresh
         self.heard = False  # a message came
         self.answered = False  # a state came
+        self.receiving = False  # the last one said that the payload is not complete
         self.ran = False  # it said that the job is alive without its caller's help
         self.committed = False  # it was this attempt that sent `last` for the first time
         self.silent = False  # nothing came for too long
@@ -276,6 +277,7 @@ class Attempt:
         course.saw(state)
         self._link.learn(self._request.upstream, state.spool)
         self.answered = True
+        self.receiving = state.phase == Phase.RECEIVING
         self.ran = self.ran or state.phase in (Phase.QUEUED, Phase.RUNNING)
         if not self._first.done():
             self._first.set_result(state)

@@ -136,13 +136,13 @@ class Course:
         """What grows with progress."""
         return self.phase, self.offset, self.have
 
-    def known(self, target: str, op: Op) -> Known:
+    def known(self, target: str, op: Op, *, receiving: bool) -> Known:
         """What the table of failures wants to know after an attempt with `op`."""
         ago = time.time() - self.sent_at
         if self.sent_clock is not None and ago >= 0:
             ago = max(ago, time.monotonic() - self.sent_clock)
         left = ELSEWHERE - self.searched
-        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left)
+        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left, receiving)
 
     def next_epoch(self) -> int:
         self.epoch = max(self.epoch + 1, time.time_ns() // 1000)
@@ -182,11 +182,24 @@ class Course:
             self.log_have = state.log_offset + known + len(new)
         return self._log.decode(new)
 
+    def saved(self, request: Request) -> Saved:
+        """What belongs into the ticket file."""
+        sent = None if self.sent_to is None else self.sent_at
+        return Saved(self.ticket, self.epoch, self.sent_to or "", sent, request.fingerprint)
+
     def save(self, request: Request) -> None:
         """Bring the ticket file up to date, where there is one. Blocks."""
         if self.file is not None:
-            sent = None if self.sent_to is None else self.sent_at
-            self.file.save(Saved(self.ticket, self.epoch, self.sent_to or "", sent, request.fingerprint))
+            self.file.save(self.saved(request))
+
+    def forget_file(self) -> None:
+        """Remove the ticket file, where there is one.
+
+        Not in a thread: a caller cancelled meanwhile would have neither the answer nor the way to it, and the same call
+        would run the method once more.
+        """
+        if self.file is not None:
+            self.file.remove(self.ticket)
 
     def new_part(self, request: Request) -> Part | None:
         """Where an earlier process may have saved some of the answer; None where nobody can have, or it is here."""

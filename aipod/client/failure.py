@@ -83,6 +83,7 @@ class Known:
     may_outbid: bool = False  # this process has just taken the job over from another one's file
     damaged: int = 0  # times that a chunk arrived damaged, before this attempt
     elsewhere: int = 0  # times that it may still be asked for elsewhere
+    receiving: bool = False  # the last word in this attempt was that the payload is not complete: nothing has run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +159,22 @@ def gone(known: Known, text: str) -> JobLost | Unreachable:
     """The error for a job that is given up, because of `text`."""
     if known.sent_to is None and known.op != Op.ATTACH:
         return Unreachable(f"no lasting connection to {known.target}: {text}")
+    if known.op == Op.ATTACH and known.phase == Phase.NONE:
+        return _lost_job(f"no lasting connection to {known.target}, so nothing is known of the job", text)
+    return _lost_job(f"the connection to {known.target} was lost and the job was not found again", text)
+
+
+def _not_there(known: Known, text: str) -> JobLost | Unreachable:
+    """The error for a job that the server which answers does not have."""
+    if known.sent_to is None and known.op != Op.ATTACH:
+        return gone(known, text)
+    return _lost_job(f"{known.target} answers, but the job is not found there", text)
+
+
+def _lost_job(what: str, text: str) -> JobLost:
     return JobLost(
-        f"the connection to {known.target} was lost and the job was not found again; it may have run: {text}. "
-        "Its ticket, or its ticket file, may still find it; a call without them is a new job: the method may run twice"
+        f"{what}; it may have run: {text}. Its ticket, or its ticket file, may still find it, at the server that has "
+        "it; a call without them is a new job: the method may run twice"
     )
 
 
@@ -184,6 +198,10 @@ def _of_status(exc: GRPCError, known: Known) -> Decision:
 def _of_reason(
     reason: str, text: str, metadata: dict[str, str], delay: float | None, exc: GRPCError, known: Known
 ) -> Decision:
+    # Who pauses an upload for want of disk has not all of it; other reasons may come when it has.
+    paused = reason == "SPOOL_FULL" and (known.receiving or (known.sent_to is None and known.op != Op.ATTACH))
+    if paused:
+        text += "; the method has not run"
     refused = Refused(reason, text, metadata)
     spool = metadata.get("spool", "")
     ttl = float(metadata["ttl"]) if metadata.get("ttl", "").isdecimal() else 0.0
@@ -192,10 +210,10 @@ def _of_reason(
     if reason == "NOT_FOUND" and known.op == Op.ATTACH and known.phase == Phase.NONE:
         return Decision(Action.ELSEWHERE if known.elsewhere else Action.STOP, refused, exc)
     if reason in ("WRONG_SPOOL", "NOT_FOUND"):
-        return Decision(Action.RETRY, gone(known, text), exc, within=OUT_OF_SIGHT)
+        return Decision(Action.RETRY, _not_there(known, text), exc, within=OUT_OF_SIGHT)
     if reason == "NOT_STARTED":
         if not _anew(spool, ttl, known):
-            return Decision(Action.STOP, gone(known, text), exc)
+            return Decision(Action.STOP, _not_there(known, text), exc)
         never = Unreachable(f"no lasting connection to {known.target}: the job was lost before it started")
         return Decision(Action.ANEW, never, exc, spool=spool)
     if reason == "SUPERSEDED":
@@ -211,7 +229,8 @@ def _of_reason(
         # RetryInfo: the server says that nothing was done now. What it did before is another matter.
         if known.op == Op.RUN and "kept" not in metadata:
             return Decision(Action.RETRY, refused, exc, retry_after=delay, untouched=True)
-        return Decision(Action.RETRY, refused if known.sent_to is None else gone(known, text), exc, retry_after=delay)
+        error = refused if paused or known.sent_to is None else gone(known, text)
+        return Decision(Action.RETRY, error, exc, retry_after=delay)
     if reason in _ENDED:
         return Decision(Action.STOP, job_failed(reason, text, metadata), exc)
     return Decision(Action.STOP, refused, exc)

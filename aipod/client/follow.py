@@ -12,24 +12,26 @@ from grpclib.exceptions import GRPCError
 
 from aipod.client.call import Attempt, ask, in_own_task
 from aipod.client.course import Course, Request, elsewhere
-from aipod.client.failure import ELSEWHERE, Action, Decision, Known, Local, NoAnswer, decide
+from aipod.client.failure import ELSEWHERE, Action, Decision, Known, Local, NoAnswer, decide, gone
 from aipod.client.link import Link
 from aipod.client.patience import Patience
+from aipod.client.ticket import next_ticket
 from aipod.errors import job_failed
 from aipod.wire.ai import Op, Phase, State
 
 # Seconds after which a job that was left is ended again where it is still being received.
 ASK_AGAIN = (0.05, 0.2, 0.5)
+CLOSED = "the client was closed"
 
 
 class Follower:
     """Follows one job. `course` is what is known of it; a job that is run anew gets a new one."""
 
-    def __init__(self, link: Link, request: Request, course: Course) -> None:
+    def __init__(self, link: Link, request: Request, course: Course, closes: int) -> None:
         self._link = link
         self._request = request
         self._patience = Patience(link.config)
-        self._closes = link.closes
+        self._closes = closes  # of `link`, when the caller called
         self._anew = 0
         self.course = course
 
@@ -42,6 +44,8 @@ class Follower:
         size = None if source is None else source.size
         while True:
             course, before = self.course, self.course.step
+            if self._link.closes != self._closes:
+                raise gone(course.known(self._link.target, course.op, receiving=False), CLOSED)
             attempt = Attempt(self._link, self._request, course)
             try:
                 course.tell(
@@ -54,7 +58,7 @@ class Follower:
                 )
                 return await in_own_task(attempt.run())
             except (Exception, BaseExceptionGroup) as exc:
-                decision = decide(exc, course.known(self._link.target, attempt.op))
+                decision = decide(exc, course.known(self._link.target, attempt.op, receiving=attempt.receiving))
                 if decision is None:
                     raise
                 deadline = self._request.deadline
@@ -108,7 +112,7 @@ class Follower:
             self._anew += 1
             if self._anew > self._link.config.attempts:
                 raise decision.error from decision.cause
-            self.course = Course(file=course.file, event=course.event)
+            self.course = Course(next_ticket(course.ticket), file=course.file, event=course.event)
             return 0.0  # the attempts that were lost have waited
         free = attempt.idle and not attempt.heard and decision.action is Action.RETRY
         pause = self._patience.pause(known=known, at_least=decision.retry_after, free=free, within=decision.within)
@@ -126,7 +130,7 @@ async def ask_surely(
     Raises `JobLost` where no connection lasts or that job is not found again, and `Refused` where there is none.
     This is an asyncio-flavored function.
     """
-    patience = Patience(link.config)
+    patience, closes = Patience(link.config), link.closes
     known = Known(link.target, Op.ATTACH, phase=Phase.QUEUED if taken else Phase.NONE, elsewhere=ELSEWHERE)
     while True:
         idle = link.channel().connected
@@ -147,6 +151,20 @@ async def ask_surely(
         if decision.action is not Action.RETRY or pause is None:
             raise decision.error from decision.cause
         await asyncio.sleep(0.0 if out_of_sight and misses % 2 else pause)
+        if link.closes != closes:
+            raise decision.error from decision.cause
+
+
+async def release(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, spool: str, misses: int) -> None:
+    """Release a job whose answer is here, best effort: where that fails, a later call takes the word along.
+
+    This is an asyncio-flavored function, to be run in a task of its own.
+    """
+    try:
+        await ask(link, metadata, ticket, Op.RELEASE, misses)
+    except BaseException:
+        link.release(spool, ticket)
+        raise
 
 
 async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int) -> None:

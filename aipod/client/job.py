@@ -193,7 +193,7 @@ class Job:
         known = self._taken if known is None else known
         phase = Phase.QUEUED if known else Phase.NONE
         course = Course(self.ticket, Op.ATTACH, fresh=False, answered=known, phase=phase, misses=self._misses)
-        follower = Follower(self._link, request, course)
+        follower = Follower(self._link, request, course, self._link.closes)
         is_over = False
         try:
             return await follower.run()
@@ -208,4 +208,4 @@ class Job:
 
     def _forget_file(self) -> None:
         if self._file is not None:
-            self._file.remove()  # not in a thread: who is cancelled meanwhile has not had the answer
+            self._file.remove(self.ticket)  # not in a thread: who is cancelled meanwhile has not had the answer

@@ -19,9 +19,13 @@ _SPOOLS = 64
 _RELEASED = 256
 # Of them in one call.
 RELEASED_PER_CALL = MAX_RELEASED
-# Seconds for what is done behind the caller's back, and how much of it there may be at once.
+# Seconds for each thing that is done behind the caller's back; how many of them at once, few enough for all to be in
+# time on a connection that is busy; and how many may wait for their turn, of some 500 bytes each.
 ERRAND = 2.0
-_ERRANDS = 64
+_ERRANDS = 16
+_WAITING = 4096
+
+Errand = tuple[Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]
 
 
 class Link:
@@ -34,7 +38,9 @@ class Link:
         self._channel: Channel | None = None
         self._spools: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._released: collections.deque[tuple[str, bytes]] = collections.deque(maxlen=_RELEASED)
-        self._errands: set[asyncio.Task[None]] = set()
+        self.errands: set[asyncio.Task[None]] = set()
+        self._waiting: collections.deque[Errand] = collections.deque()
+        self._leaving = False  # in `aclose`: no more patience with a server that does not answer
         self._watches: set[asyncio.Task[None]] = set()
 
     def channel(self) -> Channel:
@@ -78,13 +84,31 @@ class Link:
 
     # What goes on behind the caller's back
 
-    def errand(self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
-        """Run `fn` for `ERRAND` seconds at most, best effort; `aclose` waits for it."""
-        if len(self._errands) >= _ERRANDS:
-            return
-        task = asyncio.get_running_loop().create_task(_bounded(fn, *args), name="aipod-errand")
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
+    def errand(self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> bool:
+        """Run `fn` for `ERRAND` seconds at most when its turn comes, best effort; `aclose` waits for it.
+
+        False where too many wait: then it is not run.
+        """
+        if len(self.errands) < _ERRANDS:
+            task = asyncio.get_running_loop().create_task(self._work_off(fn, args), name="aipod-errand")
+            self.errands.add(task)
+            task.add_done_callback(self.errands.discard)
+        elif len(self._waiting) < _WAITING:
+            self._waiting.append((fn, args))
+        else:
+            return False
+        return True
+
+    async def _work_off(self, fn: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...]) -> None:
+        """Do this errand, then those that wait. What they raise, nobody is there to be told."""
+        while True:
+            scope = asyncio.timeout(ERRAND)
+            with contextlib.suppress(Exception):
+                async with scope:
+                    await fn(*args)
+            if not self._waiting or (self._leaving and scope.expired()):
+                return
+            fn, args = self._waiting.popleft()
 
     def watch(self, fn: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         """Run `fn`, which must raise nothing, until it ends or the client is closed."""
@@ -97,33 +121,36 @@ class Link:
     def close(self) -> None:
         """Close the connection at once; calls under way end as lost ones, errands and watches are cancelled."""
         channel = self._let_go()
-        for task in (*self._errands, *self._watches):
+        self._waiting.clear()
+        for task in (*self.errands, *self._watches):
             task.cancel()
         if channel is not None:
             channel.close()
 
     async def aclose(self) -> None:
-        """As `close`, but errands are finished first (`ERRAND` seconds at most), and the socket is waited for."""
+        """As `close`, but errands are finished first, and the socket is waited for.
+
+        All errands for as long as they are answered; where nobody answers, that takes `ERRAND` seconds.
+        """
         self.closes += 1
         watches = list(self._watches)
         for task in watches:
             task.cancel()
         if watches:
             await asyncio.wait(watches)
-        if self._errands:
-            await asyncio.wait(list(self._errands))  # each is bounded
+        await self._finish_errands()
         channel = self._let_go()
         if channel is not None:
             await channel.aclose()
+
+    async def _finish_errands(self) -> None:
+        self._leaving = True
+        while self.errands:
+            await asyncio.wait(list(self.errands))
+        self._waiting.clear()
+        self._leaving = False
 
     def _let_go(self) -> Channel | None:
         self.closes += 1
         channel, self._channel = self._channel, None
         return channel
-
-
-async def _bounded(fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
-    # Best effort: nobody is there to be told.
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(ERRAND):
-            await fn(*args)

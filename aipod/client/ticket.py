@@ -3,18 +3,33 @@
 One JSON object, mode 0600, replaced as a whole: {"ticket": hex, "epoch": microseconds, "spool": the spool that `last`
 was (or is about to be) sent to, "sent": seconds since 1970 when that was, or null, "request": a fingerprint}. Whoever
 can read it owns the job.
+
+Of two callers who begin with one new file at once, one creates it and the other finds it: both have the same job. A
+caller replaces and removes only a file with the ticket of its own job.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import secrets
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from aipod.codec import TICKET_MAX, TICKET_MIN
+from aipod.config import KIB
 from aipod.errors import UsageError
+
+# Bytes; a ticket file has some 300.
+_LARGEST = 16 * KIB
+# Times that a file is created which another caller creates, and removes, in that moment.
+_TRIES = 5
+# Epochs are microseconds on the wire's uint64, counted on from here; 2**63 of them are 290,000 years.
+_NUMBERS = 2**63
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,23 +52,38 @@ class TicketFile:
     def load(self) -> Saved | None:
         """What was saved; None where there is no such file. Raises `UsageError` where it is something else."""
         try:
-            text = self.path.read_text()
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as exc:
-            raise UsageError(f"the ticket file {str(self.path)!r} cannot be read: {exc}") from None
-        try:
+            text = self._read()
+            if text is None:
+                return None
             fields = json.loads(text)
             saved = Saved(
                 bytes.fromhex(fields["ticket"]), fields["epoch"], fields["spool"], fields["sent"], fields["request"]
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(self._wrong()) from None
-        kinds = (type(saved.epoch), type(saved.spool), type(saved.request))
-        if kinds != (int, str, str) or not isinstance(saved.sent, int | float | None):
+        if not _is_sound(saved):
             raise UsageError(self._wrong())
         check_ticket(saved.ticket)
         return saved
+
+    def _read(self) -> bytes | None:
+        """What is in the file; None where there is none. Raises ValueError for what is too long."""
+        try:
+            # O_NONBLOCK: a FIFO would wait for its other end.
+            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise UsageError(f"the ticket file {str(self.path)!r} cannot be read: {exc}") from None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise UsageError(f"{str(self.path)!r} is no regular file, as a ticket file is; name another one")
+            text = os.read(fd, _LARGEST + 1)
+        finally:
+            os.close(fd)
+        if len(text) > _LARGEST:
+            raise ValueError(len(text))
+        return text
 
     def _wrong(self) -> str:
         return f"{str(self.path)!r} is no ticket file; name another one, or remove it if no job of it is awaited"
@@ -66,25 +96,50 @@ class TicketFile:
                 "payload); repeat that request, or remove the file to give its job up"
             )
 
+    def create(self, saved: Saved) -> Saved:
+        """Create the file, unless there is one. What is in it then: `saved` itself, and on the disk, or another's."""
+        for _ in range(_TRIES):
+            if (found := self.load()) is not None:
+                return found
+            with contextlib.suppress(FileExistsError):
+                self._put(saved, os.link)
+                return saved
+        raise UsageError(f"the ticket file {str(self.path)!r} comes and goes, or is a broken link; name another one")
+
     def save(self, saved: Saved) -> None:
-        """Replace the file; when this returns it is on the disk."""
+        """Bring the file up to date; when this returns it is on the disk.
+
+        Raises `UsageError` where it belongs to another job by now: whoever began that one needs it.
+        """
+        found = self.create(saved)
+        if found == saved:
+            return
+        if saved.ticket not in (found.ticket, next_ticket(found.ticket)):
+            raise UsageError(
+                f"the ticket file {str(self.path)!r} belongs to another job now; give each job a file of its own"
+            )
+        self._put(saved, os.replace)
+
+    def remove(self, ticket: bytes) -> None:
+        """The job of `ticket` needs the file no more; one that is another job's, or no ticket file, stays."""
+        with contextlib.suppress(FileNotFoundError, UsageError):
+            found = self.load()
+            if found is not None and found.ticket == ticket:
+                self.path.unlink()
+
+    def _put(self, saved: Saved, move: Callable[[Path, Path], None]) -> None:
+        """Write it beside the file and `move` it there, as a whole. Raises what that raises."""
         fields = {**dataclasses.asdict(saved), "ticket": saved.ticket.hex()}
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}-{id(self):x}.part")
+        part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.part")
         try:
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 json.dump(fields, file)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(self.path)
-        except BaseException:
+            move(part, self.path)
+        finally:
             part.unlink(missing_ok=True)
-            raise
         self._sync_directory()
-
-    def remove(self) -> None:
-        """The answer was delivered."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
 
     def _sync_directory(self) -> None:
         directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -92,6 +147,24 @@ class TicketFile:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _is_sound(saved: Saved) -> bool:
+    """Whether its fields are of their kinds, and can be sent."""
+    kinds = (type(saved.epoch), type(saved.spool), type(saved.request))
+    if kinds != (int, str, str) or not (saved.sent is None or type(saved.sent) in (int, float)):
+        return False
+    numbers = (saved.epoch, saved.sent or 0)
+    return all(0 <= number < _NUMBERS for number in numbers) and saved.spool.isascii()
+
+
+def next_ticket(ticket: bytes) -> bytes:
+    """The ticket under which a job that never started under `ticket` is run anew.
+
+    It follows from the first, and tells nothing of it: two callers who both learn that nothing has started, or ever
+    will, begin the same job, and not one each.
+    """
+    return hashlib.sha256(b"anew " + ticket).digest()[:TICKET_MIN]
 
 
 def check_ticket(ticket: bytes) -> bytes:

@@ -75,6 +75,8 @@ class Channel(grpclib.client.Channel):
             protocol.connection.abort("no word from the server")
 
     async def _create_connection(self) -> Any:
+        if self._closed:
+            raise StreamTerminatedError("the client was closed")
         async with asyncio.timeout(self._settings.connect_timeout):
             protocol = self._latest = cast(H2Protocol, await super()._create_connection())
             # A request goes to nobody but a server that has said so: else it would not be known whether it was seen.
