@@ -304,10 +304,14 @@ class Client:
         scope = asyncio.timeout(timeout)
         continued = False
         try:
-            async with request.source, scope:
-                return await follower.run(), follower.course
+            with self._link.call():
+                try:
+                    async with request.source, scope:
+                        return await follower.run(), follower.course
+                except BaseException as exc:
+                    self._leave(request, follower.course, exc, closes)
+                    raise
         except BaseException as exc:
-            self._leave(request, follower.course, exc, closes)
             continued = _is_continued(follower.course, exc)
             if isinstance(exc, TimeoutError) and scope.expired():
                 raise job_failed("DEADLINE_EXCEEDED", "not done within the call's timeout") from exc.__cause__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from aipod.codec import MAX_RELEASED
@@ -40,6 +40,7 @@ class Link:
         self._released: collections.deque[tuple[str, bytes]] = collections.deque(maxlen=_RELEASED)
         self.errands: set[asyncio.Task[None]] = set()
         self._waiting: collections.deque[Errand] = collections.deque()
+        self._calls: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those under way, and their ends
         self._leaving = False  # in `aclose`: no more patience with a server that does not answer
         self._watches: set[asyncio.Task[None]] = set()
 
@@ -81,6 +82,18 @@ class Link:
 
     def put_back(self, pairs: list[tuple[str, bytes]]) -> None:
         self._released.extend(pairs)
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """The body is a call of this task's."""
+        task, over = asyncio.current_task(), asyncio.get_running_loop().create_future()
+        assert task is not None
+        self._calls[task] = over
+        try:
+            yield
+        finally:
+            del self._calls[task]
+            over.set_result(None)
 
     # What goes on behind the caller's back
 
@@ -132,6 +145,9 @@ class Link:
 
         All errands for as long as they are answered; where nobody answers, that takes `ERRAND` seconds.
         """
+        # Calls that were cancelled and have not learnt it yet: they too have something to tell the server.
+        if left := [over for task, over in self._calls.items() if task.cancelling()]:
+            await asyncio.wait(left, timeout=ERRAND)
         self.closes += 1
         watches = list(self._watches)
         for task in watches:
