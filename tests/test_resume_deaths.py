@@ -315,6 +315,8 @@ def test_who_finds_no_descriptor_comes_again_and_what_runs_goes_on(
         ended, client = work.client(size=10), work.client("wait")
         await ended.visit(served.address)
         task = await running(work, client, served.address)
+        leave_descriptors(served, 0)
+        await asyncio.sleep(2 * TICK)
         for free in (1, 2, 3):
             leave_descriptors(served, free)
             with contextlib.suppress(Lost):  # it cannot even be heard
