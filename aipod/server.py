@@ -135,6 +135,9 @@ async def _unless(stop: trio.Event, fn: Callable[..., Awaitable[T]], *args: Any)
 
 def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool, Versions]:
     spool = Spool.open(spool_path, config.app, reserve=config.reserve)
+    if not spool.has_room():
+        text = "spool %s: %d bytes are free, fewer than the %d that uploads must leave (--reserve): all are refused"
+        log.warning(text, spool_path, spool.free(), spool.reserve)
     versions = Versions(data_path, f"{spool.id.partition('-')[0]}.")
     try:
         versions.sweep(spool.is_held)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from aipod.config import GIB
+from aipod.errors import Refused
 from aipod.spool import SYNC_AFTER, SYNC_BYTES, Journal, Spool, SpoolError
 from tests.conftest import left_in
 from tests.spools import (
@@ -84,13 +85,17 @@ def test_a_payload_that_would_eat_into_the_reserve_is_refused_before_its_first_b
     assert refusal(spool.claim, A, PLAIN, size=(1 << 64) - 1) == "SPOOL_FULL"
     full = Spool.open(tmp_path, "m.Class", reserve=free * 2)
     assert refusal(full.claim, A, PLAIN) == "SPOOL_FULL"
+    with pytest.raises(Refused, match=f"{full.reserve} stay free for results") as caught:
+        full.check_space(5)
+    assert (caught.value.metadata["wanted"], caught.value.metadata["reserve"]) == ("5", str(full.reserve))
+    assert caught.value.metadata["free"].isdecimal()
     assert left_in(tmp_path) == []
 
 
 def test_a_reserve_that_is_eaten_into_stops_an_upload(tmp_path: Path) -> None:
     spool = opened(tmp_path)
     entry = claimed(spool, A)
-    spool._reserve = 1 << 62
+    spool.reserve = 1 << 62
     entry.write(b"abc")
     entry._synced_at -= SYNC_AFTER
     assert refusal(entry.checkpoint) == "SPOOL_FULL"
@@ -165,6 +170,6 @@ def test_the_reserve_is_kept_while_a_payload_of_unknown_size_comes_in(tmp_path: 
     spool = opened(tmp_path)
     entry = claimed(spool, A)
     entry.write(bytes(SYNC_BYTES))
-    spool._reserve = 1 << 62
+    spool.reserve = 1 << 62
     assert refusal(entry.write, b"x") == "SPOOL_FULL"
     entry.destroy()

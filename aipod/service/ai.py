@@ -27,6 +27,7 @@ from aipod.runner import Description
 from aipod.service.builtin import answer_of, is_builtin
 from aipod.service.forget import Forgetter
 from aipod.service.jobs import Jobs
+from aipod.service.shortage import Shortage
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
 from aipod.spool import Entry, Spool
@@ -61,6 +62,7 @@ class AI:
         self._nursery = jobs
         self._jobs = Jobs(config, description.methods, spool, versions, functools.partial(Place, pool), jobs)
         self._forgetter = Forgetter(spool)
+        self._shortage = Shortage(spool)
         self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
         self._parsing = trio.CapacityLimiter(PARSING)
         self._active: dict[trio.CancelScope, Job | None] = {}  # the jobs of plain clients
@@ -72,6 +74,7 @@ class AI:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._jobs.heed)
             nursery.start_soon(self._forgetter.run)
+            nursery.start_soon(self._shortage.run)
 
     async def adopt(self, job_ids: list[str]) -> None:
         """Go on with jobs whose process has died. This is a trio-flavored async function."""
@@ -167,6 +170,7 @@ class AI:
             except (Exception, BaseExceptionGroup) as exc:
                 if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(exc)):
                     raise
+                self._shortage.note(exc)
                 ending = ending_of(exc)
             writer.close()
             await writer.done.wait()

@@ -57,7 +57,7 @@ class Spool:
         self.boot = boot
         self.workers = path / "workers"
         self.id = ""
-        self._reserve = reserve
+        self.reserve = reserve  # bytes that uploads leave free
 
     @classmethod
     def open(cls, path: Path, app: str, *, reserve: int = GIB, boot: str | None = None) -> Spool:
@@ -117,16 +117,20 @@ class Spool:
 
     def has_room(self, wanted: int = 0) -> bool:
         """Whether `wanted` more bytes would leave the reserve untouched."""
-        return self._free() - wanted >= self._reserve
+        return self.free() - wanted >= self.reserve
 
-    def _free(self) -> int:
+    def free(self) -> int:
+        """Bytes that are free on its disk."""
         stat = os.statvfs(self.path)
         return stat.f_bavail * stat.f_frsize
 
     def check_space(self, wanted: int) -> None:
         """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes would eat into the reserve."""
-        if not self.has_room(wanted):
-            raise Refused("SPOOL_FULL", "the server's disk has no room for this payload; try again later")
+        free = self.free()
+        if free - wanted < self.reserve:
+            room = {"free": str(free), "wanted": str(wanted), "reserve": str(self.reserve)}
+            text = f"{free} bytes are free, {wanted} more are wanted, {self.reserve} stay free for results (--reserve)"
+            raise Refused("SPOOL_FULL", f"the server's disk has no room for this payload: {text}; try later", room)
 
     # Entries
 
