@@ -143,7 +143,7 @@ def test_a_time_that_is_over_when_a_connection_begins_is_no_lost_connection(serv
     async def main() -> None:
         async with aipod.Client(served.address, config=aipod.Config(attempts=1)) as client:
             request = Request("chaos", GATED, deadline=Deadline.from_timeout(0.0))
-            await Follower(client._link, request, Course(op=Op.ATTACH, fresh=False)).run()
+            await Follower(client._link, request, Course(op=Op.ATTACH, fresh=False), client._link.closes).run()
 
     with pytest.raises(aipod.JobCancelled) as caught:
         run(main)

@@ -27,7 +27,7 @@ from aipod.errors import UsageError
 # Bytes; a ticket file has some 300.
 _LARGEST = 16 * KIB
 # Times that a file is created which another caller creates, and removes, in that moment.
-_TRIES = 5
+_ROUNDS = 5
 # Epochs are microseconds on the wire's uint64, counted on from here; 2**63 of them are 290,000 years.
 _NUMBERS = 2**63
 
@@ -98,7 +98,7 @@ class TicketFile:
 
     def create(self, saved: Saved) -> Saved:
         """Create the file, unless there is one. What is in it then: `saved` itself, and on the disk, or another's."""
-        for _ in range(_TRIES):
+        for _ in range(_ROUNDS):
             if (found := self.load()) is not None:
                 return found
             with contextlib.suppress(FileExistsError):
