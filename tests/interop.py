@@ -239,7 +239,7 @@ def serve_grpcio() -> None:
         print(f"127.0.0.1:{port}", flush=True)
         await stop.wait()
         await server.stop(30)
-        # grpcio says that it has stopped before its last call has: cancelled by asyncio.run, that one leaves a traceback.
+        # grpcio says that it has stopped before its last call has, which would leave a traceback when it is cancelled.
         if others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(others, timeout=5)
 

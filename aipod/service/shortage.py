@@ -13,7 +13,7 @@ from aipod.spool import Spool
 log = logging.getLogger("aipod.service")
 
 # Seconds between two looks whether there is room again.
-EVERY = 5.0
+LOOK_AGAIN = 5.0
 
 
 class Shortage:
@@ -37,7 +37,7 @@ class Shortage:
     async def run(self) -> None:
         """Look whether there is room again. This is a trio-flavored async function; it never returns."""
         while True:
-            await trio.sleep(EVERY)
+            await trio.sleep(LOOK_AGAIN)
             await self.look()
 
     async def look(self) -> None:
