@@ -147,6 +147,8 @@ def test_a_server_that_drains_leaves_its_jobs_to_the_next_one(serve_one: Callabl
         queued = asyncio.create_task(waiting.visit(first.address))
         async with opened(uploading, first.address) as one:
             await one.chunk(PAYLOAD[:1000], 0)
+            payload = first.spool / job_id(uploading.ticket) / "in"
+            await until(lambda: payload.stat().st_size == 1000)  # it has arrived
             async with asyncio.timeout(10):
                 while waiting.phase != Phase.QUEUED:
                     await asyncio.sleep(0.02)
