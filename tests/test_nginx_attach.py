@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ import pytest
 import aipod
 from aipod.client.failure import ELSEWHERE
 from aipod.codec import job_id
-from tests.conftest import Serve, require, run
+from tests.conftest import Serve, run
 from tests.models_survive import answer_to
 from tests.phases import MODEL, holder, until
 from tests.test_cli import Done, start
 from tests.test_nginx import Nginx, proxy
-from tests.test_nginx_jobs import REPORT, Two
+from tests.test_nginx_jobs import REPORT, Two, two_spools
 
 # Of so many, as many as there are ways below are not at their own server, but once in 10,000 runs.
 JOBS = 24
@@ -26,13 +25,7 @@ JOBS = 24
 NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
-    require("nginx")
-    two = Two(tmp_path_factory.mktemp("two"))
-    yield two
-    two.start_again()
-    assert [served.stop() for served in two.servers] == [0, 0]
+two = pytest.fixture(two_spools, scope="module")
 
 
 def asked(nginx: Nginx, job: str) -> list[str]:

@@ -119,13 +119,16 @@ async def direct(two: Two) -> AsyncIterator[list[aipod.Client]]:
         yield [one, other]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+def two_spools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    """A module's fixture. Both servers end cleanly."""
     require("nginx")
     two = Two(tmp_path_factory.mktemp("two"))
     yield two
     two.start_again()
     assert [served.stop() for served in two.servers] == [0, 0]
+
+
+two = pytest.fixture(two_spools, scope="module")
 
 
 @pytest.mark.parametrize(
