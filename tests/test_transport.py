@@ -321,6 +321,28 @@ def test_a_peer_that_never_ends_its_side_gets_its_answer_and_is_told_to_stop(pee
     honest(peer)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "payload", "code"),
+    [
+        pytest.param(0x1, 0x4, b"\0\6x-test\2ok", ErrorCodes.PROTOCOL_ERROR, id="trailers without END_STREAM"),
+        pytest.param(0x1, 0x5, b"\0\7:method\4POST", ErrorCodes.PROTOCOL_ERROR, id="a pseudo-header in trailers"),
+        pytest.param(0x8, 0x0, b"\x7f\xff\xff\xff", ErrorCodes.FLOW_CONTROL_ERROR, id="a window over 2^31-1"),
+    ],
+)
+def test_a_frame_that_a_call_must_not_send_ends_it(
+    served: Served, kind: int, flags: int, payload: bytes, code: ErrorCodes
+) -> None:
+    """RFC 9113 sections 6.9.1 and 8.1: an error of the stream, or of the connection."""
+    with Peer(served) as peer:
+        stream = peer.open(data=REQUEST[:4], end=False)
+        peer.raw(raw_frame(kind, flags, stream, payload))
+        ends = lambda: [e for e in peer.events if isinstance(e, h2.events.ConnectionTerminated)]  # noqa: E731
+        peer.until(lambda: peer.answers[stream].ended or ends())
+        assert code in {peer.answers[stream].reset, *(e.error_code for e in ends())}
+    with Peer(served) as another:
+        honest(another)
+
+
 def test_unknown_frames_and_settings_are_ignored(peer: Peer) -> None:
     """RFC 9113 section 5.5; before, between and after the frames of a call."""
     data = b"".join(raw_frame(kind, 0xFF, stream, b"x" * 9) for kind in (0x0B, 0x20, 0xFA) for stream in (0, 1, 7))
