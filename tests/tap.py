@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import zstandard
 
-from aipod.wire.ai import Raw
+from aipod.wire.ai import Open, Raw
 
 _PREFACE = 24  # bytes of RFC 9113 section 3.4
 _DATA, _PADDED = 0, 8
 
 
 class Chunks:
-    """The chunks that a client of `chaos` sends over one connection."""
+    """What a client of `chaos` asks for over one connection, and the chunks that it sends."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[int, int]] = []  # of the payload, in the order in which they were sent
+        self.openings: list[Open] = []
         self._skip = _PREFACE
         self._frames = bytearray()
         self._streams: dict[int, bytearray] = {}
@@ -40,7 +41,9 @@ class Chunks:
             if len(waiting) < end:
                 return
             raw = Raw.parse(bytes(waiting[5:end]))
-            if raw.data and raw.open is None:
+            if raw.open is not None:
+                self.openings.append(raw.open)
+            elif raw.data:
                 self.spans.append((raw.offset, raw.offset + zstandard.frame_content_size(raw.data)))
             del waiting[:end]
 

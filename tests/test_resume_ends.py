@@ -223,6 +223,21 @@ def test_tickets_of_jobs_that_have_ended_are_released_along_with_another_call(pa
     run(main)
 
 
+def test_one_call_releases_many_and_is_answered_when_that_is_done(pair: Pair, work: Work) -> None:
+    """Its own job among them. Mutant seen: the others are released some time later."""
+
+    async def main() -> None:
+        clients = [work.client() for _ in range(20)]
+        for client in clients:
+            await client.visit(pair.a.address)
+        tickets = [client.ticket for client in clients]
+        assert (await ask(pair.a.address, tickets[0], Op.RELEASE, released=tickets)).phase == Phase.RELEASED
+        journals = [pair.spool / job_id(ticket) / "state" for ticket in tickets]
+        assert [b"RELEASED" in journal.read_bytes() for journal in journals] == [True] * 20
+
+    run(main)
+
+
 # Nobody there
 
 

@@ -19,10 +19,12 @@ import pytest
 import aipod
 from aipod.client import Event
 from aipod.codec import job_id
+from aipod.wire.ai import Op
 from tests.conftest import ROOT, Served, left_in, run
 from tests.gates import ANSWER, GATED, PAYLOAD, SMALL, Gate, payload_file, runs, server
 from tests.phases import until
 from tests.proxy import Fault, Proxy, open_proxy
+from tests.tap import Chunks
 
 served = pytest.fixture(scope="module")(server)
 payload = pytest.fixture(payload_file)
@@ -204,7 +206,7 @@ def test_an_answer_whose_release_was_lost_is_released_with_the_next_call(served:
             await client.chaos(b"x")
             assert lost not in client._link._released
             with pytest.raises(aipod.JobFailed) as caught:
-                await client.attach(lost[1]).wait()
+                await client.attach(lost.ticket).wait()
             assert caught.value.reason == "RELEASED"
 
     run(main)
@@ -241,11 +243,8 @@ def test_nothing_is_opened_after_a_client_was_closed(served: Served, tmp_path: P
     gate.gate.touch()
 
 
-def test_small_answers_are_released_with_the_next_call_and_large_ones_at_once(served: Served, tmp_path: Path) -> None:
-    """`RELEASED` is what a second look at the ticket finds."""
-
-    async def main() -> list[str]:
-        reasons = []
+def test_what_a_handle_has_released_says_so(served: Served) -> None:
+    async def main() -> None:
         async with aipod.Client(served.address) as client:
             for length in (10, 200_000):
                 job = await client.submit("seeded", length=length)
@@ -255,33 +254,46 @@ def test_small_answers_are_released_with_the_next_call_and_large_ones_at_once(se
                 await job.release()
                 with pytest.raises(aipod.JobFailed) as caught:
                     await job.wait()
-                reasons.append(caught.value.reason)
-            ticket = tmp_path / "ticket"
-            small: list[str] = []
+                assert caught.value.reason == "RELEASED"
 
-            def note(event: Event) -> None:
-                if event.phase == "DONE" and not small:
-                    small.append(json.loads(ticket.read_text())["ticket"])
+    run(main)
 
-            await client.chaos(b"x", ticket_file=ticket, on_event=note)
-            assert not ticket.exists()
-            async with aipod.Client(served.address) as other:  # the next call of `client` takes the word along
-                assert await other.attach(small[0]).wait() == SMALL
-            await client.chaos(b"x")
 
-            async def released() -> str:
-                while True:
-                    try:
-                        await client.attach(small[0]).wait()
-                    except aipod.JobFailed as exc:
-                        return exc.reason
-                    await asyncio.sleep(0.02)
+def test_an_answer_is_released_with_the_next_call_or_the_end_and_a_large_one_at_once(
+    served: Served, tmp_path: Path
+) -> None:
+    """So is that of a ticket file: that job is known for its whole time, to whoever else has begun with the file.
 
-            async with asyncio.timeout(10):
-                reasons.append(await released())
-        return reasons
+    Mutants: at the end nothing is said; with a ticket file it waits for the next call.
+    """
+    tap = Chunks()
 
-    assert run(main) == ["RELEASED"] * 3
+    async def main() -> None:
+        async with open_proxy(served.port) as proxy:
+            proxy.tap = lambda: tap
+            async with aipod.Client(proxy.address) as client:
+                for length in (1, 2, 200_000, 3):
+                    await client.chaos(metadata=[("x-func-name", "seeded")], length=length)
+                    await until(lambda: not client._link.errands)
+                await client.chaos(b"x", ticket_file=tmp_path / "ticket")
+                with pytest.raises(aipod.JobFailed):
+                    await client.chaos(metadata=[("x-func-name", "seeded")], length=-1)
+        said = tap.openings
+        calls = [opening.ticket for opening in said if opening.op == Op.RUN]
+        first, second, large, third, kept, failed = calls
+        assert [(opening.op, opening.ticket, opening.released) for opening in said] == [
+            (Op.RUN, first, []),
+            (Op.RUN, second, [first]),
+            (Op.RUN, large, [second]),
+            (Op.RELEASE, large, []),
+            (Op.RUN, third, []),
+            (Op.RUN, kept, [third]),
+            (Op.RELEASE, kept, []),
+            (Op.RUN, failed, []),
+            (Op.RELEASE, failed, [failed]),
+        ]
+
+    run(main)
 
 
 # Ticket files

@@ -21,7 +21,8 @@ from aipod.client.course import Course, Request
 from aipod.client.failure import (
     BadAnswer,
 )
-from aipod.client.link import RELEASED_PER_CALL, Link
+from aipod.client.follow import release_all
+from aipod.client.link import RELEASED_PER_CALL, Had, Link
 from aipod.client.patience import Patience
 from aipod.client.sink import Sink
 from aipod.client.ticket import Saved, TicketFile, next_ticket, parse_ticket
@@ -312,8 +313,9 @@ def test_a_link_remembers_spools_by_upstream() -> None:
 def test_released_tickets_go_to_the_spool_they_are_of() -> None:
     link = Link("127.0.0.1:1", aipod.Config())
     for n in range(70):
-        link.release("one", bytes([n]))
-    link.release("two", b"z")
+        link.release(Had("one", bytes([n])))
+    link.release(Had("two", b"z"))
+    link.release(Had("", b"nobody has said where it is"))
     opening = Open()
     assert link.take_released(opening, "") == []
     taken = link.take_released(opening, "one")
@@ -325,8 +327,15 @@ def test_released_tickets_go_to_the_spool_they_are_of() -> None:
     link.take_released(again, "two")
     assert again.released == [b"z"]
     for n in range(1000):
-        link.release("three", b"%d" % n)
+        link.release(Had("three", b"%d" % n))
     assert len(link._released) == 256
+    for n in range(10):
+        link.release(Had(str(n), b"last"))
+    groups = list(link._take_groups())
+    assert [(group[0].spool, len(group)) for group in groups] == [("three", RELEASED_PER_CALL)] * 3 + [
+        ("three", 256 - 10 - 3 * RELEASED_PER_CALL), *((str(n), 1) for n in range(10)),
+    ]  # fmt: skip
+    assert not link._released
 
 
 def test_errands_wait_for_their_turn_and_end_with_the_client() -> None:
@@ -346,7 +355,7 @@ def test_errands_wait_for_their_turn_and_end_with_the_client() -> None:
             raise OSError("nobody is told")
 
         taken = sum(link.errand(errand) for _ in range(5000))
-        await link.aclose()
+        await link.aclose(release_all)
         assert not link.errands
         return taken, done, most
 
@@ -373,7 +382,7 @@ def test_errands_that_nobody_answers_do_not_hold_the_client(at_once: bool) -> No
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         else:
-            await link.aclose()
+            await link.aclose(release_all)
         assert not link.errands
         return began
 

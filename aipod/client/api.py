@@ -13,11 +13,12 @@ from typing import Any
 
 from grpclib.metadata import Deadline, encode_metadata
 
+from aipod.client.call import ask
 from aipod.client.course import Course, Request, Until
 from aipod.client.event import OnEvent
-from aipod.client.follow import Follower, end_left, release
+from aipod.client.follow import Follower, end_left, release, release_all
 from aipod.client.job import Job
-from aipod.client.link import Link
+from aipod.client.link import Had, Link
 from aipod.client.reader import Payload
 from aipod.client.sink import check_target
 from aipod.client.source import Source
@@ -62,13 +63,13 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._link.aclose()
+        await self._link.aclose(release_all)
 
     def close(self) -> None:
         """Close the connection; calls under way end as lost ones. The next call opens a new one.
 
-        Leaving `async with` also lets the server know of calls that were left (for as long as it answers, 2 s at most
-        where it does not), and waits until the socket is closed (1 s at most).
+        Leaving `async with` also lets the server know of calls that were left and of answers that have arrived (for as
+        long as it answers, 2 s at most where it does not), and waits until the socket is closed (1 s at most).
         """
         self._link.close()
 
@@ -324,7 +325,7 @@ class Client:
     def _leave(self, request: Request, course: Course, error: BaseException, closes: int) -> None:
         """The caller goes without an answer: nobody can ask for the job again, unless there is a file."""
         if course.phase > Phase.DONE:
-            self._link.release(course.spool, course.ticket)
+            self._release(request, course, closes)
             return
         absent = course.fresh or isinstance(error, Unreachable | JobLost)  # or out of reach
         absent = absent or (isinstance(error, Refused) and not course.answered)
@@ -335,11 +336,19 @@ class Client:
     def _delivered(self, request: Request, course: Course, closes: int) -> None:
         """The caller has the answer: nobody will ask for it again."""
         course.forget_file()
-        # The server itself does not keep a small one for long: a later call takes the word along.
-        asks = course.event.answer_size > INLINE and self._link.closes == closes
-        who = (request.metadata, course.ticket, course.spool, course.misses)
-        if not (asks and self._link.errand(release, self._link, *who)):
-            self._link.release(course.spool, course.ticket)
+        self._release(request, course, closes)
+
+    def _release(self, request: Request, course: Course, closes: int) -> None:
+        """Let the server forget what became of the job: at once where that is large, else with a later call."""
+        is_open = self._link.closes == closes
+        had = Had(course.spool, course.ticket, request.metadata, course.misses)
+        if course.file is not None:
+            # Another process may have begun with the same file, and ask when it is in reach again. A job that is
+            # released by a word of its own is known for its whole time, so the method is not run for that one.
+            if is_open:
+                self._link.errand(ask, self._link, had.metadata, had.ticket, Op.RELEASE, had.misses)
+        elif not (is_open and course.event.answer_size > INLINE and self._link.errand(release, self._link, had)):
+            self._link.release(had)
 
 
 def _is_continued(course: Course, error: BaseException) -> bool:

@@ -330,7 +330,14 @@ class Attempt:
             raise
 
 
-async def ask(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int = 0) -> State:
+async def ask(
+    link: Link,
+    metadata: Sequence[tuple[str, str]],
+    ticket: bytes,
+    op: Op,
+    misses: int = 0,
+    released: Sequence[bytes] = (),
+) -> State:
     """Cancel or release a job: one message up, one state down. Raises what `decide` reads.
 
     This is an asyncio-flavored function, to be run in a task of its own.
@@ -346,7 +353,7 @@ async def ask(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op
     async with stream:
         try:
             await open_call(stream)
-            await send_message(stream, Raw(open=Open(ticket=ticket, op=op)), end=True)
+            await send_message(stream, Raw(open=Open(ticket=ticket, op=op, released=list(released))), end=True)
             while (message := await stream.recv_message()) is not None:
                 state = message.state or state
             await read_status(stream)

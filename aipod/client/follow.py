@@ -13,7 +13,7 @@ from grpclib.exceptions import GRPCError
 from aipod.client.call import Attempt, ask, in_own_task
 from aipod.client.course import Course, Request, elsewhere
 from aipod.client.failure import ELSEWHERE, Action, Decision, Known, Local, NoAnswer, decide, gone
-from aipod.client.link import Link
+from aipod.client.link import Had, Link
 from aipod.client.patience import Patience
 from aipod.client.ticket import next_ticket
 from aipod.errors import job_failed
@@ -155,15 +155,26 @@ async def ask_surely(
             raise decision.error from decision.cause
 
 
-async def release(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, spool: str, misses: int) -> None:
+async def release(link: Link, had: Had) -> None:
     """Release a job whose answer is here, best effort: where that fails, a later call takes the word along.
 
     This is an asyncio-flavored function, to be run in a task of its own.
     """
     try:
-        await ask(link, metadata, ticket, Op.RELEASE, misses)
+        await ask(link, had.metadata, had.ticket, Op.RELEASE, had.misses)
     except BaseException:
-        link.release(spool, ticket)
+        link.release(had)
+        raise
+
+
+async def release_all(link: Link, had: list[Had]) -> None:
+    """Release jobs of one spool as a later call would have done. As `release`."""
+    first = had[0]
+    try:
+        tickets = [one.ticket for one in had]
+        await ask(link, first.metadata, first.ticket, Op.RELEASE, first.misses, released=tickets)
+    except BaseException:
+        link.put_back(had)
         raise
 
 

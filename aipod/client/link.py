@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from aipod.codec import MAX_RELEASED
 from aipod.config import Config
@@ -15,7 +15,7 @@ from aipod.wire.ai import Open
 
 # Names of upstreams whose spool is remembered; a client that uses more pays a round trip more for a small job.
 _SPOOLS = 64
-# Tickets of small answers that wait for the next call; what is dropped, the server forgets a minute later.
+# Small answers that wait for the next call, to be released with it; those that are dropped stay for their time.
 _RELEASED = 256
 # Of them in one call.
 RELEASED_PER_CALL = MAX_RELEASED
@@ -28,6 +28,15 @@ _WAITING = 4096
 Errand = tuple[Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]
 
 
+class Had(NamedTuple):
+    """A job whose outcome is here, and what leads to it."""
+
+    spool: str
+    ticket: bytes
+    metadata: Sequence[tuple[str, str]] = ()
+    misses: int = 0
+
+
 class Link:
     """What the calls of one `Client` share. asyncio-flavored."""
 
@@ -37,7 +46,7 @@ class Link:
         self.closes = 0  # how often it was closed: a call does not outlive that by trying again
         self._channel: Channel | None = None
         self._spools: collections.OrderedDict[str, str] = collections.OrderedDict()
-        self._released: collections.deque[tuple[str, bytes]] = collections.deque(maxlen=_RELEASED)
+        self._released: collections.deque[Had] = collections.deque(maxlen=_RELEASED)
         self.errands: set[asyncio.Task[None]] = set()
         self._waiting: collections.deque[Errand] = collections.deque()
         self._calls: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those under way, and their ends
@@ -65,23 +74,29 @@ class Link:
 
     # Answers that arrived
 
-    def release(self, spool: str, ticket: bytes) -> None:
-        """Let the server know, with a later call, that it may forget the job."""
-        self._released.append((spool, ticket))
+    def release(self, had: Had) -> None:
+        """Let the server know, with a later call or at the end, that it may forget the job."""
+        if had.spool:  # else nobody can tell where to say it
+            self._released.append(had)
 
-    def take_released(self, opening: Open, spool: str) -> list[tuple[str, bytes]]:
+    def take_released(self, opening: Open, spool: str) -> list[Had]:
         """Put tickets for `spool` into `opening`. What is returned goes to `put_back` where the call was lost."""
-        if not spool:
-            return []
         # Not the one that this call asks for: it would be forgotten while it is told.
-        mine = [pair for pair in self._released if pair[0] == spool and pair[1] != opening.ticket][:RELEASED_PER_CALL]
-        for pair in mine:
-            self._released.remove(pair)
-        opening.released = [ticket for _, ticket in mine]
+        mine = [had for had in self._released if had.spool == spool and had.ticket != opening.ticket]
+        mine = mine[:RELEASED_PER_CALL]
+        for had in mine:
+            self._released.remove(had)
+        opening.released = [had.ticket for had in mine]
         return mine
 
-    def put_back(self, pairs: list[tuple[str, bytes]]) -> None:
-        self._released.extend(pairs)
+    def put_back(self, taken: Sequence[Had]) -> None:
+        self._released.extend(taken)
+
+    def _take_groups(self) -> Iterator[list[Had]]:
+        """Take out all that waits, as many of one spool as may go with a call."""
+        while self._released:
+            spool = self._released[0].spool
+            yield self.take_released(Open(), spool)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
@@ -140,9 +155,10 @@ class Link:
         if channel is not None:
             channel.close()
 
-    async def aclose(self) -> None:
+    async def aclose(self, release: Callable[[Link, list[Had]], Coroutine[Any, Any, None]]) -> None:
         """As `close`, but errands are finished first, and the socket is waited for.
 
+        Where there is a connection, answers that have arrived are released by an errand more, `release`.
         All errands for as long as they are answered; where nobody answers, that takes `ERRAND` seconds.
         """
         # Calls that were cancelled and have not learnt it yet: they too have something to tell the server.
@@ -154,6 +170,9 @@ class Link:
             task.cancel()
         if watches:
             await asyncio.wait(watches)
+        if self._channel is not None and self._channel.connected:
+            for had in self._take_groups():
+                self.errand(release, self, had)
         await self._finish_errands()
         channel = self._let_go()
         if channel is not None:

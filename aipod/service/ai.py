@@ -279,7 +279,11 @@ class AI:
     ) -> None:
         """Watch the job, `found` or looked for; bring its payload where it is this call's to bring; send its answer."""
         if open_.released:
-            self._nursery.start_soon(self._forgetter.release, [codec.job_id(ticket) for ticket in open_.released])
+            released = [codec.job_id(ticket) for ticket in open_.released]
+            if open_.op == Op.RELEASE:  # its own may be among them: it is not kept for longer than the others then
+                await self._forgetter.release(released)
+            else:
+                self._nursery.start_soon(self._forgetter.release, released)
         if open_.op in (Op.CANCEL, Op.RELEASE):
             told = await self._jobs.end(job_id, release=open_.op == Op.RELEASE)
             await writer.send(Raw(data=PONG, state=told.state()))

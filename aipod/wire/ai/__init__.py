@@ -45,7 +45,8 @@ class Op(betterproto2.Enum):
 
     RELEASE = 4
     """
-    Forget the job and its answer; answered by one state.
+    Forget the job and its answer, but not that it was there (unless the ticket is in `released` too); answered by one
+    state.
     """
 
     @classmethod
@@ -195,7 +196,7 @@ class Open(betterproto2.Message):
 
     released: "list[bytes]" = betterproto2.field(9, betterproto2.TYPE_BYTES, repeated=True)
     """
-    Tickets of ended jobs whose answers this client has: the server may forget them.
+    Tickets of ended jobs whose answers this client has: the server may forget them, and soon that they were there.
     """
 
 
