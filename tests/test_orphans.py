@@ -80,6 +80,39 @@ def test_a_job_in_line_is_run_and_one_that_ran_begins_again_or_has_failed(
     run(ask)
 
 
+def test_no_more_of_them_are_taken_up_than_there_may_be_jobs(servers: list[Served], work: Work, tmp_path: Path) -> None:
+    """Each takes a descriptor. Mutant seen: all are taken up."""
+
+    def start(*options: str) -> Served:
+        servers.append(Served(MODEL, tmp_path, (*OPTIONS, *options), "127.0.0.1:0", forked=True))
+        return servers[-1]
+
+    waiting = [work.client("wait", b"%d" % number) for number in range(5)]
+
+    def phases(served: Served) -> list[str]:
+        return sorted(phase(served.spool, client) for client in waiting)
+
+    async def leave() -> None:
+        first = start()
+        tasks = [asyncio.create_task(client.visit(first.address)) for client in waiting]
+        async with asyncio.timeout(20):
+            while phases(first) != ["QUEUED"] * 4 + ["RUNNING"]:
+                await asyncio.sleep(0.02)
+        await work.started()
+        first.process.kill()
+        first.process.communicate()
+        for task in tasks:
+            with contextlib.suppress(Lost):
+                await left(task)
+
+    run(leave)
+    second = start("--max-jobs", "2")
+    wait_until(lambda: second.log_text().count("taken over") == 2 and work.lines == ["start"] * 2)
+    work.until.touch()
+    wait_until(lambda: phases(second).count("DONE") == 2)
+    assert second.log_text().count("taken over") == 2
+
+
 def test_a_sweep_tells_of_jobs_whose_process_has_died_meanwhile(spool: Spool) -> None:
     """Nothing in the entry has changed since the last sweep. Mutant: only what is new is looked at."""
     broom = Broom(spool)

@@ -77,9 +77,12 @@ class AI:
             nursery.start_soon(self._shortage.run)
 
     async def adopt(self, job_ids: list[str]) -> None:
-        """Go on with jobs whose process has died. This is a trio-flavored async function."""
+        """Go on with jobs whose process has died, as many as there is room for.
+
+        This is a trio-flavored async function.
+        """
         for job_id in job_ids:
-            if self.draining:
+            if self.draining or not self._jobs.has_room:
                 return
             try:
                 if job_id not in self._jobs.held:
@@ -366,15 +369,16 @@ class AI:
         job = Job(request, entry, self._spool.id)
         try:
             viewer.watch(job)
-            await receive_payload(
-                request,
-                entry,
-                call.receive,
-                job.notify,
-                limit=self._config.max_payload,
-                stall=self._config.upload_stall,
-            )
-            self._jobs.start(job, deadline)
+            with self._jobs.coming(request.job_id):
+                await receive_payload(
+                    request,
+                    entry,
+                    call.receive,
+                    job.notify,
+                    limit=self._config.max_payload,
+                    stall=self._config.upload_stall,
+                )
+                self._jobs.start(job, deadline)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(entry.destroy)

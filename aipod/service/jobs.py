@@ -13,10 +13,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import trio
@@ -65,6 +66,7 @@ class Jobs:
         self._nursery = nursery
         self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
         self.held: dict[str, Job] = {}
+        self._coming: set[str] = set()  # jobs that are about to be in it: they have descriptors too
         self.changed = trio.Event()  # there is one job less in `held`
         self.draining = False
 
@@ -92,11 +94,11 @@ class Jobs:
                 if fields.get("phase", "RECEIVING") != "RECEIVING":
                     return await self.attach(job_id)
                 self._check_open()
-                self._check_room(job_id)
-                older = self.held.get(job_id)
-                if older is not None and older.epoch < epoch:
-                    older.give_up_upload(epoch)
-                entry = await self._held(functools.partial(self._spool.take_over, job_id, epoch))
+                with self.coming(job_id):
+                    older = self.held.get(job_id)
+                    if older is not None and older.epoch < epoch:
+                        older.give_up_upload(epoch)
+                    entry = await self._held(functools.partial(self._spool.take_over, job_id, epoch))
                 older_has_it = entry is None
                 if entry is not None:
                     job = await self._resume(entry, request)
@@ -122,8 +124,8 @@ class Jobs:
             if free and job_id not in self.held:
                 if self.draining:
                     raise self.draining_with_job()
-                self._check_room(job_id)
-                await self.adopt(job_id)
+                with self.coming(job_id):
+                    await self.adopt(job_id)
                 continue
             told = Told(look, self._spool.id, self._keep)
             told.learn(fields, live)
@@ -169,8 +171,7 @@ class Jobs:
         self._check_open()
         if request.kwargs is None:  # they are in the entry of the job that this call has watched
             raise Refused("BUSY", "the job was removed while it was watched; try again")
-        # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
-        entry = await self._held(self._claim(request), Entry.destroy)
+        entry = await self._claim(request)
         return None if entry is None else self._take_in(Job(request, entry, self._spool.id, self._keep))
 
     async def _resume(self, entry: Entry, request: Request) -> Job | None:
@@ -187,15 +188,17 @@ class Jobs:
 
     async def claim_plain(self, request: Request) -> Entry:
         """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
-        entry = await self._held(self._claim(request), Entry.destroy)
+        entry = await self._claim(request)
         if entry is None:  # two random tickets are not the same: its lock is held, by a sweep that does not go on
             raise Refused("BUSY", "the server could not begin the job; try again")
         return entry
 
-    def _claim(self, request: Request) -> Callable[[], Entry | None]:
+    async def _claim(self, request: Request) -> Entry | None:
         assert request.kwargs is not None, "a job is created once for a request"
-        self._check_room(request.job_id)
-        return functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
+        what = request.job_id, request.fields, request.kwargs
+        with self.coming(request.job_id):
+            # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
+            return await self._held(functools.partial(self._spool.claim, *what, size=request.size), Entry.destroy)
 
     async def leave_upload(self, job: Job) -> None:
         """End an upload that was cancelled, leave any other to whoever comes next.
@@ -380,13 +383,24 @@ class Jobs:
         if self.draining:
             raise Refused("DRAINING", "the server is shutting down; try again")
 
-    def _check_room(self, job_id: str) -> None:
-        """Before this process works on one job more."""
-        limit = self._config.max_jobs
-        if len(self.held) >= limit and job_id not in self.held:
+    @property
+    def has_room(self) -> bool:
+        """Whether this process may work on one job more."""
+        return len(self.held) + len(self._coming) < self._config.max_jobs
+
+    @contextlib.contextmanager
+    def coming(self, job_id: str) -> Iterator[None]:
+        """Count a job as one of this process's before it is in `held`: hundreds may come at once. Raises `Refused`."""
+        if not self.has_room and job_id not in self.held:
+            limit = self._config.max_jobs
             raise Refused(
                 "OVERLOADED", f"the server has {limit} jobs that have not ended (--max-jobs); try again later"
             )
+        self._coming.add(job_id)
+        try:
+            yield
+        finally:
+            self._coming.discard(job_id)
 
     def draining_with_job(self) -> Refused:
         """For the caller of a job that is here to stay: it must not be created anywhere else."""
