@@ -86,7 +86,7 @@ class AI:
                 return
             try:
                 if job_id not in self._jobs.held:
-                    await self._jobs.adopt(job_id)
+                    await self._jobs.adopt(job_id, asked=False)
             except Exception as exc:  # one that is damaged, say: the others go on
                 log.warning("job %s: it cannot go on now", job_id, exc_info=exc)
 

@@ -38,6 +38,9 @@ log = logging.getLogger("aipod.job")
 TAKE_OVER = 10.0
 # Times that a job's holder is asked to end it, half a tick apart.
 _END_TRIES = 4
+# Times in a row that a job in line is taken up though nobody asks for it. If each ends with the server, loading its
+# model may be what kills it (for want of memory, say), and who starts the server anew would do so for ever.
+_UNASKED = 3
 # Seconds between two looks at an entry that somebody is making.
 _LOOK_AGAIN = 0.05
 
@@ -270,8 +273,11 @@ class Jobs:
             self._drop(job)
         await settle_later(job, terms.tick)
 
-    async def adopt(self, job_id: str) -> None:
-        """Go on with a job whose process has died; harmless where another does. This is a trio-flavored function."""
+    async def adopt(self, job_id: str, *, asked: bool = True) -> None:
+        """Go on with a job whose process has died; harmless where another does. `asked`: there is a caller who waits.
+
+        This is a trio-flavored async function.
+        """
         entry = await self._held(functools.partial(self._spool.hold, job_id))
         if entry is None:
             await trio.sleep(min(self._config.tick, 1.0) / 4)  # the worker of a killed server is about to be ended
@@ -283,7 +289,7 @@ class Jobs:
             return
         request = None
         try:
-            request = await trio.to_thread.run_sync(self._recover, entry)
+            request = await trio.to_thread.run_sync(self._recover, entry, asked)
         finally:
             if request is None:  # or it has raised: the disk is full, say
                 with trio.CancelScope(shield=True):
@@ -295,8 +301,8 @@ class Jobs:
         log.info("job %s %s@%s: taken over", job_id, request.method, request.version)
         self.start(job, float("inf"))
 
-    def _recover(self, entry: Entry) -> Request | None:
-        """What is to be run of a job that nobody worked on; None where it has ended, perhaps only now. Blocks."""
+    def _recover(self, entry: Entry, asked: bool) -> Request | None:
+        """What is to be run of a job that nobody worked on; None where there is nothing, perhaps only now. Blocks."""
         fields = entry.read()
         phase = fields.get("phase", "RECEIVING")
         if phase in ENDED or phase == "RECEIVING":
@@ -316,8 +322,12 @@ class Jobs:
         if not entry.payload.exists():  # it was cancelled on a full disk, which took no note of that
             entry.store({"phase": "FAILED", "reason": "DAMAGED", "message": "the server has lost the payload"})
             return None
-        if phase == "RUNNING":
-            entry.record({"phase": "QUEUED"})
+        times = fields.get("adopted", 0) + 1
+        if times > _UNASKED and not asked:
+            return None
+        if times == _UNASKED:
+            log.warning("job %s: taken up %d times before it began; from now on only for a caller", entry.id, times)
+        entry.record({"phase": "QUEUED", "adopted": times})
         return stored_request(entry.id, fields, entry.kwargs() if "kwargs" in fields else None)
 
     # Ending
