@@ -54,6 +54,12 @@ class InProcess(aipod.Model):
         shutil.rmtree(path.parent)
         raise ValueError
 
+    def replace_payload(self, context: Context, path: Path) -> int:
+        path.unlink()
+        path.mkdir()
+        (path / "file").touch()
+        return 1
+
     def replace_journal(self, context: Context, path: Path) -> None:
         (path.parent / "state").unlink()
         (path.parent / "state").mkdir()

@@ -74,6 +74,17 @@ def test_what_a_model_does_to_its_job_is_that_job_s_failure(in_process: Served, 
     serves_on(in_process)
 
 
+def test_what_is_left_of_the_payload_changes_no_outcome(serve: Serve) -> None:
+    """DONE stays DONE, and the entry is let go of. Mutant seen: what cannot be removed is an error of the answer's."""
+    served = serve(f"{MODELS}:InProcess")
+    assert own(served.address, "replace_payload") == 1
+    assert plain(served.address, "replace_payload").json() == 1
+    (journal,) = served.spool.glob("*/state")
+    assert b"DONE" in journal.read_bytes()
+    assert b"FAILED" not in journal.read_bytes()
+    serves_on(served)
+
+
 @pytest.mark.parametrize(
     ("method", "reason"), [("block_journal", "RESULT_NOT_STORED"), ("block_journal_and_raise", "MODEL_ERROR")]
 )
