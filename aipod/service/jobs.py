@@ -75,10 +75,11 @@ class Jobs:
 
     # What a caller finds
 
-    async def find(self, request: Request) -> Job | Told:
+    async def find(self, request: Request, stored: Callable[[], None]) -> Job | Told:
         """The job that a RUN or RESUME is about: with the caller as its uploader (`Job` RECEIVING), or to be watched.
 
-        This is a trio-flavored async function. Raises `Refused`.
+        `stored` is called as soon as the request's kwargs are in the job's entry: who waits for an older connection to
+        let go of it needs no room for them. This is a trio-flavored async function. Raises `Refused`.
         """
         assert request.open is not None
         job_id, epoch = request.job_id, request.open.epoch
@@ -94,6 +95,7 @@ class Jobs:
                     await trio.sleep(_LOOK_AGAIN)
                     continue
                 self._check_same(request, fields)
+                stored()
                 if fields.get("phase", "RECEIVING") != "RECEIVING":
                     return await self.attach(job_id)
                 self._check_open()
