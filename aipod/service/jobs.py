@@ -25,10 +25,11 @@ import trio
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
-from aipod.job.request import Request, stored_request
+from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
 from aipod.service.forget import forget_answer
-from aipod.spool import ENDED, MAX_ATTEMPTS, Entry, Look, Spool, Words
+from aipod.service.recover import recover
+from aipod.spool import ENDED, Entry, Look, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
 
@@ -38,9 +39,6 @@ log = logging.getLogger("aipod.job")
 TAKE_OVER = 10.0
 # Times that a job's holder is asked to end it, half a tick apart.
 _END_TRIES = 4
-# Times in a row that a job in line is taken up though nobody asks for it. If each ends with the server, loading its
-# model may be what kills it (for want of memory, say), and who starts the server anew would do so for ever.
-_UNASKED = 3
 # Seconds between two looks at an entry that somebody is making.
 _LOOK_AGAIN = 0.05
 
@@ -291,7 +289,7 @@ class Jobs:
             return
         request = None
         try:
-            request = await trio.to_thread.run_sync(self._recover, entry, asked)
+            request = await trio.to_thread.run_sync(recover, entry, self._methods, asked)
         finally:
             if request is None:  # or it has raised: the disk is full, say
                 with trio.CancelScope(shield=True):
@@ -302,35 +300,6 @@ class Jobs:
         job.phase = Phase.QUEUED
         log.info("job %s %s@%s: taken over", job_id, request.method, request.version)
         self.start(job, float("inf"))
-
-    def _recover(self, entry: Entry, asked: bool) -> Request | None:
-        """What is to be run of a job that nobody worked on; None where there is nothing, perhaps only now. Blocks."""
-        fields = entry.read()
-        phase = fields.get("phase", "RECEIVING")
-        if phase in ENDED or phase == "RECEIVING":
-            return None
-        method = fields["method"]
-        known = method in self._methods
-        again = known and self._methods[method].get("restartable") and fields.get("attempt", 0) < MAX_ATTEMPTS
-        if phase == "RUNNING" and not (again and entry.payload.exists()):
-            log.warning("job %s %s@%s: the server was killed while it ran", entry.id, method, fields.get("version", ""))
-            entry.store(
-                {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
-            )
-            return None
-        if not known:
-            entry.store({"phase": "FAILED", "reason": "UNKNOWN_METHOD", "message": f"there is no method {method} now"})
-            return None
-        if not entry.payload.exists():  # it was cancelled on a full disk, which took no note of that
-            entry.store({"phase": "FAILED", "reason": "DAMAGED", "message": "the server has lost the payload"})
-            return None
-        times = fields.get("adopted", 0) + 1
-        if times > _UNASKED and not asked:
-            return None
-        if times == _UNASKED:
-            log.warning("job %s: taken up %d times before it began; from now on only for a caller", entry.id, times)
-        entry.record({"phase": "QUEUED", "adopted": times})
-        return stored_request(entry.id, fields, entry.kwargs() if "kwargs" in fields else None)
 
     # Ending
 
