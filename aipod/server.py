@@ -45,7 +45,7 @@ SWEEP = 30.0
 # Seconds that peers get to take the last trailers and GOAWAY, and to close: when nothing hurries, and when it does.
 LINGER = 2.0
 LINGER_AT_ONCE = 0.5
-# A connection takes one descriptor, a job that it brings two or three; the usual soft limit is 1024.
+# A connection takes one descriptor, a job one in line and three at most; the usual soft limit is 1024.
 MAX_FILES = 65536
 FILES_PER_CONNECTION = 4
 # What a server has open besides: its listeners, its loop, its workers.
@@ -157,12 +157,14 @@ def _raise_file_limit() -> int:
 
 
 def _with_room(config: Config, files: int) -> Config:
-    """`config` with as many connections as a process that may have `files` open can serve."""
+    """`config` with as many connections, and as many jobs, as a process that may have `files` open can serve."""
     room = max(1, (files - RESERVED_FILES) // FILES_PER_CONNECTION)
-    if files == resource.RLIM_INFINITY or 0 < config.max_connections <= room:
+    connections, jobs = min(config.max_connections or room, room), min(config.max_jobs, room)
+    if files == resource.RLIM_INFINITY or (connections, jobs) == (config.max_connections, config.max_jobs):
         return config
-    log.warning("at most %d connections at once: this process may have only %d files open (ulimit -n)", room, files)
-    return dataclasses.replace(config, max_connections=room)
+    text = "at most %d connections and %d jobs at once: this process may have only %d files open (ulimit -n)"
+    log.warning(text, connections, jobs, files)
+    return dataclasses.replace(config, max_connections=connections, max_jobs=jobs)
 
 
 async def _look_at_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ class InProcess(aipod.Model):
     def remove_entry_and_raise(self, context: Context, path: Path) -> None:
         shutil.rmtree(path.parent)
         raise ValueError
+
+    def replace_payload(self, context: Context, path: Path) -> int:
+        path.unlink()
+        path.mkdir()
+        (path / "file").touch()
+        return 1
 
     def replace_journal(self, context: Context, path: Path) -> None:
         (path.parent / "state").unlink()
@@ -168,3 +175,16 @@ class LoadHangs(aipod.Model):
 
     async def chaos(self, context: Context, path: Path) -> str:
         return "loaded"
+
+
+class KillsServer(aipod.Model):
+    """Version `bad` kills its server as it is loaded, once there is a file `go` in its data."""
+
+    def load(self) -> None:
+        while self.version == "bad":
+            if (self.data_dir / "go").exists():
+                os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(0.01)
+
+    def chaos(self, context: Context, path: Path) -> int:
+        return path.stat().st_size

@@ -32,6 +32,7 @@ from aipod.errors import Refused
 from aipod.job.job import stored_answer
 from aipod.results import INLINE, settle
 from aipod.service.jobs import Jobs
+from aipod.service.recover import recover
 from aipod.spool import Entry, Journal, Look, Spool
 from aipod.versions import Versions
 from tests import disk
@@ -227,7 +228,7 @@ def run_by_the_next_server(story: Story) -> None:
     entry.let_go()
     again = story.spool.hold(ID)
     assert again is not None
-    assert jobs(story.spool)._recover(again) is not None
+    assert recover(again, options(), True) is not None
     story.start(again)
     story.store(again, LONG)
     again.let_go()
@@ -334,7 +335,7 @@ class Recovery:
         assert not self.started
         entry = self.spool.hold(ID)
         assert entry is not None
-        request = jobs(self.spool)._recover(entry)
+        request = recover(entry, options(), True)
         assert request is not None
         assert (request.method, entry.kwargs()) == ("hello", self.kwargs)
         assert request.kwargs == (self.kwargs if len(self.kwargs) <= INLINE else None)  # the run reads long ones
@@ -345,7 +346,7 @@ class Recovery:
         assert self.answer is None
         entry = self.spool.hold(ID)
         assert entry is not None
-        assert jobs(self.spool)._recover(entry) is None
+        assert recover(entry, options(), True) is None
         entry.let_go()
         assert self.spool.look(ID).read()["reason"] == "INTERRUPTED"
 

@@ -74,6 +74,17 @@ def test_what_a_model_does_to_its_job_is_that_job_s_failure(in_process: Served, 
     serves_on(in_process)
 
 
+def test_what_is_left_of_the_payload_changes_no_outcome(serve: Serve) -> None:
+    """DONE stays DONE, and the entry is let go of. Mutant seen: what cannot be removed is an error of the answer's."""
+    served = serve(f"{MODELS}:InProcess")
+    assert own(served.address, "replace_payload") == 1
+    assert plain(served.address, "replace_payload").json() == 1
+    (journal,) = served.spool.glob("*/state")
+    assert b"DONE" in journal.read_bytes()
+    assert b"FAILED" not in journal.read_bytes()
+    serves_on(served)
+
+
 @pytest.mark.parametrize(
     ("method", "reason"), [("block_journal", "RESULT_NOT_STORED"), ("block_journal_and_raise", "MODEL_ERROR")]
 )
@@ -220,12 +231,23 @@ def test_connections_that_cannot_be_accepted_are_one_line_and_come_in_later(serv
 
 
 @pytest.mark.parametrize(
-    ("files", "wanted", "connections"),
-    [(65536, 1000, 1000), (1024, 1000, 248), (64, 1000, 8), (64, 5, 5), (8, 1000, 1), (1024, 0, 248)],
+    ("files", "wanted", "connections", "jobs"),
+    [
+        (65536, 1000, 1000, 10_000),
+        (1024, 1000, 248, 248),
+        (64, 1000, 8, 8),
+        (64, 5, 5, 8),
+        (8, 1000, 1, 1),
+        (1024, 0, 248, 248),
+    ],
 )
-def test_there_are_no_more_connections_than_descriptors_for_them(files: int, wanted: int, connections: int) -> None:
-    assert _with_room(Config(max_connections=wanted), files).max_connections == connections
+def test_there_are_no_more_connections_and_jobs_than_descriptors_for_them(
+    files: int, wanted: int, connections: int, jobs: int
+) -> None:
+    config = _with_room(Config(max_connections=wanted), files)
+    assert (config.max_connections, config.max_jobs) == (connections, jobs)
     assert _with_room(Config(max_connections=wanted), resource.RLIM_INFINITY).max_connections == wanted
+    assert _with_room(Config(max_jobs=3), files).max_jobs == min(jobs, 3)
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot look at another process's limits")

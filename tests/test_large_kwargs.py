@@ -10,12 +10,49 @@ import os
 import pytest
 import zstandard
 
+from aipod.codec import job_id
 from aipod.config import MIB
+from aipod.service.ai import LARGE_KWARGS
+from aipod.spool.locks import try_lock
 from aipod.wire.ai import Op, Phase
 from tests.conftest import Serve, peak_memory, run
-from tests.wire import ask, call
+from tests.phases import until
+from tests.wire import Call, ask, call
 
 CALLS = 24
+
+
+def test_who_waits_for_an_upload_keeps_no_room_from_others(serve: Serve) -> None:
+    """A server that has stopped holds two uploads, and their callers have come to this one; a third brings a new job.
+
+    Mutant seen: the room is given back when the caller has its upload, or is told to come again.
+    """
+    served = serve("Plain")
+    packed = zstandard.compress(json.dumps({"a": "a" * MIB}).encode())
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def come(ticket: bytes, epoch: int) -> Call:
+                return await stack.enter_async_context(
+                    call(served.address, ticket, name="predict", data=packed, epoch=epoch)
+                )
+
+            tickets = [os.urandom(16) for _ in range(LARGE_KWARGS)]
+            locks = [served.spool / f"{job_id(ticket)}.lock" for ticket in tickets]
+            for ticket in tickets:
+                await (await come(ticket, 1)).state()
+            await stack.aclose()
+            with contextlib.ExitStack() as held:
+                for path in locks:
+                    await until(lambda path=path: (lock := try_lock(path)) and held.callback(lock.release))
+                waiting = [await come(ticket, 2) for ticket in tickets]
+                await until(lambda: len(list(served.spool.glob("*/want-*"))) == LARGE_KWARGS)
+                assert (await (await come(os.urandom(16), 1)).state()).phase == Phase.RECEIVING
+            for one in waiting:
+                assert (await one.state()).phase == Phase.RECEIVING
+
+    run(main)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def request() -> Request:
 
 async def upload(jobs: Jobs) -> Job:
     """A job with a byte that is not durable yet."""
-    job = await jobs.find(request())
+    job = await jobs.find(request(), lambda: None)
     assert isinstance(job, Job)
     await trio.to_thread.run_sync(job.entry.write, b"x")
     return job
@@ -143,7 +143,7 @@ async def test_a_caller_that_leaves_while_its_entry_is_made_leaves_nothing(tmp_p
         jobs = jobs_of(spool, nursery)
         async with trio.open_nursery() as call:
             spool.slow = reached, passed
-            call.start_soon(jobs.find, request())
+            call.start_soon(jobs.find, request(), lambda: None)
             assert await trio.to_thread.run_sync(reached.wait, 30)
             with pytest.raises(Refused) as refused:
                 await jobs.end(ID, release=False)

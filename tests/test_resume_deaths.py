@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import resource
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from aipod.config import MIB
 from aipod.spool import Journal
 from aipod.wire.ai import Op, Phase
 from tests import stranger
-from tests.conftest import Served, run
+from tests.conftest import Served, run, wait_until
 from tests.models_resume import LONG, answer_to
 from tests.pairs import (
     MODEL,
@@ -213,6 +215,55 @@ def test_a_server_that_has_all_the_jobs_it_may_have_refuses_one_more_and_keeps_w
         assert work.lines == ["start"] * 5
 
     run(main)
+
+
+def test_of_many_jobs_that_come_at_once_no_more_are_taken_than_there_may_be(
+    serve_one: Callable[..., Served], work: Work
+) -> None:
+    """They take descriptors before they are known. Mutant seen: what is just being made does not count."""
+    served = serve_one("--max-jobs", "2")
+
+    async def main() -> None:
+        answered, leave = [], asyncio.Event()
+
+        async def come() -> None:
+            try:
+                async with opened(work.client(), served.address):
+                    answered.append("taken")
+                    await leave.wait()
+            except Refusal as exc:
+                answered.append(exc.reason)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(30):
+                group.create_task(come())
+            await until(lambda: len(answered) == 30)
+            leave.set()
+        assert sorted(answered) == ["OVERLOADED"] * 28 + ["taken"] * 2
+
+    run(main)
+
+
+def test_uploads_of_plain_clients_are_jobs_too(serve_one: Callable[..., Served], work: Work) -> None:
+    """Mutant seen: a plain client's job counts when its payload is complete."""
+    served = serve_one("--max-jobs", "2")
+    complete = threading.Event()
+
+    def requests() -> Iterator[Any]:
+        yield stranger.first_message("chaos", work.client().kwargs)
+        complete.wait(30)
+
+    def come() -> stranger.Reply:
+        return stranger.reply_of(stranger.start(channel, "chaos", requests(), metadata=[("x-func-name", "count")]))
+
+    with stranger.open_channel(served.address) as channel, ThreadPoolExecutor(10) as threads:
+        coming = [threads.submit(come) for _ in range(10)]
+        wait_until(lambda: sum(one.done() for one in coming) == 8)
+        complete.set()
+        replies = [one.result() for one in coming]
+    # Two were run, and their answers are no text.
+    assert sorted(reply.info.reason for reply in replies) == ["OVERLOADED"] * 8 + ["RESULT_NOT_TEXT"] * 2
+    assert work.lines == ["start"] * 2
 
 
 # A full disk

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aipod.codec import TICKET_MAX, TICKET_MIN
@@ -28,6 +31,10 @@ from aipod.errors import UsageError
 _LARGEST = 16 * KIB
 # Times that a file is created which another caller creates, and removes, in that moment.
 _ROUNDS = 5
+# What a file system says that has no hard links: vfat and exFAT; network disks, and what a program mounts.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+# Seconds that another caller may take to create a file on one, and between two looks whether it has.
+_TURN, _LOOK = 2.0, 0.01
 # Epochs are microseconds on the wire's uint64, counted on from here; 2**63 of them are 290,000 years.
 _NUMBERS = 2**63
 
@@ -102,7 +109,7 @@ class TicketFile:
             if (found := self.load()) is not None:
                 return found
             with contextlib.suppress(FileExistsError):
-                self._put(saved, os.link)
+                self._put(saved, _move_new)
                 return saved
         raise UsageError(f"the ticket file {str(self.path)!r} comes and goes, or is a broken link; name another one")
 
@@ -147,6 +154,41 @@ class TicketFile:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _move_new(part: Path, path: Path) -> None:
+    """Give a file the name `path`. Raises `FileExistsError` where there is one, `UsageError` where that is unsafe."""
+    try:
+        os.link(part, path)
+    except OSError as exc:
+        if exc.errno not in _NO_LINKS:
+            raise
+        with _turn(path):
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            part.rename(path)
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One caller at a time in the directory of `path`; a kill frees it. Raises `UsageError`."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        until = time.monotonic() + _TURN
+        while True:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as exc:
+                if not isinstance(exc, BlockingIOError) or time.monotonic() >= until:
+                    raise UsageError(
+                        f"the ticket file {str(path)!r} cannot be created safely: its file system has no hard links, "
+                        f"and its directory cannot be locked ({exc.strerror}); name one on another disk"
+                    ) from None
+            time.sleep(_LOOK)
+        yield
+    finally:
+        os.close(directory)
 
 
 def _is_sound(saved: Saved) -> bool:

@@ -88,6 +88,9 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                     failure, job.handed_over = None, True
                     await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED"})
                     job.enter(Phase.QUEUED)
+            with _going_on(job):
+                if job.handed_over:
+                    await trio.to_thread.run_sync(_note_hand_over, job.entry)
             stored = failure is None
             if failure is not None:
                 with _going_on(job):
@@ -110,6 +113,12 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
         finally:
             with trio.CancelScope(shield=True), _going_on(job):
                 await trio.to_thread.run_sync(end)
+
+
+def _note_hand_over(entry: Entry) -> None:
+    """Who takes the job up next need not fear that it is what ends its server. Blocks."""
+    if entry.read().get("adopted"):
+        entry.record({"adopted": 0})
 
 
 async def settle_later(job: Job, tick: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -77,13 +77,16 @@ class AI:
             nursery.start_soon(self._shortage.run)
 
     async def adopt(self, job_ids: list[str]) -> None:
-        """Go on with jobs whose process has died. This is a trio-flavored async function."""
+        """Go on with jobs whose process has died, as many as there is room for.
+
+        This is a trio-flavored async function.
+        """
         for job_id in job_ids:
-            if self.draining:
+            if self.draining or not self._jobs.has_room:
                 return
             try:
                 if job_id not in self._jobs.held:
-                    await self._jobs.adopt(job_id)
+                    await self._jobs.adopt(job_id, asked=False)
             except Exception as exc:  # one that is damaged, say: the others go on
                 log.warning("job %s: it cannot go on now", job_id, exc_info=exc)
 
@@ -192,14 +195,19 @@ class AI:
                     await self._own(None, None, *attach, call, viewer, writer, scope.deadline)
                 else:
                     large = has_large_kwargs(first, self._config.kwargs_limit)
-                    async with self._room_for_kwargs() if large else contextlib.nullcontext():
+                    async with self._room_for_kwargs(large) as give_back:
                         request = await self._open(rpc, first, call, self._parsing if large else None)
                         del first  # what came of the kwargs
+
+                        def stored() -> None:
+                            request.drop_kwargs()
+                            give_back()
+
                         if request.open is not None:
-                            found = await self._jobs.find(request)
+                            found = await self._jobs.find(request, stored)
                         else:
                             entry = await self._jobs.claim_plain(request)
-                        request.drop_kwargs()
+                        stored()
                     if request.open is not None:
                         who = request.job_id, request.open
                         await self._own(request, found, *who, call, viewer, writer, scope.deadline)
@@ -222,8 +230,14 @@ class AI:
         raise Refused("UPLOAD_STALLED", f"no first message for {self._config.upload_stall:g} s (--upload-stall)")
 
     @contextlib.asynccontextmanager
-    async def _room_for_kwargs(self) -> AsyncIterator[None]:
-        """The block may have large kwargs in memory. This is a trio-flavored async context manager."""
+    async def _room_for_kwargs(self, large: bool) -> AsyncIterator[Callable[[], None]]:
+        """The block may have `large` kwargs in memory until it calls what it is given, or ends.
+
+        This is a trio-flavored async context manager. Raises `Refused(OVERLOADED)`.
+        """
+        if not large:
+            yield lambda: None
+            return
         full = Refused("OVERLOADED", "the server has many calls with large keyword arguments at once; try again later")
         if self._large_kwargs.statistics().tasks_waiting >= LARGE_WAITING:
             raise full
@@ -231,10 +245,9 @@ class AI:
             await self._large_kwargs.acquire()
         if patience.cancelled_caught:
             raise full
-        try:
-            yield
-        finally:
-            self._large_kwargs.release()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._large_kwargs.release)
+            yield stack.close
 
     async def _open(
         self, rpc: str, first: Raw | StreamInput, call: Call, limiter: trio.CapacityLimiter | None
@@ -290,7 +303,9 @@ class AI:
             return
         while True:
             if found is None:
-                found = await (self._jobs.attach(job_id) if request is None else self._jobs.find(request))
+                found = await (
+                    self._jobs.attach(job_id) if request is None else self._jobs.find(request, request.drop_kwargs)
+                )
             job, found = found, None
             viewer.watch(job, open_.log_have)
             if not isinstance(job, Job):
@@ -370,15 +385,16 @@ class AI:
         job = Job(request, entry, self._spool.id)
         try:
             viewer.watch(job)
-            await receive_payload(
-                request,
-                entry,
-                call.receive,
-                job.notify,
-                limit=self._config.max_payload,
-                stall=self._config.upload_stall,
-            )
-            self._jobs.start(job, deadline)
+            with self._jobs.coming(request.job_id):
+                await receive_payload(
+                    request,
+                    entry,
+                    call.receive,
+                    job.notify,
+                    limit=self._config.max_payload,
+                    stall=self._config.upload_stall,
+                )
+                self._jobs.start(job, deadline)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(entry.destroy)

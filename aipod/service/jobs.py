@@ -13,10 +13,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import trio
@@ -24,10 +25,11 @@ import trio
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
-from aipod.job.request import Request, stored_request
+from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
 from aipod.service.forget import forget_answer
-from aipod.spool import ENDED, MAX_ATTEMPTS, Entry, Look, Spool, Words
+from aipod.service.recover import recover
+from aipod.spool import ENDED, Entry, Look, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
 
@@ -65,15 +67,17 @@ class Jobs:
         self._nursery = nursery
         self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
         self.held: dict[str, Job] = {}
+        self._coming: set[str] = set()  # jobs that are about to be in it: they have descriptors too
         self.changed = trio.Event()  # there is one job less in `held`
         self.draining = False
 
     # What a caller finds
 
-    async def find(self, request: Request) -> Job | Told:
+    async def find(self, request: Request, stored: Callable[[], None]) -> Job | Told:
         """The job that a RUN or RESUME is about: with the caller as its uploader (`Job` RECEIVING), or to be watched.
 
-        This is a trio-flavored async function. Raises `Refused`.
+        `stored` is called as soon as the request's kwargs are in the job's entry: who waits for an older connection to
+        let go of it needs no room for them. This is a trio-flavored async function. Raises `Refused`.
         """
         assert request.open is not None
         job_id, epoch = request.job_id, request.open.epoch
@@ -89,14 +93,15 @@ class Jobs:
                     await trio.sleep(_LOOK_AGAIN)
                     continue
                 self._check_same(request, fields)
+                stored()
                 if fields.get("phase", "RECEIVING") != "RECEIVING":
                     return await self.attach(job_id)
                 self._check_open()
-                self._check_room(job_id)
-                older = self.held.get(job_id)
-                if older is not None and older.epoch < epoch:
-                    older.give_up_upload(epoch)
-                entry = await self._held(functools.partial(self._spool.take_over, job_id, epoch))
+                with self.coming(job_id):
+                    older = self.held.get(job_id)
+                    if older is not None and older.epoch < epoch:
+                        older.give_up_upload(epoch)
+                    entry = await self._held(functools.partial(self._spool.take_over, job_id, epoch))
                 older_has_it = entry is None
                 if entry is not None:
                     job = await self._resume(entry, request)
@@ -122,8 +127,8 @@ class Jobs:
             if free and job_id not in self.held:
                 if self.draining:
                     raise self.draining_with_job()
-                self._check_room(job_id)
-                await self.adopt(job_id)
+                with self.coming(job_id):
+                    await self.adopt(job_id)
                 continue
             told = Told(look, self._spool.id, self._keep)
             told.learn(fields, live)
@@ -169,8 +174,7 @@ class Jobs:
         self._check_open()
         if request.kwargs is None:  # they are in the entry of the job that this call has watched
             raise Refused("BUSY", "the job was removed while it was watched; try again")
-        # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
-        entry = await self._held(self._claim(request), Entry.destroy)
+        entry = await self._claim(request)
         return None if entry is None else self._take_in(Job(request, entry, self._spool.id, self._keep))
 
     async def _resume(self, entry: Entry, request: Request) -> Job | None:
@@ -187,15 +191,17 @@ class Jobs:
 
     async def claim_plain(self, request: Request) -> Entry:
         """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
-        entry = await self._held(self._claim(request), Entry.destroy)
+        entry = await self._claim(request)
         if entry is None:  # two random tickets are not the same: its lock is held, by a sweep that does not go on
             raise Refused("BUSY", "the server could not begin the job; try again")
         return entry
 
-    def _claim(self, request: Request) -> Callable[[], Entry | None]:
+    async def _claim(self, request: Request) -> Entry | None:
         assert request.kwargs is not None, "a job is created once for a request"
-        self._check_room(request.job_id)
-        return functools.partial(self._spool.claim, request.job_id, request.fields, request.kwargs, size=request.size)
+        what = request.job_id, request.fields, request.kwargs
+        with self.coming(request.job_id):
+            # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
+            return await self._held(functools.partial(self._spool.claim, *what, size=request.size), Entry.destroy)
 
     async def leave_upload(self, job: Job) -> None:
         """End an upload that was cancelled, leave any other to whoever comes next.
@@ -267,8 +273,11 @@ class Jobs:
             self._drop(job)
         await settle_later(job, terms.tick)
 
-    async def adopt(self, job_id: str) -> None:
-        """Go on with a job whose process has died; harmless where another does. This is a trio-flavored function."""
+    async def adopt(self, job_id: str, *, asked: bool = True) -> None:
+        """Go on with a job whose process has died; harmless where another does. `asked`: there is a caller who waits.
+
+        This is a trio-flavored async function.
+        """
         entry = await self._held(functools.partial(self._spool.hold, job_id))
         if entry is None:
             await trio.sleep(min(self._config.tick, 1.0) / 4)  # the worker of a killed server is about to be ended
@@ -280,7 +289,7 @@ class Jobs:
             return
         request = None
         try:
-            request = await trio.to_thread.run_sync(self._recover, entry)
+            request = await trio.to_thread.run_sync(recover, entry, self._methods, asked)
         finally:
             if request is None:  # or it has raised: the disk is full, say
                 with trio.CancelScope(shield=True):
@@ -291,31 +300,6 @@ class Jobs:
         job.phase = Phase.QUEUED
         log.info("job %s %s@%s: taken over", job_id, request.method, request.version)
         self.start(job, float("inf"))
-
-    def _recover(self, entry: Entry) -> Request | None:
-        """What is to be run of a job that nobody worked on; None where it has ended, perhaps only now. Blocks."""
-        fields = entry.read()
-        phase = fields.get("phase", "RECEIVING")
-        if phase in ENDED or phase == "RECEIVING":
-            return None
-        method = fields["method"]
-        known = method in self._methods
-        again = known and self._methods[method].get("restartable") and fields.get("attempt", 0) < MAX_ATTEMPTS
-        if phase == "RUNNING" and not (again and entry.payload.exists()):
-            log.warning("job %s %s@%s: the server was killed while it ran", entry.id, method, fields.get("version", ""))
-            entry.store(
-                {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
-            )
-            return None
-        if not known:
-            entry.store({"phase": "FAILED", "reason": "UNKNOWN_METHOD", "message": f"there is no method {method} now"})
-            return None
-        if not entry.payload.exists():  # it was cancelled on a full disk, which took no note of that
-            entry.store({"phase": "FAILED", "reason": "DAMAGED", "message": "the server has lost the payload"})
-            return None
-        if phase == "RUNNING":
-            entry.record({"phase": "QUEUED"})
-        return stored_request(entry.id, fields, entry.kwargs() if "kwargs" in fields else None)
 
     # Ending
 
@@ -380,13 +364,24 @@ class Jobs:
         if self.draining:
             raise Refused("DRAINING", "the server is shutting down; try again")
 
-    def _check_room(self, job_id: str) -> None:
-        """Before this process works on one job more."""
-        limit = self._config.max_jobs
-        if len(self.held) >= limit and job_id not in self.held:
+    @property
+    def has_room(self) -> bool:
+        """Whether this process may work on one job more."""
+        return len(self.held) + len(self._coming) < self._config.max_jobs
+
+    @contextlib.contextmanager
+    def coming(self, job_id: str) -> Iterator[None]:
+        """Count a job as one of this process's before it is in `held`: hundreds may come at once. Raises `Refused`."""
+        if not self.has_room and job_id not in self.held:
+            limit = self._config.max_jobs
             raise Refused(
                 "OVERLOADED", f"the server has {limit} jobs that have not ended (--max-jobs); try again later"
             )
+        self._coming.add(job_id)
+        try:
+            yield
+        finally:
+            self._coming.discard(job_id)
 
     def draining_with_job(self) -> Refused:
         """For the caller of a job that is here to stay: it must not be created anywhere else."""

@@ -359,7 +359,10 @@ class Entry(Look):
 
     def _drop_payload(self) -> None:
         self._close()
-        self.payload.unlink(missing_ok=True)
+        try:
+            self.payload.unlink(missing_ok=True)
+        except OSError:
+            remove(self.payload)  # never raises: the outcome is written down, and stays
 
     def let_go(self) -> None:
         """Make what there is durable, and let go of the entry: others may go on with it. Idempotent.

@@ -36,6 +36,7 @@ class Fields(TypedDict, total=False):
     settled: bool  # the entry's files have their names on disk, and from now on every line is synced
     phase: str  # name of a wire.ai.Phase; RECEIVING where it is missing
     worker: str  # with RUNNING: name of the lock that is held until this run is over; empty where the server runs it
+    adopted: int  # with QUEUED: how many processes in a row have taken it up from one that had died
     attempt: int  # with RUNNING: how often the method was started, this time included
 
     # With an outcome, its last line but for RELEASED; `Entry.release` then leaves of all this what tells of no answer.
