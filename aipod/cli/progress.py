@@ -104,14 +104,17 @@ class Progress:
             return ""
         took, before = time.monotonic() - self._since[0], self._since[1]
         rate = (done - before) / took if took > 0.2 else 0
-        text = f"{done / 1e6:.1f} MB"
-        if total:
-            text = f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
+        text = amount(done, total)
         if rate:
             text += f"  {rate / 1e6:.1f} MB/s"
             if total:
                 text += f"  {(total - done) / rate:.0f} s left"
         return text
+
+
+def amount(done: int, total: float | None) -> str:
+    """Bytes for a person; `total` where it is known, and not 0."""
+    return f"{done / 1e6:.1f}/{total / 1e6:.1f} MB" if total else f"{done / 1e6:.1f} MB"
 
 
 def _amounts(event: Event) -> tuple[int, float | None]:
