@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,28 @@ async def test_a_cancel_that_comes_while_the_upload_is_let_go(tmp_path: Path, re
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 assert ended == []
     assert ended == [Phase.CANCELLED]
+    assert spool.look(ID).read()["phase"] == "CANCELLED"
+    assert left_in(spool.path) == []
+    assert not spool.is_held(ID)
+
+
+async def test_a_cancel_whose_caller_does_not_wait_until_the_upload_is_let_go(tmp_path: Path) -> None:
+    """`end` waits for `TAKE_OVER` at most, its caller perhaps less, and a disk may take longer.
+
+    Mutant seen: `leave_upload` looks whether the job is to be stopped before it flushes, and not again.
+    """
+    spool = Spool.open(tmp_path / "spool", "app", reserve=0)
+    async with trio.open_nursery() as nursery:
+        jobs = jobs_of(spool, nursery)
+        job = await upload(jobs)
+        async with trio.open_nursery() as calls:
+            with slow_journal(job):
+                calls.start_soon(jobs.leave_upload, job)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                async with trio.open_nursery() as caller:
+                    caller.start_soon(functools.partial(jobs.end, ID, release=False))
+                    await trio.testing.wait_all_tasks_blocked(0.05)
+                    caller.cancel_scope.cancel()
     assert spool.look(ID).read()["phase"] == "CANCELLED"
     assert left_in(spool.path) == []
     assert not spool.is_held(ID)

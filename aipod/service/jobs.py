@@ -203,6 +203,10 @@ class Jobs:
         This is a trio-flavored async function; it cannot be cancelled. Raises `Refused` (SPOOL_FULL).
         """
         try:
+            if not job.stop_asked:
+                # Seconds on a busy disk. Who asks meanwhile for the end may have gone before they are over.
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(job.entry.stop_writing)
             if job.stop_asked:
                 await self._store_stopped(job)
         finally:

@@ -212,6 +212,13 @@ class Entry(Look):
             os.fchmod(self._fd, 0o400)
             self._close()
 
+    def stop_writing(self) -> None:
+        """Make what has arrived of the payload durable, for whoever goes on with it, and close it. Idempotent."""
+        if self._fd is not None:
+            with contextlib.suppress(Refused):  # the disk is full: what was told to be durable is
+                self.checkpoint(now=True)
+            self._close()
+
     @property
     def digest(self) -> bytes | None:
         """Of the payload; None where it must be read for that."""
@@ -369,10 +376,7 @@ class Entry(Look):
         try:
             if self._lock.is_locked and self._is_nothing():
                 self.destroy()
-            if self._fd is not None:
-                with contextlib.suppress(Refused):  # the disk is full: what was told to be durable is
-                    self.checkpoint(now=True)
-                self._close()
+            self.stop_writing()
         finally:
             self._lock.release()
 
