@@ -1,4 +1,4 @@
-"""An upload whose caller has left for good is ended, however slow the disk is."""
+"""An upload that its caller has left: for good it is ended, however slow the disk is; else it waits to go on."""
 
 from __future__ import annotations
 
@@ -176,6 +176,21 @@ async def test_a_caller_that_leaves_while_its_entry_is_made_leaves_nothing(tmp_p
         assert jobs.held == {}
     assert not spool.look(ID).path.exists()
     assert left_in(spool.path, uploads=True) == []
+
+
+async def test_a_caller_that_comes_back_to_what_the_disk_has_not_kept_begins_anew(tmp_path: Path) -> None:
+    spool = Spool.open(tmp_path / "spool", "app", reserve=0)
+    async with trio.open_nursery() as nursery:
+        jobs = jobs_of(spool, nursery)
+        job = await upload(jobs)
+        job.entry.record({"offset": 1, "lost": True})
+        await jobs.leave_upload(job)
+        again = await jobs.find(request())
+        assert isinstance(again, Job)
+        assert (again.phase, again.durable, again.entry.written) == (Phase.RECEIVING, 0, 0)
+        assert jobs.held == {ID: again}
+        await trio.to_thread.run_sync(again.entry.destroy)
+    assert left_in(spool.path) == []
 
 
 async def test_a_cancel_that_meets_an_entry_in_the_moment_of_its_removal(tmp_path: Path) -> None:
