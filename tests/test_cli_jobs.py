@@ -308,7 +308,11 @@ def test_a_server_that_is_started_again_while_one_is_attached(serve: Serve, work
         serve(MODEL, "--tick", "0.1", bind=bind)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert err.decode().splitlines()[-1].startswith("aipod: INTERRUPTED: the server was killed while the method ran")
+    assert (
+        err.decode()
+        .splitlines()[-1]
+        .startswith("aipod: INTERRUPTED: the method was started, how it ended is not known: ")
+    )
     assert "call again to run it once more" in err.decode()
     assert work.runs == 1
 

@@ -512,28 +512,68 @@ async def test_a_long_answer_before_the_first_tick_is_told_at_once_and_safe_afte
     assert not story.spool.is_held(job.entry.id)
 
 
-async def test_an_outcome_that_could_not_be_stored_is_stored_later(story: Story, model: Model) -> None:
-    """And nobody else gets the job before: it would be interrupted there. Mutants seen: no `_store_later`; one try."""
+class FullDisk(Journal):
+    """On a disk without room for an outcome, for so many lines."""
+
+    lines: float = 6
+
+    def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+        if fields.get("phase") == "FAILED" and self.lines:
+            self.lines -= 1
+            raise OSError(errno.ENOSPC, "full")
+        super().append(fields, sync=sync)
+
+
+async def test_an_outcome_that_could_not_be_stored_is_stored_later(
+    story: Story, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nobody else gets the job before: it would be interrupted there.
+
+    Mutants seen: no `_store_later`; one try; a line in the server's log for each.
+    """
     model.train = lambda context, path: 1 / 0
-    full = 6
-
-    class Full(Journal):
-        """On a disk without room for the outcome, a while."""
-
-        def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-            nonlocal full
-            if fields.get("phase") == "FAILED" and full:
-                full -= 1
-                raise OSError(errno.ENOSPC, "full")
-            super().append(fields, sync=sync)
-
-    job = await story.begin(open_=OWN, journal=Full)
+    job = await story.begin(open_=OWN, journal=FullDisk)
     await job.over.wait()
     assert written(job)["phase"] == "RUNNING"
     assert story.spool.is_held(job.entry.id)
     await until(lambda: not story.spool.is_held(job.entry.id))
-    assert full == 0
+    assert cast(FullDisk, job.entry._journal).lines == 0
     assert written(job).items() >= {"phase": "FAILED", "reason": "MODEL_ERROR", "type": "ZeroDivisionError"}.items()
+    assert said_of_outcomes(caplog) == [
+        "its outcome could not be stored: the server's disk is full; try again later",
+        "its outcome is stored now",
+    ]
+
+
+async def test_an_outcome_that_was_never_stored_is_not_said_to_be_a_kill(
+    tmp_path: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its disk was full until the server was shut down."""
+
+    class NeverStored(FullDisk):
+        lines = math.inf
+
+    model.train = lambda context, path: 1 / 0
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool:
+        async with trio.open_nursery() as nursery:
+            story = Story(tmp_path, pool, nursery)
+            job = await story.begin(open_=OWN, journal=NeverStored)
+            await job.over.wait()
+            nursery.cancel_scope.cancel()
+        assert [said.partition(": ")[0] for said in said_of_outcomes(caplog)] == [
+            "its outcome could not be stored",
+            "its outcome is given up; from now on nobody is told how it ended",
+        ]
+        async with trio.open_nursery() as nursery:
+            await Story(tmp_path, pool, nursery).service().adopt([job.look.id])
+    told = story.spool.look(job.look.id).read()
+    assert (told["phase"], told["reason"]) == ("FAILED", "INTERRUPTED")
+    assert told["message"].endswith("the server was killed, or could not store the outcome")
+
+
+def said_of_outcomes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    said = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    return [text for text in said if text.startswith("its outcome")]
 
 
 async def test_without_a_descriptor_what_goes_on_beside_the_calls_goes_on(

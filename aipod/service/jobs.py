@@ -39,6 +39,8 @@ TAKE_OVER = 10.0
 _END_TRIES = 4
 # Seconds between two looks at an entry that somebody is making.
 _LOOK_AGAIN = 0.05
+# Of a job that was RUNNING when its holder let go of it. The disk may have been full for as long as that tried.
+_NO_OUTCOME = "the method was started, how it ended is not known: the server was killed, or could not store the outcome"
 
 
 class Jobs:
@@ -306,10 +308,8 @@ class Jobs:
         known = method in self._methods
         again = known and self._methods[method].get("restartable") and fields.get("attempt", 0) < MAX_ATTEMPTS
         if phase == "RUNNING" and not (again and entry.payload.exists()):
-            log.warning("job %s %s@%s: the server was killed while it ran", entry.id, method, fields.get("version", ""))
-            entry.store(
-                {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
-            )
+            log.warning("job %s %s@%s: %s", entry.id, method, fields.get("version", ""), _NO_OUTCOME)
+            entry.store({"phase": "FAILED", "reason": "INTERRUPTED", "message": _NO_OUTCOME})
             return None
         if not known:
             entry.store({"phase": "FAILED", "reason": "UNKNOWN_METHOD", "message": f"there is no method {method} now"})
@@ -423,9 +423,7 @@ def _end(entry: Entry, release: bool) -> None:
     """Cancel a job that nobody works on, or forget its answer. Blocks."""
     phase = entry.read().get("phase", "RECEIVING")
     if phase == "RUNNING":
-        entry.store(
-            {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
-        )
+        entry.store({"phase": "FAILED", "reason": "INTERRUPTED", "message": _NO_OUTCOME})
     elif phase not in ENDED:
         entry.store({"phase": "CANCELLED", "reason": "CANCELLED", "message": "it was cancelled by its client"})
     if release and phase in ENDED:
