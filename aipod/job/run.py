@@ -210,7 +210,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
 
 
 def _long_kwargs(entry: Entry) -> bytes:
-    """The kwargs that only the entry has: in memory from here to the end of the run, and one job an instance."""
+    """The kwargs that only the entry has: in memory from here to the end of the run, of as many jobs as run at once."""
     try:
         return entry.kwargs()
     except FileNotFoundError:
