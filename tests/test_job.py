@@ -803,6 +803,44 @@ async def test_the_grace_begins_when_the_last_viewer_leaves_and_not_a_tick_befor
     assert job.stopped().reason == "CANCELLED"
 
 
+async def test_what_is_new_in_the_log_is_read_once_for_all_who_have_come_as_far(story: Story) -> None:
+    """Also for who asks when it has grown, and who is behind. Mutants seen: read for each; an old piece is given."""
+    job = story.make(open_=OWN)
+    read, reads = job.entry.read_log, list[int]()
+
+    def counted(offset: int, limit: int) -> bytes:
+        reads.append(offset)
+        return read(offset, limit)
+
+    job.entry.read_log = counted
+    job.viewers = 100
+    heard: dict[int, list[bytes]] = {0: [], 6: []}
+
+    async def ask(offset: int) -> None:
+        heard[offset].append(await job.read_log(offset))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask, 0)
+    job.entry.append_log("first\n")
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(ask, 0)
+    job.entry.append_log("second\n")
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(ask, 6)
+    await ask(0)
+    assert heard == {0: [b"", *[b"first\n"] * 100, b"first\nsecond\n"], 6: [b"second\n"] * 100}
+    assert reads == [0, 6, 0]
+    log = (job.entry.path / "log").rename(job.entry.path / "away")
+    log.with_name("log").mkdir()  # it cannot be read now
+    assert [await job.read_log(1), await job.read_log(1)] == [b"", b""]
+    log.with_name("log").rmdir()
+    log.rename(log.with_name("log"))
+    assert await job.read_log(1) == b"irst\nsecond\n"
+    job.entry.destroy()
+
+
 async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:
     job = fake_job(OWN)
     job.heed(Words(), time.monotonic() + 1e6, 1.0)

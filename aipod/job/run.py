@@ -23,7 +23,6 @@ from aipod.wire.ai import Phase
 
 log = logging.getLogger("aipod.job")
 
-LOG_PIECE = 64 * 1024  # of the job's log per heartbeat
 # Ticks for which an outcome that the disk does not take is tried again.
 STORE_TRIES = 600
 # Ticks for which it is tried again to make a long answer survive a power cut.
