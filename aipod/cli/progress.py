@@ -28,6 +28,9 @@ _PHASES = {
     "RELEASED": "released",
 }
 
+# Reasons of which a command tells: in some there are numbers, which differ each time.
+_NOTES = 5
+
 
 class Progress:
     """Shows events on `stream` where it is a terminal; log lines of the model above the bar."""
@@ -40,7 +43,7 @@ class Progress:
             from aipod.cli.bar import Bar
 
             self._bar = self._live = Bar(stream)
-        self._told = False  # that it is tried again
+        self._told = set[str]()  # why it was tried again
         self.is_json = False
         self._phase = ""
         self._since = (0.0, 0)
@@ -69,9 +72,8 @@ class Progress:
     def show(self, event: Event) -> None:
         """Called with every event of the call."""
         self.is_json = event.content_type == "application/json"
-        if self._bar is None and event.phase == "WAITING" and not self._told:
-            self._told = True  # one line, not one for each try
-            click.echo(f"aipod: note: {' '.join(event.message.split())}; trying again", err=True)
+        if self._bar is None and event.phase == "WAITING":
+            self._note(" ".join(event.message.split()))
         if self._live is None:
             return
         if event.log:
@@ -88,6 +90,12 @@ class Progress:
             self._detail(event, done, total),
             refresh=is_new,  # at once: a phase may be shorter than the pause between two pictures
         )
+
+    def _note(self, why: str) -> None:
+        """One line for each reason, not one for each try."""
+        if why not in self._told and len(self._told) < _NOTES:
+            self._told.add(why)
+            click.echo(f"aipod: note: {why}; trying again", err=True)
 
     def _detail(self, event: Event, done: int, total: float | None) -> str:
         message = " ".join(event.message.split())
