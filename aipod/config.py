@@ -58,6 +58,9 @@ class Config:
     instances: int = _setting(1, "Instances per version (process runner).", low=1, high=1024)
     # Each instance is a process with a model in it; beyond this an idle one of another version is closed first.
     max_instances: int = _setting(16, "Instances of all versions together.", low=1, high=4096)
+    # Async methods wait for others, so hundreds at once are usual. Each has its kwargs in memory while it runs, 16 MiB
+    # at most: 4 GiB, and what the methods make of them.
+    concurrency: int = _setting(256, "Jobs at once in one instance (loop runner).", low=1, high=100_000)
     # A proxy's timeout is never below a second, so one tick a second keeps every hop awake.
     tick: float = _setting(1 * SECONDS, "Seconds between heartbeats.", low=0.01, high=60)
     drain: float = _setting(

@@ -6,7 +6,7 @@
       JobFailed                  the job ended without a result; the method may have run
         ModelError               the model raised
         JobCancelled             it was cancelled, or its time was up
-        Interrupted              its server or worker was killed while the method ran
+        Interrupted              its server or worker was killed while the method ran, or its outcome not stored
       Unreachable                no connection, or none that lasted, before the request was complete
       JobLost                    out of sight after the request was complete: the method may have run
 
@@ -141,7 +141,10 @@ class JobCancelled(JobFailed):
 
 
 class Interrupted(JobFailed):
-    """The server or the worker was killed while the method ran; it is not run again unasked."""
+    """The server or the worker was killed while the method ran, or the server could not store how the run ended.
+
+    It is not run again unasked.
+    """
 
 
 class Unreachable(AipodError):

@@ -74,20 +74,22 @@ class Pool:
         data: Callable[[str], Data],
         *,
         shared: bool,
+        at_once: int,
         per_version: int,
         total: int,
         nursery: trio.Nursery,
     ) -> None:
         self._make = make
         self._data = data
-        self._shared = shared  # one instance per version runs all its jobs at once
-        self._per_version = per_version
+        # One instance per version runs the jobs that it has, or several run one each.
+        self._at_once = at_once if shared else 1
+        self._per_version = 1 if shared else per_version
         self._total = total
         # The pool's own: instances that are evicted or retired are shut down in it, not by the job that found them.
         self._nursery = nursery
         self._instances: list[Instance] = []
         self._closing: list[Instance] = []  # they still take their memory, so they count to `total`
-        # Bounded by the calls that are open (max_streams per connection): each waiter is one.
+        # Bounded by Config.max_jobs, and the calls that are open: each waiter is one job.
         self._line: list[Waiter] = []
         self._clock = itertools.count(1)
 
@@ -155,9 +157,9 @@ class Pool:
                 self._retire(instance)  # by another process, which cannot call `retire`
         mine = [instance for instance in self._instances if instance.version == version and not instance.retired]
         for instance in sorted(mine, key=lambda one: -one.last_used):
-            if instance.ready and (instance.users == 0 or self._shared):
+            if instance.ready and instance.users < self._at_once:
                 return instance
-        if len(mine) >= (1 if self._shared else self._per_version):
+        if len(mine) >= self._per_version:
             return None
         if len(self._instances) + len(self._closing) >= self._total:
             if not self._closing:
@@ -248,12 +250,16 @@ async def open_pool(
     data: Callable[[str], Data] = lambda version: _Fixed(),
     *,
     shared: bool,
+    at_once: int = 256,
     per_version: int,
     total: int,
 ) -> AsyncIterator[Pool]:
-    """A pool whose instances are all gone when the `async with` is left. This is a trio-flavored async function."""
+    """A pool whose instances are all gone when the `async with` is left. `at_once`: jobs in a shared instance.
+
+    This is a trio-flavored async function.
+    """
     async with trio.open_nursery() as nursery:
-        pool = Pool(make, data, shared=shared, per_version=per_version, total=total, nursery=nursery)
+        pool = Pool(make, data, shared=shared, at_once=at_once, per_version=per_version, total=total, nursery=nursery)
         try:
             yield pool
         finally:

@@ -87,6 +87,7 @@ async def serve(
                     make,
                     versions.present,
                     shared=description.is_async,
+                    at_once=config.concurrency,
                     per_version=config.instances,
                     total=config.max_instances,
                 ) as pool,

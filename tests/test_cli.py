@@ -423,6 +423,15 @@ def test_who_is_no_terminal_hears_once_that_it_is_tried_again() -> None:
     assert done.stdout == "False 3\n"
 
 
+def test_each_reason_for_which_it_is_tried_again_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutants seen: only the first one, so that who looks for a job for a minute has heard of a refused connection."""
+    with Progress(io.StringIO()) as progress:
+        for why in ("refused", "refused", "not there", "refused", "3 bytes", "4 bytes", "5 bytes", "6 bytes"):
+            progress.show(Event("WAITING", message=why))
+    told = ["refused", "not there", "3 bytes", "4 bytes", "5 bytes"]
+    assert capsys.readouterr().err.splitlines() == [f"aipod: note: {why}; trying again" for why in told]
+
+
 def quietly(served: Served) -> list[str]:
     with contextlib.suppress(FileNotFoundError):  # an entry is being removed this moment
         return left_in(served.spool)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from aipod.client.ticket import TicketFile
+from aipod.codec import job_id
+from tests import stranger, wire
 from tests.conftest import Serve, Served, free_port, left_in, run, wait_until
 from tests.proxy import Fault, Proxy, open_proxy
 from tests.test_cli import MODEL, Done, Terminal, aipod, start
@@ -303,7 +308,11 @@ def test_a_server_that_is_started_again_while_one_is_attached(serve: Serve, work
         serve(MODEL, "--tick", "0.1", bind=bind)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert err.decode().splitlines()[-1].startswith("aipod: INTERRUPTED: the server was killed while the method ran")
+    assert (
+        err.decode()
+        .splitlines()[-1]
+        .startswith("aipod: INTERRUPTED: the method was started, how it ended is not known: ")
+    )
     assert "call again to run it once more" in err.decode()
     assert work.runs == 1
 
@@ -351,6 +360,50 @@ def test_jobs_is_a_table_for_people_and_lines_of_json(serve: Serve, work: Work, 
     assert shown == [line[:40] for line in lines], "a line of its own for each job"
     for ticket in (work.out, work.ticket):
         assert aipod("cancel", *to, str(ticket)).out == b"CANCELLED\n"
+
+
+def test_jobs_tells_how_much_of_an_upload_is_durable(serve: Serve) -> None:
+    """With and without an announced size."""
+    served = serve(MODEL, "--tick", "0.1")
+    to = ("--to", served.address)
+    sizes = {b"a" * 16: 5_000_000, b"b" * 16: None}
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for ticket, size in sizes.items():
+                upload = wire.call(served.address, ticket, name="text", size=size, epoch=1)
+                one = await stack.enter_async_context(upload)
+                for offset in range(0, 2_500_000, 500_000):
+                    await one.chunk(bytes(500_000), offset, sync=True)
+                await one.until(lambda state: state.offset == 2_500_000)
+            table, lines = [await asyncio.to_thread(aipod, "jobs", *to, *option) for option in ((), ("--json",))]
+        rows = {line.split()[0]: line.split()[3:] for line in table.out.decode().splitlines()[1:]}
+        assert rows == {
+            job_id(b"a" * 16): ["RECEIVING", "2.5/5.0", "MB"],
+            job_id(b"b" * 16): ["RECEIVING", "2.5", "MB"],
+        }
+        listed = {job["id"]: (job["received"], job["size"]) for job in map(json.loads, lines.out.splitlines())}
+        assert listed == {job_id(ticket): (2_500_000, size) for ticket, size in sizes.items()}
+
+    run(main)
+
+
+def test_jobs_tells_how_much_of_a_plain_clients_upload_is_durable(serve: Serve) -> None:
+    served = serve(MODEL, "--tick", "0.1")
+    over = threading.Event()
+
+    def messages() -> Iterator[Any]:
+        yield stranger.first_message("chaos", {"_aipod_bin_size": 5_000_000})
+        yield stranger.Raw(data=zstandard.compress(bytes(2_500_000)), sync=True)
+        over.wait(60)
+
+    with stranger.open_channel(served.address) as channel:
+        call = stranger.start(channel, "chaos", messages())
+        try:
+            wait_until(lambda: b"RECEIVING  2.5/5.0 MB" in aipod("jobs", "--to", served.address).out)
+        finally:
+            over.set()
+        assert stranger.reply_of(call).info.reason == "SIZE_MISMATCH"
 
 
 # --- mistakes

@@ -51,6 +51,31 @@ async def main():
 asyncio.run(main())
 """
 
+# Writes down what is synced, and whether there is a ticket file then.
+NOTING = """
+import os, sys
+noted, ticket, *sys.argv[1:] = sys.argv[1:]
+fsync = os.fsync
+def noting(fd):
+    fsync(fd)
+    with open(noted, "a") as file:
+        print(os.path.realpath(f"/proc/self/fd/{fd}"), os.path.exists(ticket), file=file)
+os.fsync = noting
+"""
+COMMAND = """
+import aipod.__main__
+aipod.__main__.main()
+"""
+SAVER = """
+import asyncio, sys, aipod
+address, ticket, out = sys.argv[1:]
+async def main():
+    async with aipod.Client(address) as client:
+        job = await client.submit("seeded", ticket_file=ticket, length=20_000_000)
+        await job.save(out)
+asyncio.run(main())
+"""
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -416,3 +441,28 @@ def test_a_part_beside_a_file_that_cannot_be_replaced_stays(tmp_path: Path) -> N
     part.leave()
     path = tmp_path / f".answer.{ID}.part"
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"answer", 0o600)
+
+
+@pytest.mark.parametrize("way", ["predict", "call", "save", "pipe"])
+def test_a_saved_answer_is_on_the_disk_before_the_ticket_file_goes(served: Served, tmp_path: Path, way: str) -> None:
+    """A power cut would else take both. Mutants seen, of each way: no sync; the ticket file goes first.
+
+    What goes to a pipe is no file's.
+    """
+    job, noted = Download(tmp_path, way), tmp_path / "noted"
+    words = [served.address, str(job.ticket), str(job.out)]
+    script = {"predict": CALLER, "save": SAVER}.get(way, COMMAND)
+    if script is COMMAND:
+        words = ["call", "seeded", "-k", "length=20000000", "--ticket", str(job.ticket), "--to", served.address]
+        words += ["-o", str(job.out)] if way == "call" else []
+    command = [sys.executable, "-c", NOTING + script, str(noted), str(job.ticket), *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=True)
+    assert not job.ticket.exists()
+    lines = [line.split() for line in noted.read_text().splitlines()]
+    of_answer = [line for line in lines if line[0] in (str(job.out), str(job.home))]
+    if way == "pipe":
+        assert (done.stdout == ANSWER, of_answer) == (True, [])
+        assert all("aipod-" not in name for name, _ in lines)
+    else:
+        job.check()
+        assert of_answer == [[str(job.out), "True"], [str(job.home), "True"]]

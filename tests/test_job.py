@@ -512,28 +512,68 @@ async def test_a_long_answer_before_the_first_tick_is_told_at_once_and_safe_afte
     assert not story.spool.is_held(job.entry.id)
 
 
-async def test_an_outcome_that_could_not_be_stored_is_stored_later(story: Story, model: Model) -> None:
-    """And nobody else gets the job before: it would be interrupted there. Mutants seen: no `_store_later`; one try."""
+class FullDisk(Journal):
+    """On a disk without room for an outcome, for so many lines."""
+
+    lines: float = 6
+
+    def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+        if fields.get("phase") == "FAILED" and self.lines:
+            self.lines -= 1
+            raise OSError(errno.ENOSPC, "full")
+        super().append(fields, sync=sync)
+
+
+async def test_an_outcome_that_could_not_be_stored_is_stored_later(
+    story: Story, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nobody else gets the job before: it would be interrupted there.
+
+    Mutants seen: no `_store_later`; one try; a line in the server's log for each.
+    """
     model.train = lambda context, path: 1 / 0
-    full = 6
-
-    class Full(Journal):
-        """On a disk without room for the outcome, a while."""
-
-        def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-            nonlocal full
-            if fields.get("phase") == "FAILED" and full:
-                full -= 1
-                raise OSError(errno.ENOSPC, "full")
-            super().append(fields, sync=sync)
-
-    job = await story.begin(open_=OWN, journal=Full)
+    job = await story.begin(open_=OWN, journal=FullDisk)
     await job.over.wait()
     assert written(job)["phase"] == "RUNNING"
     assert story.spool.is_held(job.entry.id)
     await until(lambda: not story.spool.is_held(job.entry.id))
-    assert full == 0
+    assert cast(FullDisk, job.entry._journal).lines == 0
     assert written(job).items() >= {"phase": "FAILED", "reason": "MODEL_ERROR", "type": "ZeroDivisionError"}.items()
+    assert said_of_outcomes(caplog) == [
+        "its outcome could not be stored: the server's disk is full; try again later",
+        "its outcome is stored now",
+    ]
+
+
+async def test_an_outcome_that_was_never_stored_is_not_said_to_be_a_kill(
+    tmp_path: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its disk was full until the server was shut down."""
+
+    class NeverStored(FullDisk):
+        lines = math.inf
+
+    model.train = lambda context, path: 1 / 0
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool:
+        async with trio.open_nursery() as nursery:
+            story = Story(tmp_path, pool, nursery)
+            job = await story.begin(open_=OWN, journal=NeverStored)
+            await job.over.wait()
+            nursery.cancel_scope.cancel()
+        assert [said.partition(": ")[0] for said in said_of_outcomes(caplog)] == [
+            "its outcome could not be stored",
+            "its outcome is given up; from now on nobody is told how it ended",
+        ]
+        async with trio.open_nursery() as nursery:
+            await Story(tmp_path, pool, nursery).service().adopt([job.look.id])
+    told = story.spool.look(job.look.id).read()
+    assert (told["phase"], told["reason"]) == ("FAILED", "INTERRUPTED")
+    assert told["message"].endswith("the server was killed, or could not store the outcome")
+
+
+def said_of_outcomes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    said = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    return [text for text in said if text.startswith("its outcome")]
 
 
 async def test_without_a_descriptor_what_goes_on_beside_the_calls_goes_on(
@@ -761,6 +801,44 @@ async def test_the_grace_begins_when_the_last_viewer_leaves_and_not_a_tick_befor
     job.heed(Words(watched=5), left + 1.9, 1.0)
     assert job.stop_asked
     assert job.stopped().reason == "CANCELLED"
+
+
+async def test_what_is_new_in_the_log_is_read_once_for_all_who_have_come_as_far(story: Story) -> None:
+    """Also for who asks when it has grown, and who is behind. Mutants seen: read for each; an old piece is given."""
+    job = story.make(open_=OWN)
+    read, reads = job.entry.read_log, list[int]()
+
+    def counted(offset: int, limit: int) -> bytes:
+        reads.append(offset)
+        return read(offset, limit)
+
+    job.entry.read_log = counted
+    job.viewers = 100
+    heard: dict[int, list[bytes]] = {0: [], 6: []}
+
+    async def ask(offset: int) -> None:
+        heard[offset].append(await job.read_log(offset))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask, 0)
+    job.entry.append_log("first\n")
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(ask, 0)
+    job.entry.append_log("second\n")
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(ask, 6)
+    await ask(0)
+    assert heard == {0: [b"", *[b"first\n"] * 100, b"first\nsecond\n"], 6: [b"second\n"] * 100}
+    assert reads == [0, 6, 0]
+    log = (job.entry.path / "log").rename(job.entry.path / "away")
+    log.with_name("log").mkdir()  # it cannot be read now
+    assert [await job.read_log(1), await job.read_log(1)] == [b"", b""]
+    log.with_name("log").rmdir()
+    log.rename(log.with_name("log"))
+    assert await job.read_log(1) == b"irst\nsecond\n"
+    job.entry.destroy()
 
 
 async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:

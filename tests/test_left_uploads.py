@@ -1,7 +1,8 @@
-"""An upload whose caller has left for good is ended, however slow the disk is."""
+"""An upload that its caller has left: for good it is ended, however slow the disk is; else it waits to go on."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +120,28 @@ async def test_a_cancel_that_comes_while_the_upload_is_let_go(tmp_path: Path, re
     assert not spool.is_held(ID)
 
 
+async def test_a_cancel_whose_caller_does_not_wait_until_the_upload_is_let_go(tmp_path: Path) -> None:
+    """`end` waits for `TAKE_OVER` at most, its caller perhaps less, and a disk may take longer.
+
+    Mutant seen: `leave_upload` looks whether the job is to be stopped before it flushes, and not again.
+    """
+    spool = Spool.open(tmp_path / "spool", "app", reserve=0)
+    async with trio.open_nursery() as nursery:
+        jobs = jobs_of(spool, nursery)
+        job = await upload(jobs)
+        async with trio.open_nursery() as calls:
+            with slow_journal(job):
+                calls.start_soon(jobs.leave_upload, job)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                async with trio.open_nursery() as caller:
+                    caller.start_soon(functools.partial(jobs.end, ID, release=False))
+                    await trio.testing.wait_all_tasks_blocked(0.05)
+                    caller.cancel_scope.cancel()
+    assert spool.look(ID).read()["phase"] == "CANCELLED"
+    assert left_in(spool.path) == []
+    assert not spool.is_held(ID)
+
+
 async def test_a_cancel_that_comes_before_the_upload_is_let_go(tmp_path: Path) -> None:
     """Mutant: `leave_upload` does not look whether the job was to be stopped."""
     spool = Spool.open(tmp_path / "spool", "app", reserve=0)
@@ -153,6 +176,21 @@ async def test_a_caller_that_leaves_while_its_entry_is_made_leaves_nothing(tmp_p
         assert jobs.held == {}
     assert not spool.look(ID).path.exists()
     assert left_in(spool.path, uploads=True) == []
+
+
+async def test_a_caller_that_comes_back_to_what_the_disk_has_not_kept_begins_anew(tmp_path: Path) -> None:
+    spool = Spool.open(tmp_path / "spool", "app", reserve=0)
+    async with trio.open_nursery() as nursery:
+        jobs = jobs_of(spool, nursery)
+        job = await upload(jobs)
+        job.entry.record({"offset": 1, "lost": True})
+        await jobs.leave_upload(job)
+        again = await jobs.find(request())
+        assert isinstance(again, Job)
+        assert (again.phase, again.durable, again.entry.written) == (Phase.RECEIVING, 0, 0)
+        assert jobs.held == {ID: again}
+        await trio.to_thread.run_sync(again.entry.destroy)
+    assert left_in(spool.path) == []
 
 
 async def test_a_cancel_that_meets_an_entry_in_the_moment_of_its_removal(tmp_path: Path) -> None:

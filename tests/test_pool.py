@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -106,6 +107,25 @@ async def test_a_shared_instance_runs_all_jobs_at_once_and_loads_once(autojump_c
             for _ in range(100):
                 nursery.start_soon(use, pool, "v")
         assert trio.current_time() == began + LOAD + 1
+    assert models.versions == ["v"]
+
+
+async def test_a_shared_instance_runs_so_many_jobs_at_once_and_the_others_wait_in_line(
+    autojump_clock: MockClock,
+) -> None:
+    """Mutant seen: no bound."""
+    models, waiters = Models(shared=True), [Waiter("v") for _ in range(7)]
+    began, ended = trio.current_time(), list[float]()
+    async with open_pool(models, shared=True, at_once=3, per_version=1, total=16) as pool:
+
+        async def job(waiter: Waiter) -> None:
+            ended.append(await use(pool, "v", waiter=waiter))
+
+        async with trio.open_nursery() as nursery:
+            await line_up(nursery, *(functools.partial(job, waiter) for waiter in waiters))
+            await trio.sleep(LOAD + 0.5)
+            assert [pool.place(waiter) for waiter in waiters[3:]] == [0, 1, 2, 3]
+    assert ended == [began + LOAD + seconds for seconds in (1, 1, 1, 2, 2, 2, 3)]
     assert models.versions == ["v"]
 
 

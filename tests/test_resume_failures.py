@@ -188,6 +188,7 @@ def test_the_wrong_spool() -> None:
         assert decision is not None
         assert (decision.action, decision.within) == (Action.RETRY, OUT_OF_SIGHT)
         assert isinstance(decision.error, aipod.JobLost)
+        assert decision.why == "WRONG_SPOOL: text; it may be elsewhere, and is looked for 60 s long"
 
 
 def test_a_job_that_is_not_there() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from aipod.codec import digest
 from aipod.config import MIB
+from aipod.results import INLINE
 from aipod.spool import MAX_LOG, SYNC_AFTER, SYNC_BYTES, Journal, Spool, Sweeper
 from bench.disk import forget, small_job
 from tests.conftest import left_in
@@ -416,6 +417,49 @@ def test_an_entry_that_the_disk_has_failed_to_keep_never_settles(spool: Spool) -
     assert entry.read().items() >= {"phase": "FAILED"}.items()
     assert "settled" not in entry.read()
     entry.destroy()
+
+
+def test_an_upload_of_which_the_disk_has_failed_to_keep_the_beginning_is_begun_anew(spool: Spool) -> None:
+    """The next holder's sync would succeed. Nothing of it was told to be durable, though an offset is in the journal.
+
+    Mutant seen: the next holder does not know of it, and tells the offset.
+    """
+    entry = claimed(spool, A, TICKETED, b" " * (INLINE + 1))
+    (entry.path / "kw").unlink()
+    os.mkfifo(entry.path / "kw")
+    entry.write(b"some")
+    assert refusal(entry.checkpoint, now=True) == "BUSY"
+    assert (entry.durable, entry.read()["offset"]) == (0, 4)
+    entry.let_go()
+    (entry.path / "kw").unlink()
+    again = spool.hold(A)
+    assert again is not None
+    assert not again.resume()
+    again.let_go()
+    assert left_in(spool.path) == []
+    claimed(spool, A, TICKETED).destroy()
+
+
+def test_a_job_that_the_disk_has_failed_to_keep_does_not_settle_in_the_next_hands(spool: Spool) -> None:
+    """Else a power cut could leave another payload, which would be run. Mutant seen: the next holder settles it."""
+    entry = claimed(spool, A, TICKETED)
+    entry.seal()
+    entry.record({"phase": "QUEUED"})
+    payload = entry.payload.rename(entry.path / "payload")
+    os.mkfifo(entry.payload)
+    assert refusal(entry.settle) == "BUSY"
+    payload.rename(entry.payload)
+    entry.let_go()
+    again = spool.hold(A)
+    assert again is not None
+    again.settle()
+    assert not again.settled
+    again.let_go()
+    assert opened(spool.path).look(A).read()["phase"] == "QUEUED"
+    assert Spool.open(spool.path, "m.Class", reserve=0, boot="another").look(A).read() == {}
+    again = spool.hold(A)
+    assert again is not None
+    again.destroy()
 
 
 def test_a_long_answer_that_the_disk_has_failed_to_keep_never_settles(spool: Spool) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import click
 
 from aipod.cli import end_on_signals
-from aipod.cli.answer import deliver, limited
+from aipod.cli.answer import STDOUT, deliver, limited
 from aipod.cli.options import Server, output_option, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
 from aipod.cli.request import Asked, request_options, take_request
 from aipod.cli.ticket import check_ticket_file, telling, ticket_option
 from aipod.client import Client, Event, Job
+from aipod.client.sink import make_durable
 from aipod.client.ticket import TicketFile
 from aipod.errors import AipodError, JobFailed
 
@@ -99,6 +100,8 @@ async def _call_with_ticket(
 
             async with limited(timeout):
                 await deliver(ask, progress, output, kept=True)
+                if output is not None and output not in STDOUT:
+                    await asyncio.to_thread(make_durable, output)
             assert job is not None
             await asyncio.to_thread(file.remove, job.ticket)
             with contextlib.suppress(AipodError, TimeoutError):  # the server forgets it by itself, later

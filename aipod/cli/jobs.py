@@ -13,6 +13,7 @@ import click
 
 from aipod.cli import end_on_signals
 from aipod.cli.options import Server, server_options, take_server, timeout_option
+from aipod.cli.progress import amount
 from aipod.client import Client
 
 HEADINGS = ("ID", "METHOD", "VERSION", "PHASE", "PROGRESS", "MESSAGE")
@@ -50,9 +51,15 @@ async def _ask(server: Server, timeout: float) -> list[dict[str, Any]]:
 
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:
-    progress = f"{job['progress']:.0%}" if job["phase"] == "RUNNING" and job["progress"] else ""
-    cells = (job["id"], job["method"], job["version"], job["phase"], progress, job["message"])
+    cells = (job["id"], job["method"], job["version"], job["phase"], _progress(job), job["message"])
     return tuple(_plain(str(cell)) for cell in cells)
+
+
+def _progress(job: dict[str, Any]) -> str:
+    """How far the job has come in its phase; of a payload what is durable, and all of it where that was announced."""
+    if job["phase"] == "RECEIVING":
+        return amount(job["received"], job["size"])
+    return f"{job['progress']:.0%}" if job["phase"] == "RUNNING" and job["progress"] else ""
 
 
 def _plain(text: str) -> str:

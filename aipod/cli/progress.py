@@ -28,6 +28,9 @@ _PHASES = {
     "RELEASED": "released",
 }
 
+# Reasons of which a command tells: in some there are numbers, which differ each time.
+_NOTES = 5
+
 
 class Progress:
     """Shows events on `stream` where it is a terminal; log lines of the model above the bar."""
@@ -40,7 +43,7 @@ class Progress:
             from aipod.cli.bar import Bar
 
             self._bar = self._live = Bar(stream)
-        self._told = False  # that it is tried again
+        self._told = set[str]()  # why it was tried again
         self.is_json = False
         self._phase = ""
         self._since = (0.0, 0)
@@ -69,9 +72,8 @@ class Progress:
     def show(self, event: Event) -> None:
         """Called with every event of the call."""
         self.is_json = event.content_type == "application/json"
-        if self._bar is None and event.phase == "WAITING" and not self._told:
-            self._told = True  # one line, not one for each try
-            click.echo(f"aipod: note: {' '.join(event.message.split())}; trying again", err=True)
+        if self._bar is None and event.phase == "WAITING":
+            self._note(" ".join(event.message.split()))
         if self._live is None:
             return
         if event.log:
@@ -89,6 +91,12 @@ class Progress:
             refresh=is_new,  # at once: a phase may be shorter than the pause between two pictures
         )
 
+    def _note(self, why: str) -> None:
+        """One line for each reason, not one for each try."""
+        if why not in self._told and len(self._told) < _NOTES:
+            self._told.add(why)
+            click.echo(f"aipod: note: {why}; trying again", err=True)
+
     def _detail(self, event: Event, done: int, total: float | None) -> str:
         message = " ".join(event.message.split())
         if event.phase in ("CONNECTING", "WAITING") and event.connection > 1:
@@ -104,14 +112,17 @@ class Progress:
             return ""
         took, before = time.monotonic() - self._since[0], self._since[1]
         rate = (done - before) / took if took > 0.2 else 0
-        text = f"{done / 1e6:.1f} MB"
-        if total:
-            text = f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
+        text = amount(done, total)
         if rate:
             text += f"  {rate / 1e6:.1f} MB/s"
             if total:
                 text += f"  {(total - done) / rate:.0f} s left"
         return text
+
+
+def amount(done: int, total: float | None) -> str:
+    """Bytes for a person; `total` where it is known, and not 0."""
+    return f"{done / 1e6:.1f}/{total / 1e6:.1f} MB" if total else f"{done / 1e6:.1f} MB"
 
 
 def _amounts(event: Event) -> tuple[int, float | None]:

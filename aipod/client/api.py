@@ -237,7 +237,8 @@ class Client:
         request, course = await self._prepare(
             rpc, payload, version, _checked(metadata), ticket_file, kwargs, stacklevel=4
         )
-        request.save_to, request.on_event, request.goes_on = save_to, on_event, ticket_file is not None
+        request.save_to, request.on_event = save_to, on_event
+        request.goes_on = request.durable = ticket_file is not None
         if timeout is not None and ticket_file is None:
             request.deadline = Deadline.from_timeout(timeout)
         answer, course = await self._run(request, course, timeout, closes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -324,7 +325,7 @@ class Attempt:
         try:
             if self._request.save_to is None and sink.received <= HOP:
                 return sink.finish()
-            return await _local(sink.finish)
+            return await _local(functools.partial(sink.finish, durable=self._request.durable))
         except BadAnswer:
             await _local(self._course.discard)  # it is not known which byte is wrong
             raise

@@ -47,6 +47,7 @@ class Request:
     on_event: OnEvent | None = None
     taken: Callable[[], Awaitable[None]] | None = None  # waits until the events so far were consumed
     goes_on: bool = False  # a later process may ask for the same answer: what was saved of it is left to that one
+    durable: bool = False  # what is saved shall be on the disk: the ticket file, the only other way to it, goes then
     fingerprint: str = ""  # what the ticket file compares
 
     @property

@@ -105,7 +105,8 @@ class Decision:
         """What went wrong, in short: for who watches while it is tried again."""
         if self.cause is None or isinstance(self.cause, BadAnswer):
             return str(self.error)
-        return _short(self.cause)
+        looking = "" if self.within is None else f"; it may be elsewhere, and is looked for {self.within:g} s long"
+        return _short(self.cause) + looking
 
 
 def decide(exc: BaseException, known: Known) -> Decision | None:

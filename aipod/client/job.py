@@ -75,8 +75,8 @@ class Job:
     ) -> Any:
         """The answer, as `Client.predict` returns it; the same each time it is asked for.
 
-        The ticket file that the job was submitted with is removed then, and where the job has ended without an answer;
-        with `keep` it stays until `release`.
+        The ticket file that the job was submitted with is removed then (what was saved is on the disk before), and
+        where the job has ended without an answer; with `keep` it stays until `release`.
 
         Raises `ModelError`, `JobCancelled`, `Interrupted` and `JobFailed` for a job that ended without one, `Refused`
         (NOT_FOUND) for a ticket that the server does not know, `JobLost` where server or job are not found again,
@@ -86,7 +86,10 @@ class Job:
         """
         if save_to is not None:
             await asyncio.to_thread(check_target, save_to)
-        request = Request("chaos", self._metadata, save_to=save_to, on_event=on_event, goes_on=self._goes_on)
+        durable = self._file is not None and not keep
+        request = Request(
+            "chaos", self._metadata, save_to=save_to, on_event=on_event, goes_on=self._goes_on, durable=durable
+        )
         try:
             async with asyncio.timeout(timeout):
                 answer = await self._follow(request)

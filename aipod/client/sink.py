@@ -42,6 +42,22 @@ def check_target(save_to: str | os.PathLike[str]) -> None:
         raise UsageError(f"{str(parent)!r} is no directory that can be written to; the answer was to go there")
 
 
+def make_durable(path: str | os.PathLike[str]) -> None:
+    """Have the answer that was saved at `path` on the disk, its name as well. Blocks. Raises OSError.
+
+    It takes as long as the disk takes to write what the system has not yet written: 0.8 s of 1 GiB, measured once.
+    """
+    target = followed(Path(path))
+    if is_special(target):
+        return
+    for one, flags in ((target, 0), (target.parent, os.O_DIRECTORY)):
+        fd = os.open(one, os.O_RDONLY | flags)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 class Sink:
     """Collects one result. The methods that take data block: call them from a thread.
 
@@ -100,8 +116,9 @@ class Sink:
         self._hasher.update(data)
         self.received += len(data)
 
-    def finish(self) -> Any:
-        """The answer: a path where it was saved, else bytes or what the JSON says.
+    def finish(self, *, durable: bool = False) -> Any:
+        """The answer: a path where it was saved, on the disk where it shall be `durable`, else bytes or what the JSON
+        says.
 
         Raises `BadAnswer` where it is not the one that was stored: then nothing of it can be used. Waits for the reader
         of a FIFO, until `discard`.
@@ -111,7 +128,11 @@ class Sink:
         if self._target is None:
             return bytes(self._memory) if self.is_binary else json.loads(self._memory)
         if self._part is not None:
-            return self._target if self._part.deliver() else None
+            if not self._part.deliver():
+                return None
+            if durable:
+                make_durable(self._target)
+            return self._target
         with self._lock:
             if self._discarded.is_set():
                 return None

@@ -53,8 +53,9 @@ class Request:
     def fields(self) -> dict[str, Any]:
         """The first line of the job's journal: all that another process needs to run it, but for the kwargs."""
         fields: dict[str, Any] = {"ticketed": not self.plain, "method": self.method, "version": self.version}
+        fields["size"] = self.size
         if self.open is not None:
-            fields |= {"print": self.fingerprint, "size": self.size, "epoch": self.open.epoch}
+            fields |= {"print": self.fingerprint, "epoch": self.open.epoch}
             fields["metadata"] = dict(self.metadata)
         return fields
 

@@ -23,7 +23,6 @@ from aipod.wire.ai import Phase
 
 log = logging.getLogger("aipod.job")
 
-LOG_PIECE = 64 * 1024  # of the job's log per heartbeat
 # Ticks for which an outcome that the disk does not take is tried again.
 STORE_TRIES = 600
 # Ticks for which it is tried again to make a long answer survive a power cut.
@@ -219,7 +218,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
 
 
 def _long_kwargs(entry: Entry) -> bytes:
-    """The kwargs that only the entry has: in memory from here to the end of the run, and one job an instance."""
+    """The kwargs that only the entry has: in memory from here to the end of the run, of as many jobs as run at once."""
     try:
         return entry.kwargs()
     except FileNotFoundError:
@@ -284,23 +283,40 @@ def _note(job: Job) -> None:
 
 async def _store_later(job: Job, failure: JobFailed, tick: float) -> None:
     """What could not be written down may be later: until then this process alone can tell it."""
-    for _ in range(STORE_TRIES):
-        await trio.sleep(tick)
-        if await trio.to_thread.run_sync(_store_failure, job, failure):
-            return
+    name, stored = job.entry.id, False
+    try:
+        for _ in range(STORE_TRIES):
+            await trio.sleep(tick)
+            try:
+                await trio.to_thread.run_sync(_write_failure, job, failure)
+            except (Refused, OSError):
+                if await trio.to_thread.run_sync(_cannot_be_written_to, job.entry):
+                    return
+            else:
+                stored = True
+                return
+    finally:
+        if stored:
+            log.warning("job %s: its outcome is stored now", name)
+        else:
+            log.warning("job %s: its outcome is given up; from now on nobody is told how it ended", name)
 
 
 def _store_failure(job: Job, error: JobFailed) -> bool:
-    """Write down why there is no answer; whether that was possible. Blocks."""
-    fields = {"phase": _phase_of(error).name, "reason": error.reason, "message": error.message}
-    if "type" in error.metadata:
-        fields["type"] = error.metadata["type"]
+    """Write down why there is no answer; whether nothing more can be done about it. Blocks."""
     try:
-        job.entry.store(fields)
+        _write_failure(job, error)
     except (Refused, OSError) as exc:
         log.warning("job %s: its outcome could not be stored: %s", job.entry.id, exc)
         return _cannot_be_written_to(job.entry)
     return True
+
+
+def _write_failure(job: Job, error: JobFailed) -> None:
+    fields = {"phase": _phase_of(error).name, "reason": error.reason, "message": error.message}
+    if "type" in error.metadata:
+        fields["type"] = error.metadata["type"]
+    job.entry.store(fields)
 
 
 def _cannot_be_written_to(entry: Entry) -> bool:

@@ -16,7 +16,10 @@ MAX_LISTED = 1000
 
 
 def _jobs(spool: Spool) -> list[dict[str, Any]]:
-    """What there is in the spool, newest first: id, method, version, phase, attempt, progress, message. No tickets."""
+    """What there is in the spool, newest first: id, method, version, phase, attempt, progress, message. No tickets.
+
+    `received`: durable bytes of the payload; `size`: all that were announced, None where nobody has said how many.
+    """
     listed = []
     for look in spool.newest(MAX_LISTED):
         try:
@@ -26,6 +29,7 @@ def _jobs(spool: Spool) -> list[dict[str, Any]]:
         if "method" in fields:
             told = {name: fields[name] for name in ("method", "version")}
             told |= {"phase": fields.get("phase", "RECEIVING"), "attempt": fields.get("attempt", 0)}
+            told |= {"received": fields.get("offset", 0), "size": fields.get("size")}
             listed.append({"id": look.id, **told, "progress": 0.0, "message": "", **live})
     return listed
 

@@ -28,7 +28,7 @@ from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
 from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
 from aipod.service.forget import forget_answer
-from aipod.service.recover import recover
+from aipod.service.recover import NO_OUTCOME, recover
 from aipod.spool import ENDED, Entry, Look, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
@@ -209,6 +209,10 @@ class Jobs:
         This is a trio-flavored async function; it cannot be cancelled. Raises `Refused` (SPOOL_FULL).
         """
         try:
+            if not job.stop_asked:
+                # Seconds on a busy disk. Who asks meanwhile for the end may have gone before they are over.
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(job.entry.stop_writing)
             if job.stop_asked:
                 await self._store_stopped(job)
         finally:
@@ -414,9 +418,7 @@ def _end(entry: Entry, release: bool) -> None:
     """Cancel a job that nobody works on, or forget its answer. Blocks."""
     phase = entry.read().get("phase", "RECEIVING")
     if phase == "RUNNING":
-        entry.store(
-            {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
-        )
+        entry.store({"phase": "FAILED", "reason": "INTERRUPTED", "message": NO_OUTCOME})
     elif phase not in ENDED:
         entry.store({"phase": "CANCELLED", "reason": "CANCELLED", "message": "it was cancelled by its client"})
     if release and phase in ENDED:

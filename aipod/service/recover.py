@@ -14,6 +14,8 @@ log = logging.getLogger("aipod.job")
 # Times in a row that a job in line is taken up though nobody asks for it. If each ends with the server, loading its
 # model may be what kills it (for want of memory, say), and who starts the server anew would do so for ever.
 _UNASKED = 3
+# Of a job that was RUNNING when its holder let go of it. The disk may have been full for as long as that tried.
+NO_OUTCOME = "the method was started, how it ended is not known: the server was killed, or could not store the outcome"
 
 
 def recover(entry: Entry, methods: Mapping[str, Any], asked: bool) -> Request | None:
@@ -29,10 +31,8 @@ def recover(entry: Entry, methods: Mapping[str, Any], asked: bool) -> Request | 
     known = method in methods
     again = known and methods[method].get("restartable") and fields.get("attempt", 0) < MAX_ATTEMPTS
     if phase == "RUNNING" and not (again and entry.payload.exists()):
-        log.warning("job %s %s@%s: the server was killed while it ran", entry.id, method, fields.get("version", ""))
-        entry.store(
-            {"phase": "FAILED", "reason": "INTERRUPTED", "message": "the server was killed while the method ran"}
-        )
+        log.warning("job %s %s@%s: %s", entry.id, method, fields.get("version", ""), NO_OUTCOME)
+        entry.store({"phase": "FAILED", "reason": "INTERRUPTED", "message": NO_OUTCOME})
         return None
     if not known:
         entry.store({"phase": "FAILED", "reason": "UNKNOWN_METHOD", "message": f"there is no method {method} now"})

@@ -10,7 +10,6 @@ from grpclib.server import Stream
 
 from aipod.codec import PONG
 from aipod.job.job import Watched
-from aipod.job.run import LOG_PIECE
 from aipod.service.status import Ending
 from aipod.transport import bridge
 from aipod.transport.server import request_timeout, send_message
@@ -137,8 +136,7 @@ class Viewer:
             return None
         state = self._job.state()
         state.log_offset = self._log_seen
-        if self._job.look.log_size > self._log_seen:
-            state.log = await trio.to_thread.run_sync(self._job.look.read_log, self._log_seen, LOG_PIECE)
+        state.log = await self._job.read_log(self._log_seen)
         return state
 
     async def say_outcome(self) -> None:

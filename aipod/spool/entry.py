@@ -80,7 +80,7 @@ class Entry(Look):
         self.written = 0  # bytes in the payload file
         self.durable = 0  # bytes of it that have been synced
         self._settled = False  # the entry's files have their names on disk; from now on the journal is synced
-        self._lost = False  # a sync has failed: none that comes later is believed, by this holder
+        self._lost = False  # a sync has failed: none that comes later is believed; see `_note_loss`
         self._settling = threading.RLock()  # what is recorded meanwhile would count as on disk, and not be there
         self._began = self._synced_at = time.monotonic()
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
@@ -106,13 +106,20 @@ class Entry(Look):
     def go_on_from(self, state: dict[str, Any]) -> None:
         """Somebody else has made this entry, and come so far."""
         self._settled = bool(state.get("settled"))
+        self._lost = bool(state.get("lost"))
         self.written = self.durable = state.get("offset", 0)
         self._hasher = new_hasher() if self.written == 0 else None
 
     def resume(self) -> bool:
-        """Go on with the upload at its durable offset; False where it is complete. Raises `Refused` (DAMAGED, …)."""
+        """Go on with the upload at its durable offset; False where it is complete, or must be begun anew.
+
+        Raises `Refused` (DAMAGED, …).
+        """
         state = self.read()
         if state.get("phase", "RECEIVING") != "RECEIVING":
+            return False
+        if self._lost:
+            self.destroy()  # it has not settled, so nothing of it was told to be durable
             return False
         with refused_when_exhausted():
             with contextlib.suppress(FileNotFoundError):
@@ -186,10 +193,22 @@ class Entry(Look):
                 try:
                     yield
                 except NotKept:
-                    self._lost = True
+                    self._note_loss()
                     raise
         except NotKept as exc:
             raise _not_kept() from exc
+
+    def _note_loss(self) -> None:
+        """Have no later sync believed, by the next holders neither, in whose hands it would succeed.
+
+        One that has settled needs no note: each of its lines, and what lies below its offset, was synced by itself, and
+        the rest is written anew. The note is not synced: without power nothing is believed of an entry that has not
+        settled.
+        """
+        self._lost = True
+        if not self._settled and self._lock.is_locked:
+            with contextlib.suppress(Refused, OSError):
+                self._journal.append({"lost": True})
 
     def start_over(self) -> None:
         """Have the next one that holds this upload begin anew: what has arrived is not the payload.
@@ -210,6 +229,13 @@ class Entry(Look):
                 with self._noticing():
                     keep(os.fdatasync, self._fd)
             os.fchmod(self._fd, 0o400)
+            self._close()
+
+    def stop_writing(self) -> None:
+        """Make what has arrived of the payload durable, for whoever goes on with it, and close it. Idempotent."""
+        if self._fd is not None:
+            with contextlib.suppress(Refused):  # the disk is full: what was told to be durable is
+                self.checkpoint(now=True)
             self._close()
 
     @property
@@ -372,10 +398,7 @@ class Entry(Look):
         try:
             if self._lock.is_locked and self._is_nothing():
                 self.destroy()
-            if self._fd is not None:
-                with contextlib.suppress(Refused):  # the disk is full: what was told to be durable is
-                    self.checkpoint(now=True)
-                self._close()
+            self.stop_writing()
         finally:
             self._lock.release()
 

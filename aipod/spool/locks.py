@@ -1,9 +1,9 @@
 """Locks of the spool: `flock`s through filelock, which the kernel frees when their process ends.
 
-filelock's `lock_descriptor`, not its `FileLock`: what that one does besides takes 0.24 ms a lock, where the system
-calls take 6 us, and two locks were most of what a small job cost. What of it is needed is here: a process that a model
-forks in ours closes its copies of the descriptors, so that it does not go on holding jobs when we are killed; and a
-lock that nobody refers to any more is released.
+filelock's `lock_descriptor`, not its `FileLock`: with what that one does besides, a lock takes 145 us, here 8, of which
+the system calls are 5 (the quickest of 5000; filelock 4.2, Python 3.11). What of it is needed is here: a process that a
+model forks in ours closes its copies of the descriptors, so that it does not go on holding jobs when we are killed; and
+a lock that nobody refers to any more is released.
 
 A lock file lies outside what it guards, because a renamed directory would take a waiter's lock file with it. It is
 unlinked only while held, so whoever gets the lock looks whether the file still has a name, and else tries anew.

@@ -299,7 +299,7 @@ class State(betterproto2.Message):
 
     ttl: "int" = betterproto2.field(10, betterproto2.TYPE_UINT32)
     """
-    Seconds for which the job is kept when nobody is attached.
+    Seconds for which the job is kept at least when nobody is attached.
     """
 
     attempt: "int" = betterproto2.field(11, betterproto2.TYPE_UINT32)
