@@ -780,6 +780,27 @@ def test_a_peer_that_stops_to_read_is_dropped(serve: Serve) -> None:
     assert "Traceback" not in served.log_text()
 
 
+@pytest.mark.parametrize("pings", [0, 350])
+def test_a_peer_that_reads_slowly_is_not_one_that_does_not(serve: Serve, pings: int) -> None:
+    """It reads 1.5 kB at a time; with pings the server writes 6 kB more each time, so what waits never becomes less.
+
+    The server's system asks for more when a third of its 4 MiB is free: until then only its queue becomes less.
+    """
+    served = serve("Plain", "--send-stall", "3", "--tick", "0.1", "--frame-rate", "1000000")
+    with Peer(served, receive_buffer=32 * KIB) as peer:
+        wide(peer)
+        stream = peer.open(("x-func-name", "file"), data=request(b'{"length": 16777216}'))
+        peer.until(lambda: len(peer.answers[stream].data) > 100_000)
+        until = time.monotonic() + 7
+        while time.monotonic() < until:
+            peer.raw(raw_frame(PING, 0, 0, b"17 bytes") * pings)
+            peer.step(1500)
+            time.sleep(0.05)
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+        answer = peer.answer(stream)
+        assert (answer.status, len(answer.result)) == (0, 16 * MIB)
+
+
 def honest_plain(peer: Peer) -> None:
     assert peer.call(("x-func-name", "hello")).status == 0
 
