@@ -29,7 +29,7 @@ from aipod.runner import Description
 from aipod.runner.loop import LoopRunner
 from aipod.runner.process import ProcessRunner
 from aipod.service.ai import AI
-from aipod.service.health import Status
+from aipod.service.health import ServingStatus
 from aipod.service.reflection import with_reflection
 from aipod.spool import Spool, Sweeper
 from aipod.transport import bridge
@@ -81,7 +81,7 @@ async def serve(
                 task_status.started([])
                 return
             description, make = look
-            status = Status()
+            status = ServingStatus()
             async with (
                 open_pool(
                     make,
