@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -86,6 +87,25 @@ def test_resets(bounded: tuple[Served, bool]) -> None:
             assert bare.ending() == CALM
         else:
             assert any(kind == PING for kind, *_ in bare.frames())
+
+
+def test_resets_in_the_long_run(bounded: tuple[Served, bool]) -> None:
+    """One a second after the first five. Mutants seen: 33 a second; none."""
+    served, low = bounded
+    if not low:
+        return
+    with Bare(served) as bare:
+        streams = iter(range(1, 1000, 2))
+        for count in (5, 2):
+            for stream in itertools.islice(streams, count):
+                bare.send(bare.headers(stream) + reset(stream))
+            time.sleep(2.1)
+        bare.send(raw_frame(PING, 0, 0, bytes(8)))
+        assert any(kind == PING for kind, *_ in bare.frames())
+        for stream in itertools.islice(streams, 20):
+            bare.send(bare.headers(stream) + reset(stream))
+            time.sleep(0.05)
+        assert bare.ending() == CALM
 
 
 def test_frames_that_are_no_payload(bounded: tuple[Served, bool]) -> None:
