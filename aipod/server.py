@@ -262,7 +262,9 @@ def _sockets(config: Config) -> Iterator[list[socket.socket]]:
         sockets = []
         for address in config.bind:
             try:
-                sock = _listen(address, insecure=config.insecure, reuse_port=config.reuse_port)
+                # Whose certificate comes from --tls-ca is known, and others are not let in.
+                insecure = config.insecure or bool(config.tls_cert and config.tls_ca)
+                sock = _listen(address, insecure=insecure, reuse_port=config.reuse_port)
             except (OSError, ValueError) as exc:
                 raise ServeError(
                     "BIND_FAILED", f"cannot listen on {address}: {exc}; choose another with --bind"
@@ -293,7 +295,10 @@ def _listen(address: str, *, insecure: bool, reuse_port: bool) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(where)
         if not insecure and not _is_loopback(sock.getsockname()[0]):
-            raise ValueError("anybody who can reach it could call the model; add --insecure if that is meant")
+            raise ValueError(
+                "anybody who can reach it could call the model; ask for certificates (--tls-cert, --tls-ca), "
+                "or add --insecure if that is meant"
+            )
         sock.listen(BACKLOG)
     except BaseException:
         sock.close()
