@@ -759,6 +759,22 @@ def test_a_stream_without_window_ends_and_the_connection_goes_on(serve: Serve, w
         wait_until(lambda: not jobs(served))
 
 
+def test_a_stream_without_window_ends_though_its_connection_gets_credit(serve: Serve) -> None:
+    """As from a proxy whose other calls go on. Mutant seen: credit for the connection counts as the stream's."""
+    served = serve("Async", "--send-stall", "1", "--tick", "0.1")
+    with narrow(served, 0) as peer:
+        stream = peer.open(("x-func-name", "gather"), data=request(b'{"count": 9}'))
+        peer.socket.settimeout(0.1)
+        until = time.monotonic() + 15
+        while not peer.answers[stream].ended and time.monotonic() < until:
+            peer.h2.increment_flow_control_window(1)
+            with contextlib.suppress(TimeoutError):
+                peer.flush()
+                peer.step()
+        assert peer.answers[stream].reset is not None
+        wait_until(lambda: not jobs(served))
+
+
 def wide(peer: Peer) -> None:
     """Windows as wide as they go: what is not taken is held by TCP alone."""
     peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 2**31 - 1})
