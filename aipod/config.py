@@ -51,7 +51,7 @@ class Config:
     spool: str = _setting("", "Directory where jobs live; 'tmp' is a fresh one, removed at exit.")
     data: str = _setting("", "Directory with one subdirectory per version.")
     reuse_port: bool = _setting(False, "Let several servers listen on one address (SO_REUSEPORT).")
-    insecure: bool = _setting(False, "Allow other than loopback addresses without identity.")
+    insecure: bool = _setting(False, "Allow other than loopback addresses without --tls-ca.")
 
     # Jobs
     runner: str = _setting("auto", "What executes methods: auto, process or loop.")

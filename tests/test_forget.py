@@ -11,17 +11,20 @@ import trio
 
 from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, Keep, Told
 from aipod.results import INLINE
-from aipod.service.forget import Forgetter
+from aipod.service.forget import AT_ONCE, Forgetter
 from aipod.spool import Spool
 from aipod.wire.ai import Op, Open, Phase
+from tests.conftest import left_in
 from tests.spools import descriptors
 
 
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
+        self.asked = 0
 
     def __call__(self) -> float:
+        self.asked += 1
         return self.now
 
 
@@ -30,9 +33,9 @@ def spool(tmp_path: Path) -> Spool:
     return Spool.open(tmp_path / "spool", "app", reserve=0)
 
 
-def ended(spool: Spool, digit: str, **fields: Any) -> Told:
+def ended(spool: Spool, digits: str, **fields: Any) -> Told:
     """A job that has ended, as a viewer sees it."""
-    job_id = digit * 32
+    job_id = (digits * 32)[:32]
     entry = spool.claim(job_id, {"ticketed": True, "method": "predict", "version": "v"})
     assert entry is not None
     entry.store(fields)
@@ -66,6 +69,19 @@ def test_what_was_sent_is_kept_until_its_client_says_that_it_has_it(spool: Spool
     trio.run(forgetter.remove_due)
     assert not jobs["a"].look.read()
     assert jobs["b"].look.read()["phase"] == "DONE"
+
+
+def test_released_jobs_go_many_at_once(spool: Spool) -> None:
+    """Mutant seen: a way into a thread and back for each, so that they came faster than they went."""
+    clock = Clock()
+    forgetter = Forgetter(spool, clock=clock)
+    ids = [ended(spool, f"{n:02x}", **done(INLINE)).look.id for n in range(AT_ONCE * 2 + 50)]
+    trio.run(forgetter.release, ids)
+    clock.now += KEEP_RELEASED
+    clock.asked = 0
+    trio.run(forgetter.remove_due)
+    assert clock.asked == 3 + 2  # then for more released ones, and for others
+    assert left_in(spool.path) == []
 
 
 def test_where_there_are_too_many_the_oldest_small_ones_that_were_sent_go(spool: Spool) -> None:

@@ -759,6 +759,22 @@ def test_a_stream_without_window_ends_and_the_connection_goes_on(serve: Serve, w
         wait_until(lambda: not jobs(served))
 
 
+def test_a_stream_without_window_ends_though_its_connection_gets_credit(serve: Serve) -> None:
+    """As from a proxy whose other calls go on. Mutant seen: credit for the connection counts as the stream's."""
+    served = serve("Async", "--send-stall", "1", "--tick", "0.1")
+    with narrow(served, 0) as peer:
+        stream = peer.open(("x-func-name", "gather"), data=request(b'{"count": 9}'))
+        peer.socket.settimeout(0.1)
+        until = time.monotonic() + 15
+        while not peer.answers[stream].ended and time.monotonic() < until:
+            peer.h2.increment_flow_control_window(1)
+            with contextlib.suppress(TimeoutError):
+                peer.flush()
+                peer.step()
+        assert peer.answers[stream].reset is not None
+        wait_until(lambda: not jobs(served))
+
+
 def wide(peer: Peer) -> None:
     """Windows as wide as they go: what is not taken is held by TCP alone."""
     peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 2**31 - 1})
@@ -778,6 +794,27 @@ def test_a_peer_that_stops_to_read_is_dropped(serve: Serve) -> None:
         wait_until(lambda: jobs(served))
         wait_until(lambda: not jobs(served) and descriptors(served) <= before, seconds=20)
     assert "Traceback" not in served.log_text()
+
+
+@pytest.mark.parametrize("pings", [0, 350])
+def test_a_peer_that_reads_slowly_is_not_one_that_does_not(serve: Serve, pings: int) -> None:
+    """It reads 1.5 kB at a time; with pings the server writes 6 kB more each time, so what waits never becomes less.
+
+    The server's system asks for more when a third of its 4 MiB is free: until then only its queue becomes less.
+    """
+    served = serve("Plain", "--send-stall", "3", "--tick", "0.1", "--frame-rate", "1000000")
+    with Peer(served, receive_buffer=32 * KIB) as peer:
+        wide(peer)
+        stream = peer.open(("x-func-name", "file"), data=request(b'{"length": 16777216}'))
+        peer.until(lambda: len(peer.answers[stream].data) > 100_000)
+        until = time.monotonic() + 7
+        while time.monotonic() < until:
+            peer.raw(raw_frame(PING, 0, 0, b"17 bytes") * pings)
+            peer.step(1500)
+            time.sleep(0.05)
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+        answer = peer.answer(stream)
+        assert (answer.status, len(answer.result)) == (0, 16 * MIB)
 
 
 def honest_plain(peer: Peer) -> None:

@@ -90,6 +90,13 @@ def test_with_an_authority_the_server_wants_a_certificate(serve: Serve, files: F
     assert echo(served, b"x", config(tls_ca=files.ca, tls_cert=files.client)) == b"x"
 
 
+def test_who_wants_certificates_may_be_reached_from_outside(serve: Serve, files: Files) -> None:
+    """Without --insecure."""
+    served = serve("Plain", "--tls-cert", files.server, "--tls-ca", files.ca, bind="0.0.0.0:0")
+    served.address = f"127.0.0.1:{served.port}"
+    assert echo(served, b"x", config(tls_ca=files.ca, tls_cert=files.client)) == b"x"
+
+
 WHO = """
 import json, socket, sys, trio
 from grpclib.const import Cardinality
@@ -224,3 +231,14 @@ def test_a_file_that_is_no_certificate_is_named(tmp_path: Path, files: Files, se
 def test_without_a_certificate_there_is_no_tls() -> None:
     assert server_context(Config()) is None
     assert client_context(Config()) is None
+
+
+@pytest.mark.parametrize("setting", ["tls_cert", "tls_key", "tls_ca"])
+def test_settings_of_tls_that_would_do_nothing_are_refused(files: Files, setting: str) -> None:
+    """Payloads would go over the wire as they are, and everybody be let in."""
+    settings = Config.from_mapping({setting: files.server})
+    with pytest.raises(TLSError, match=r"without tls:.*--tls"):
+        client_context(settings)
+    if setting != "tls_cert":
+        with pytest.raises(TLSError, match="without tls_cert"):
+            server_context(settings)

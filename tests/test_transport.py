@@ -82,8 +82,12 @@ class Answer:
 class Peer:
     """A client of raw frames: h2 on a blocking socket."""
 
-    def __init__(self, served: Served) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", served.port), timeout=30)
+    def __init__(self, served: Served, *, receive_buffer: int = 0) -> None:
+        self.socket = socket.socket()
+        self.socket.settimeout(30)
+        if receive_buffer:  # the system's, which it makes larger by itself where none was chosen
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.connect(("127.0.0.1", served.port))
         config = h2.config.H2Configuration(
             header_encoding="latin-1", validate_outbound_headers=False, normalize_outbound_headers=False
         )
@@ -119,9 +123,9 @@ class Peer:
         self.flush()
         return stream
 
-    def step(self) -> bool:
-        """Take in what has come; False when the server has closed the connection."""
-        data = self.socket.recv(65536)
+    def step(self, most: int = 65536) -> bool:
+        """Take in what has come, `most` bytes of it; False when the server has closed the connection."""
+        data = self.socket.recv(most)
         for event in self.h2.receive_data(data) if data else ():
             self.events.append(event)
             answer = self.answers.get(getattr(event, "stream_id", None) or 0, Answer())

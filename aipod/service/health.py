@@ -29,7 +29,7 @@ class _Named:
         return {f"/{self._name}/": None}
 
 
-class Status:
+class ServingStatus:
     """Whether new jobs are taken. `liveness` stays SERVING for as long as the process can answer at all."""
 
     def __init__(self) -> None:

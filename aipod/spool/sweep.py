@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,37 @@ logger = logging.getLogger("aipod.spool")
 
 # Entries per step: the caller lets other threads run in between.
 BATCH = 500
+
+# An entry's id, a hash of its modification times, and until when (monotonic) it is kept if they stay the same.
+_MARK = struct.Struct("16sqd")
+
+
+class _Marks:
+    """What a sweep remembers of the entries that it has kept, in the order of their ids: 32 bytes each."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._next = 0
+
+    def add(self, job_id: str, times: tuple[int, ...], until: float) -> None:
+        """Behind all others."""
+        self._data += _MARK.pack(bytes.fromhex(job_id), hash(times), until)
+
+    def rewind(self) -> None:
+        """`find` begins anew."""
+        self._next = 0
+
+    def find(self, job_id: str, times: tuple[int, ...]) -> float | None:
+        """Until when it is kept, None where it did not look so; behind all that were asked for before."""
+        wanted = bytes.fromhex(job_id)
+        while self._next < len(self._data):
+            found, looked, until = _MARK.unpack_from(self._data, self._next)
+            if found > wanted:
+                break
+            self._next += _MARK.size
+            if found == wanted:
+                return until if looked == hash(times) else None
+        return None
 
 
 class Sweeper:
@@ -34,8 +66,8 @@ class Sweeper:
         self._upload_ttl = upload_ttl
         self._ttl = ttl
         self._clock = clock
-        # What each entry looked like, and since when (monotonic); and how long it is kept.
-        self._seen: dict[str, tuple[tuple[int, ...], float, float]] = {}
+        # Of the last sweep, and of the one under way: there may be a hundred thousand answers that nobody fetches.
+        self._before, self._marks = _Marks(), _Marks()
         self._unended: dict[str, int] = {}  # jobs in line or running, and when (nanoseconds) that was written
 
     def orphans(self) -> list[str]:
@@ -54,12 +86,15 @@ class Sweeper:
         for path in self._spool.workers.glob("*.lock"):
             _remove_if_free(path)
         names = {name.removesuffix(".lock") for name in os.listdir(self._spool.path)}
-        ids = [name for name in names if is_job_id(name)]
+        ids = sorted(name for name in names if is_job_id(name))
+        del names
+        self._before.rewind()
+        self._marks = _Marks()
         yield 0
         for start in range(0, len(ids), BATCH):
             yield sum(map(self._look_at, ids[start : start + BATCH]))
-        kept = set(ids)
-        self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in kept}
+        self._before = self._marks
+        kept = set(self._unended).intersection(ids)
         self._unended = {job_id: since for job_id, since in self._unended.items() if job_id in kept}
 
     def _look_at(self, job_id: str) -> bool:
@@ -75,8 +110,9 @@ class Sweeper:
         look = self._spool.look(job_id)
         times = _times(look.path)
         now = self._clock()
-        looked, since, keep = self._seen.get(job_id, ((), now, 0.0))
-        if looked == times and now - since < keep:
+        until = self._before.find(job_id, times)
+        if until is not None and now < until:
+            self._marks.add(job_id, times, until)
             return False
         self._unended.pop(job_id, None)
         hold = self._spool.hold
@@ -88,14 +124,13 @@ class Sweeper:
             ended = state.get("phase") in ENDED
             if state.get("phase") in ("QUEUED", "RUNNING"):
                 self._unended[job_id] = times[1]
-            if looked != times:
-                since, keep = now, self._ttl if ended else self._upload_ttl
-                self._seen[job_id] = times, since, keep
-            if now - since < keep:
+            if until is None:
+                until = now + (self._ttl if ended else self._upload_ttl)
+            if now < until:
+                self._marks.add(job_id, times, until)
                 if ended and (_exists(look, "in") or (state["phase"] == "RELEASED" and _exists(look, "res"))):
                     self._tidy(job_id)
                 return False
-        self._seen.pop(job_id, None)
         entry = hold(job_id)
         if entry is None:
             return self._remove_lock(job_id)

@@ -86,7 +86,9 @@ class Channel(grpclib.client.Channel):
                 protocol.connection.abort("no HTTP/2 SETTINGS in time")
                 raise
         if not protocol.connection.alive:
-            raise ConnectionResetError("the connection was closed before a word of HTTP/2")
+            raise ConnectionResetError(
+                "the connection was closed before a word of HTTP/2; perhaps it wants TLS, or a certificate"
+            )
         if self._closed:
             protocol.processor.close("closed while it was connecting")
             raise StreamTerminatedError("the client was closed")

@@ -146,6 +146,8 @@ class H2Stream(base.Stream):
             if 0 < sum(map(len, rest)) < size:
                 self.reset_now(ErrorCodes.CANCEL)  # nothing may follow half a message
             raise
+        finally:
+            self.blocked_since = None
 
     async def _send(self, rest: collections.deque[memoryview], left: int, *, small: bool, end: bool) -> None:
         turns, unbroken = self.connection.turns, 0
@@ -196,6 +198,7 @@ class H2Stream(base.Stream):
         stream = h2.streams[self.id]
         buffers = [memoryview(data_head(size, self.id))]
         left = size
+        self.blocked_since = None
         while left:
             piece = rest.popleft()
             if len(piece) > left:
@@ -213,12 +216,12 @@ class H2Stream(base.Stream):
         self.connection.data_send_process()
 
     async def _wait_for_window(self) -> None:
+        assert self.id is not None
         self.window_updated.clear()
-        self.blocked_since = time.monotonic()
-        try:
-            await self.window_updated.wait()
-        finally:
-            self.blocked_since = None
+        # Credit for the connection wakes all its senders: a stream without a window is as blocked as before.
+        if self.blocked_since is None or self._h2_connection.streams[self.id].outbound_flow_control_window > 0:
+            self.blocked_since = time.monotonic()
+        await self.window_updated.wait()
         if self.stalled:
             raise PeerStalled(Status.UNAVAILABLE, "the peer does not take data")
 

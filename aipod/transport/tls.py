@@ -9,7 +9,7 @@ from aipod.errors import UsageError
 
 
 class TLSError(UsageError):
-    """A certificate or key cannot be used; the text names the file."""
+    """A certificate or key cannot be used, or would not be; the text says which."""
 
 
 def server_context(config: Config) -> ssl.SSLContext | None:
@@ -18,6 +18,8 @@ def server_context(config: Config) -> ssl.SSLContext | None:
     Raises TLSError.
     """
     if not config.tls_cert:
+        if config.tls_key or config.tls_ca:
+            raise TLSError("a key or authorities without tls_cert: the server would speak no TLS and let everybody in")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _load_own(context, config)
@@ -30,6 +32,8 @@ def server_context(config: Config) -> ssl.SSLContext | None:
 def client_context(config: Config) -> ssl.SSLContext | None:
     """What a client connects with, None without `tls`. The server's name is checked. Raises TLSError."""
     if not config.tls:
+        if config.tls_cert or config.tls_key or config.tls_ca:
+            raise TLSError("a certificate, key or authorities without tls: nothing would be encrypted; add it (--tls)")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if config.tls_ca:
