@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -181,6 +182,8 @@ def main() -> None:
         importlib.import_module(name)
     import trio._core._run
 
+    gc.collect()
+    gc.freeze()  # else each child searches, and so copies, all that was imported: most of what it costs to end
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, and for the servers
     request = fork_on_request(socket.socket(fileno=int(sys.argv[1])))
     signal.signal(signal.SIGINT, signal.default_int_handler)
