@@ -163,7 +163,7 @@ class Served:
         command = [*program, "serve", model, "--bind", bind, "--spool", str(self.spool)]
         command += ["--data", str(self.data), "--reserve", "0", *options]
         with self.log.open("w") as stderr:
-            if forked and (ready := starter()) is not None:
+            if forked and (ready := starter("server")) is not None:
                 self.process = ready.start(command, stderr)
             else:
                 command = [sys.executable, "-m", *command]
