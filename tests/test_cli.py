@@ -433,6 +433,23 @@ def test_who_is_no_terminal_hears_once_that_it_is_tried_again() -> None:
     assert done.stdout == "False 3\n"
 
 
+@pytest.mark.parametrize("command", [("call", "x", "--attempts", "1"), ("serve", MODEL, "--bind", "nowhere")])
+def test_the_collector_leaves_out_what_was_imported(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """And looks at all that comes afterwards."""
+    code = "import gc, sys; from aipod.cli import run; run(sys.argv[1:]); print(gc.isenabled(), gc.get_freeze_count())"
+    environ = {"AIPOD_TO": f"127.0.0.1:{free_port()}", "AIPOD_SPOOL": "tmp", "AIPOD_DATA": str(tmp_path)}
+    told = subprocess.check_output(
+        [sys.executable, "-c", code, *command],
+        cwd=ROOT,
+        env=CLEAN | environ,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ).split()
+    assert told[0] == "True"
+    assert int(told[1]) > (40_000 if command[0] == "serve" else 30_000)
+
+
 def quietly(served: Served) -> list[str]:
     with contextlib.suppress(FileNotFoundError):  # an entry is being removed this moment
         return left_in(served.spool)
