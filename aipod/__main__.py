@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ def main() -> None:
     # Most of a command's start is imports, in which KeyboardInterrupt may become anything. `run` has it back.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
+    gc.disable()  # until the command is imported: see `lasting_imports`
     from aipod.cli import run
 
     sys.exit(run(sys.argv[1:]))

@@ -29,8 +29,9 @@ T = TypeVar("T")
 # `--dist loadfile` hands files out in the order in which they were collected. By itself xdist takes those with the
 # fewest tests last, which are some of the longest: then three of four workers have nothing to do at the end.
 LONGEST = (
-    "test_hardening", "test_kill_points", "test_nginx", "test_cli", "test_nginx_jobs", "test_survive", "test_bad_input",
-    "test_churn", "test_bench", "test_interop", "test_transport", "test_strangers", "test_cli_jobs",
+    "test_hardening", "test_bad_input", "test_kill_points", "test_transport", "test_nginx", "test_windows", "test_cli",
+    "test_client", "test_nginx_jobs", "test_download", "test_strangers", "test_bench", "test_interop", "test_survive",
+    "test_churn", "test_hostile", "test_resume_restarts", "test_cli_jobs",
 )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ class Served:
         command = [*program, "serve", model, "--bind", bind, "--spool", str(self.spool)]
         command += ["--data", str(self.data), "--reserve", "0", *options]
         with self.log.open("w") as stderr:
-            if forked and (ready := starter()) is not None:
+            if forked and (ready := starter("server")) is not None:
                 self.process = ready.start(command, stderr)
             else:
                 command = [sys.executable, "-m", *command]

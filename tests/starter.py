@@ -1,17 +1,19 @@
-"""Servers for tests that are forked from a process which has imported what they import.
+"""Servers and client commands for tests, forked from a process which has imported what they import.
 
-Why: the tests start hundreds of servers, and most of what a start costs is imports. Each process that runs tests has
-one starter, from its first such server on: single-threaded, no event loop, nothing open, no model imported. For each
-server it forks a child that runs `python -m MODULE ARGUMENT...` as the interpreter would: as `__main__`, with the
+Why: the tests start hundreds of them, and most of what a start costs is imports. Each process that runs tests has one
+starter of a kind, from the first that it needs on: single-threaded, no event loop, nothing open, no model imported. For
+each request it forks a child that runs `python -m MODULE ARGUMENT...` as the interpreter would: as `__main__`, with the
 environment and descriptors that it was given and no others, signals as in a new process, new random numbers. How it
 ends is how the interpreter ends.
 
 What differs from a new process: the parent is the starter, not the one that runs the test; /proc/PID/cmdline is the
 starter's; peak memory counts from the starter's; hashes of strings and addresses of memory are alike in all children of
-a starter; a traceback begins with lines of this file. Therefore forked are the servers that a test starts for itself
-(the fixture `serve`, the kill points and the like). What a test module shares (`Served`), and all that tests of the
-command line, of peaks of memory and of what is imported start, is the real command; with AIPOD_TEST_FRESH=1, or where a
-test has changed what Python reads when it starts, every server is.
+a starter; stdout is buffered as for a pipe, also where it is a terminal; a traceback begins with lines of this file.
+Therefore forked are the servers that a test starts for itself (the fixture `serve`, the kill points and the like), the
+commands in test_cli_jobs.py that are on no terminal, and in test_cli.py most that end with a mistake, and helps. What a
+test module shares (`Served`), all other tests of the command line, and all of peaks of memory and of what is imported
+start the real command; with AIPOD_TEST_FRESH=1, or where a test has changed what Python reads when it starts, every
+test does.
 """
 
 from __future__ import annotations
@@ -19,39 +21,58 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
+import io
 import json
 import os
 import resource
 import runpy
 import select
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = ("aipod.cli.serve", "aipod.server")
+# By kind: a client must not find what importing the server does to asyncio.
+IMPORTS = {
+    "server": ("aipod.cli.serve", "aipod.server"),
+    "client": tuple(f"aipod.cli.{name}" for name in ("attach", "call", "cancel", "health", "jobs", "submit")),
+}
 # A message of a socket pair: the arguments and the environment.
 LARGEST = 128 * 1024
 STATUS = 4  # bytes: the exit status, as of `Popen.returncode`
 
 
 class Started:
-    """A child of the starter, with the parts of `subprocess.Popen` that tests use."""
+    """A child of a starter, with the parts of `subprocess.Popen` that tests use."""
 
-    def __init__(self, pid: int, handle: int, status: int, stdout: TextIO) -> None:
+    def __init__(self, pid: int, handle: int, status: int, ours: list[IO[Any] | None]) -> None:
+        """`ours`: our ends of its stdin, stdout and stderr, where they are pipes."""
         self.pid = pid
         self.returncode: int | None = None
-        self.stdout = stdout
+        self.stdin, self.stdout, self.stderr = ours
         self._handle = handle  # a pidfd: no signal reaches another process that has got the same pid
         self._number = status
         self._status = open(status, "rb", buffering=0)  # noqa: SIM115 - warns where nobody waits for the child
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for end in (self.stdout, self.stderr, self.stdin):
+            if end is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    end.close()
+        self.wait()
 
     def poll(self) -> int | None:
         with self._lock:
@@ -78,12 +99,43 @@ class Started:
         ready.register(self._number, select.POLLIN)
         return bool(ready.poll(max(seconds, 0) * 1000))
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """What else it writes is little, and fits into the pipe until it has ended."""
-        self.wait(timeout)
-        text = "" if self.stdout.closed else self.stdout.read()
-        self.stdout.close()
-        return text, None
+    def communicate(self, data: bytes | None = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """Send `data`, read what is left of both streams, wait. Raises `subprocess.TimeoutExpired`."""
+        if isinstance(self.stdout, io.TextIOBase):  # a server's: what else it writes is little, and fits into the pipe
+            self.wait(timeout)
+            text = "" if self.stdout.closed else self.stdout.read()
+            self.stdout.close()
+            return text, None
+        until = float("inf") if timeout is None else time.monotonic() + timeout
+        found: dict[Any, list[bytes]] = {end: [] for end in (self.stdout, self.stderr) if end is not None}
+        with selectors.DefaultSelector() as ends:
+            for end in found:
+                if not end.closed:
+                    ends.register(end, selectors.EVENT_READ)
+            if self.stdin is not None and not self.stdin.closed:
+                with contextlib.suppress(BrokenPipeError):
+                    self.stdin.flush()
+                os.set_blocking(self.stdin.fileno(), False)
+                ends.register(self.stdin, selectors.EVENT_WRITE)
+            left = memoryview(data or b"")
+            while ends.get_map():
+                ready = ends.select(None if timeout is None else max(until - time.monotonic(), 0))
+                if not ready:
+                    raise subprocess.TimeoutExpired("tests.starter", timeout or 0)
+                for key, _ in ready:
+                    end: Any = key.fileobj
+                    if end is self.stdin:
+                        left = _write(key.fd, left)
+                        more = bool(left)
+                    else:
+                        found[end].append(os.read(key.fd, 65536))
+                        more = bool(found[end][-1])
+                    if not more:
+                        ends.unregister(end)
+                        end.close()
+        self.wait(None if timeout is None else until - time.monotonic())
+        out, err = (None if end is None else b"".join(found[end]) for end in (self.stdout, self.stderr))
+        return out, err
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -96,50 +148,86 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-class Starter:
-    """This process's starter; `start` may be called from any thread."""
+def _write(number: int, data: memoryview) -> memoryview:
+    """What is left of `data`; nothing where nobody reads it."""
+    try:
+        return data[os.write(number, data) :]
+    except BrokenPipeError:
+        return data[:0]
 
-    def __init__(self) -> None:
+
+class Starter:
+    """This process's starter of one kind; its methods may be called from any thread."""
+
+    def __init__(self, kind: str) -> None:
         self._lock = threading.Lock()
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "tests.starter", str(theirs.fileno())]
+            command = [sys.executable, "-m", "tests.starter", str(theirs.fileno()), kind]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL, cwd=ROOT)
         atexit.register(self._end)
 
     def start(self, arguments: list[str], stderr: TextIO) -> Started:
-        """Run `python -m` with `arguments`, its stdout a pipe."""
-        read_end, write_end = os.pipe()
-        status, tell = os.pipe()
-        request = json.dumps({"arguments": arguments, "environment": dict(os.environ)}).encode()
+        """Run `python -m` with `arguments`, its stdout a pipe that is read as text."""
+        return self.open(arguments, dict(os.environ), 0, subprocess.PIPE, stderr, text=True)
+
+    def open(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        stdin: int | IO[Any],
+        stdout: int | IO[Any],
+        stderr: int | IO[Any],
+        *,
+        text: bool = False,
+    ) -> Started:
+        """Run `python -m` with `arguments`. A number is a descriptor, or DEVNULL or PIPE of `subprocess`."""
+        request = json.dumps({"arguments": arguments, "environment": environment}).encode()
         assert len(request) < LARGEST
-        with self._lock:
-            socket.send_fds(self._link, [request], [0, write_end, stderr.fileno(), tell])
-            os.close(write_end)
-            os.close(tell)
-            pid, (handle,), _, _ = socket.recv_fds(self._link, STATUS, 1)
-        return Started(int.from_bytes(pid, "big"), handle, status, open(read_end))
+        theirs: list[int] = []
+        ours: list[IO[Any] | None] = []
+        with contextlib.ExitStack() as stack:
+            for number, what in enumerate((stdin, stdout, stderr)):
+                mine = None
+                if what == subprocess.PIPE:
+                    read_end, write_end = os.pipe()
+                    end, kept = (write_end, read_end) if number else (read_end, write_end)
+                    mine = os.fdopen(kept, ("r" if number else "w") + ("" if text else "b"))
+                    stack.callback(os.close, end)
+                elif what == subprocess.DEVNULL:
+                    end = os.open(os.devnull, os.O_RDWR)
+                    stack.callback(os.close, end)
+                else:
+                    end = what if isinstance(what, int) else what.fileno()
+                theirs.append(end)
+                ours.append(mine)
+            status, tell = os.pipe()
+            stack.callback(os.close, tell)
+            with self._lock:
+                socket.send_fds(self._link, [request], [*theirs, tell])
+                pid, (handle,), _, _ = socket.recv_fds(self._link, STATUS, 1)
+        return Started(int.from_bytes(pid, "big"), handle, status, ours)
 
     def _end(self) -> None:
         self._link.close()
         self.process.wait(10)
 
 
-def inherited() -> dict[str, Any]:
-    """What a new process would have from this one, and a child of the starter has not."""
+def inherited(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a new process would have from this one, and a child of a starter has not."""
     names = ("PYTHON", "LANG", "LC_", "LD_", "TZ")
     limits = {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")}
-    return {**limits, **{name: value for name, value in os.environ.items() if name.startswith(names)}}
+    return {**limits, **{name: value for name, value in environment.items() if name.startswith(names)}}
 
 
-_INHERITED = inherited()
+_INHERITED = inherited(os.environ)
 _the_starter = functools.cache(Starter)
 
 
-def starter() -> Starter | None:
-    """This process's; None where only the real command is right."""
-    fresh = os.environ.get("AIPOD_TEST_FRESH") == "1" or inherited() != _INHERITED
-    return None if fresh else _the_starter()
+def starter(kind: str, environment: Mapping[str, str] = os.environ) -> Starter | None:
+    """This process's, of a kind of IMPORTS; None where only the real command is right."""
+    fresh = os.environ.get("AIPOD_TEST_FRESH") == "1" or inherited(environment) != _INHERITED
+    return None if fresh else _the_starter(kind)
 
 
 def fork_on_request(link: socket.socket) -> dict[str, Any]:
@@ -177,17 +265,19 @@ def fork_on_request(link: socket.socket) -> dict[str, Any]:
 
 
 def main() -> None:
-    for name in IMPORTS:
+    for name in IMPORTS[sys.argv[2]]:
         importlib.import_module(name)
-    import trio._core._run
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, and for the servers
+    gc.collect()
+    gc.freeze()  # else each child searches, and so copies, all that was imported: most of what it costs to end
+    # Ctrl-C is for the tests and for the children, which get also one that comes before they run.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     request = fork_on_request(socket.socket(fileno=int(sys.argv[1])))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    trio._core._run._r.seed()  # `random` itself takes new numbers after a fork
+    if "trio" in sys.modules:
+        sys.modules["trio._core._run"]._r.seed()  # `random` itself takes new numbers after a fork
     os.environ.clear()
     os.environ.update(request["environment"])
     module, *sys.argv[1:] = request["arguments"]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -13,8 +13,6 @@ import os
 import re
 import resource
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,8 @@ from aipod.codec import digest
 from aipod.config import KIB, MIB, Config
 from aipod.transport.channel import Channel, read_status, reset
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
-from tests.conftest import ROOT, Served, children, free_port, left_in, peak_memory, run, wait_until
+from tests.conftest import Served, children, free_port, left_in, peak_memory, run, wait_until
+from tests.test_cli import start
 from tests.test_codec import bomb, frame
 
 INVALID, UNIMPLEMENTED, INTERNAL = Status.INVALID_ARGUMENT, Status.UNIMPLEMENTED, Status.INTERNAL
@@ -712,16 +711,18 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 def fails(tmp_path: Path, *arguments: str, status: int = 1) -> str:
     """The last line of stderr of a `serve` that does not start."""
-    command = [sys.executable, "-m", "aipod", "serve", "--data", str(tmp_path / "data"), *arguments]
+    command = ["serve", "--data", str(tmp_path / "data"), *arguments]
     if "--spool" not in arguments:
         command += ["--spool", str(tmp_path / "spool")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
-    assert done.returncode == status, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
+    with start(*command, environ=dict(os.environ), forked=True) as process:
+        out, err = process.communicate(timeout=60)
+    text = err.decode()
+    assert process.returncode == status, text
+    assert out == b""
+    assert "Traceback" not in text
     if (tmp_path / "spool").exists():
         assert left_in(tmp_path / "spool") == []
-    return done.stderr.splitlines()[-1]
+    return str(text.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

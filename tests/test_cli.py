@@ -23,16 +23,24 @@ import pytest
 from aipod.cli.progress import Progress
 from aipod.client import Event
 from tests.conftest import ROOT, Serve, Served, alive, children, free_port, left_in, wait_until
+from tests.starter import Started, starter
 
 MODEL = "tests.models_faults:Counted"
 # Nothing of the machine's own settings may leak in.
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("AIPOD_")}
 
 
-def start(*arguments: str, environ: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
+def start(
+    *arguments: str, environ: dict[str, str] | None = None, forked: bool = False, **options: Any
+) -> subprocess.Popen[bytes] | Started:
+    """The real command or, `forked`, a child of a starter, which says what differs; never that on a terminal."""
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    command = [sys.executable, "-m", "aipod", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env={**CLEAN, **(environ or {})}, **options)
+    environment = {**CLEAN, **(environ or {})}
+    on_terminal = any(not isinstance(end, int) and end.isatty() for end in options.values())
+    kind = "server" if arguments[:1] == ("serve",) else "client"
+    if forked and not on_terminal and (ready := starter(kind, environment)) is not None:
+        return ready.open(["aipod", *arguments], environment, **options)
+    return subprocess.Popen([sys.executable, "-m", "aipod", *arguments], cwd=ROOT, env=environment, **options)
 
 
 class Done:
@@ -54,8 +62,11 @@ class Done:
         return json.loads(self.out)
 
 
-def aipod(*arguments: str, stdin: bytes | None = None, environ: dict[str, str] | None = None) -> Done:
-    with start(*arguments, environ=environ, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE) as process:
+def aipod(
+    *arguments: str, stdin: bytes | None = None, environ: dict[str, str] | None = None, forked: bool = False
+) -> Done:
+    ends = subprocess.DEVNULL if stdin is None else subprocess.PIPE
+    with start(*arguments, environ=environ, forked=forked, stdin=ends) as process:
         out, err = process.communicate(stdin, timeout=60)
     return Done(process.returncode, out, err)
 
@@ -75,7 +86,7 @@ class Terminal:
         self.text += os.read(self._master, 65536).decode(errors="replace")
         return True
 
-    def read_until_closed(self, process: subprocess.Popen[bytes]) -> str:
+    def read_until_closed(self, process: subprocess.Popen[bytes] | Started) -> str:
         """Read until the process has ended."""
         until = time.monotonic() + 60
         while time.monotonic() < until:
@@ -181,9 +192,8 @@ def test_flags_and_lists_come_from_the_environment_and_the_file(tmp_path: Path) 
 def test_serve_that_cannot_start_says_why_in_one_line(
     tmp_path: Path, arguments: tuple[str, ...], status: int, said: str
 ) -> None:
-    done = aipod(
-        "serve", *arguments, environ={"AIPOD_SPOOL": "tmp", "AIPOD_DATA": str(tmp_path), "AIPOD_BIND": "127.0.0.1:0"}
-    )
+    environ = {"AIPOD_SPOOL": "tmp", "AIPOD_DATA": str(tmp_path), "AIPOD_BIND": "127.0.0.1:0"}
+    done = aipod("serve", *arguments, environ=environ, forked=True)
     assert (done.status, done.out) == (status, b"")
     assert re.match(f"aipod: {said}", done.last), done.err
     assert "Traceback" not in done.err
@@ -203,7 +213,7 @@ def test_serve_that_cannot_start_says_why_in_one_line(
 def test_a_wrong_file_is_a_usage_error(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "aipod.toml"
     file.write_text(text)
-    done = aipod("serve", MODEL, "--config", str(file))
+    done = aipod("serve", MODEL, "--config", str(file), forked=True)
     assert done.status == 2
     assert re.search(said, done.last), done.err
 
@@ -244,7 +254,7 @@ def test_call_hands_on_keyword_arguments_version_and_metadata(to: tuple[str, str
 
 @pytest.mark.parametrize("method", ["train", "predict", "log"])
 def test_train_predict_and_log_use_their_own_rpc(to: tuple[str, str], method: str) -> None:
-    done = aipod("call", *to, method)
+    done = aipod("call", *to, method, forked=True)
     assert done.status == 1
     assert done.last.startswith("aipod: UNKNOWN_METHOD: Counted has no method '" + method)
 
@@ -335,7 +345,7 @@ def test_a_reader_that_goes_away_is_no_noise(to: tuple[str, str]) -> None:
 def test_failures_have_a_status_and_a_last_line(
     served: Served, arguments: tuple[str, ...], status: int, said: str
 ) -> None:
-    done = aipod(*arguments, environ={"AIPOD_TO": served.address})
+    done = aipod(*arguments, environ={"AIPOD_TO": served.address}, forked=True)
     assert (done.status, done.out) == (status, b"")
     assert re.match(f"aipod: {said}", done.last), done.err
     assert "Traceback" not in done.err
@@ -344,7 +354,7 @@ def test_failures_have_a_status_and_a_last_line(
 
 def test_nobody_there_is_status_3(tmp_path: Path) -> None:
     for arguments in (("call", "chaos", "--attempts", "1"), ("health",)):
-        done = aipod(*arguments, "--to", f"127.0.0.1:{free_port()}")
+        done = aipod(*arguments, "--to", f"127.0.0.1:{free_port()}", forked=True)
         assert done.status == 3
         assert done.last.startswith("aipod: UNREACHABLE: ")
     done = aipod("call", "chaos", "--attempts", "1", "--to", f"unix:{tmp_path}/nothing")
@@ -433,6 +443,23 @@ def test_each_reason_for_which_it_is_tried_again_is_told_once(capsys: pytest.Cap
     assert capsys.readouterr().err.splitlines() == [f"aipod: note: {why}; trying again" for why in told]
 
 
+@pytest.mark.parametrize("command", [("call", "x", "--attempts", "1"), ("serve", MODEL, "--bind", "nowhere")])
+def test_the_collector_leaves_out_what_was_imported(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """And looks at all that comes afterwards."""
+    code = "import gc, sys; from aipod.cli import run; run(sys.argv[1:]); print(gc.isenabled(), gc.get_freeze_count())"
+    environ = {"AIPOD_TO": f"127.0.0.1:{free_port()}", "AIPOD_SPOOL": "tmp", "AIPOD_DATA": str(tmp_path)}
+    told = subprocess.check_output(
+        [sys.executable, "-c", code, *command],
+        cwd=ROOT,
+        env=CLEAN | environ,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ).split()
+    assert told[0] == "True"
+    assert int(told[1]) > (40_000 if command[0] == "serve" else 30_000)
+
+
 def quietly(served: Served) -> list[str]:
     with contextlib.suppress(FileNotFoundError):  # an entry is being removed this moment
         return left_in(served.spool)
@@ -447,7 +474,8 @@ def test_a_traceback_only_with_debug(before: bool) -> None:
     assert "Traceback" in done.err
     assert done.last.startswith("aipod: UNREACHABLE: ")
     # A value that looks like the option is none.
-    done = aipod("call", "chaos", "-k", "a=--debug", "--attempts", "1", "--to", f"127.0.0.1:{free_port()}")
+    refused = ("--attempts", "1", "--to", f"127.0.0.1:{free_port()}")
+    done = aipod("call", "chaos", "-k", "a=--debug", *refused, forked=True)
     assert "Traceback" not in done.err
 
 
@@ -540,7 +568,7 @@ def test_colors_in_the_environment_do_not_reach_a_pipe(to: tuple[str, str]) -> N
 
 def test_health_prints_the_status(served: Served, to: tuple[str, str]) -> None:
     for service in ((), ("ai.AI",), ("liveness",), ("readiness",)):
-        done = aipod("health", *to, *service)
+        done = aipod("health", *to, *service, forked=True)
         assert (done.status, done.out, done.err) == (0, b"SERVING\n", "")
     assert aipod("health", environ={"AIPOD_TO": served.address}).status == 0
     done = aipod("health", *to, "nothing")
@@ -567,7 +595,7 @@ def test_health_of_a_draining_server_is_status_1(serve: Serve, tmp_path: Path) -
     "command", [(), ("serve",), ("call",), ("submit",), ("attach",), ("cancel",), ("jobs",), ("health",), ("demo",)]
 )
 def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
-    done = aipod(*command, "--help")
+    done = aipod(*command, "--help", forked=True)
     assert (done.status, done.err) == (0, "")
     text = done.out.decode()
     assert text.startswith("Usage: aipod")

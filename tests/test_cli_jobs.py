@@ -1,9 +1,10 @@
-"""Jobs that outlive the command that began them: call --ticket, submit, attach, cancel, jobs, as real processes."""
+"""Jobs that outlive the command that began them: call --ticket, submit, attach, cancel, jobs, each a process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
@@ -19,11 +20,13 @@ import zstandard
 
 from aipod.client.ticket import TicketFile
 from aipod.codec import job_id
-from tests import stranger, wire
+from tests import stranger, test_cli, wire
 from tests.conftest import Serve, Served, free_port, left_in, run, wait_until
 from tests.proxy import Fault, Proxy, open_proxy
-from tests.test_cli import MODEL, Done, Terminal, aipod, start
+from tests.test_cli import MODEL, Done, Terminal
 
+start = functools.partial(test_cli.start, forked=True)
+aipod = functools.partial(test_cli.aipod, forked=True)
 PAYLOAD = os.urandom(20_000_000)
 SMALL = b"12345"
 
@@ -248,7 +251,7 @@ def test_a_submitted_job_is_attached_to_as_often_as_one_likes(to: tuple[str, str
     assert submitted(work, to) == job_id, "the same command finds the same job"
     wait_until(work.mark.exists)
     assert phases(to)[job_id] == "RUNNING"
-    with start("attach", *to, str(work.ticket)) as process:
+    with test_cli.start("attach", *to, str(work.ticket)) as process:
         wait_until(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) > 6)  # it is connected
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)

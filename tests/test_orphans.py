@@ -67,7 +67,7 @@ def test_a_job_in_line_is_run_and_one_that_ran_begins_again_or_has_failed(
     second = start()
     again = name == "wait_again"
     if again:
-        wait_until(lambda: work.lines.count("start") == 2)
+        wait_until(lambda: work.lines.count("start") >= 2)  # the one in line may have been first
         work.until.touch()
     wait_until(lambda: phase(second.spool, waiting) == "DONE")
     wait_until(lambda: phase(second.spool, client) == ("DONE" if again else "FAILED"))

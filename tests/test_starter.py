@@ -8,19 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import pytest
 
 from tests.conftest import alive, wait_until
-from tests.starter import ROOT, Started, Starter, starter
+from tests.starter import IMPORTS, ROOT, Started, Starter, starter
 
 
-@pytest.fixture(scope="module")
-def buffering() -> Starter:
+@pytest.fixture(scope="module", params=["server", "client"])
+def buffering(request: pytest.FixtureRequest) -> Starter:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONUNBUFFERED", raising=False)
-        return Starter()
+        return Starter(request.param)
 
 
 @pytest.fixture
@@ -76,6 +77,10 @@ def test_it_is_ended_by_signals(ready: Starter, tmp_path: Path) -> None:
     assert process.communicate(timeout=30)[0] == ""
     assert process.returncode == -signal.SIGINT
     assert (tmp_path / "stderr").read_text().endswith("KeyboardInterrupt\n")
+    process = start(ready, "wait", tmp_path)
+    process.send_signal(signal.SIGINT)  # also before it runs
+    assert process.wait(30) == -signal.SIGINT
+    process.communicate()
 
 
 def test_no_two_have_the_same_random_numbers(ready: Starter, tmp_path: Path) -> None:
@@ -83,6 +88,38 @@ def test_no_two_have_the_same_random_numbers(ready: Starter, tmp_path: Path) -> 
     numbers = [told(process)["numbers"] for process in processes]
     assert [process.communicate(timeout=30)[0] for process in processes] == ["not flushed\n"] * 3
     assert len({number for pair in numbers for number in pair}) == 6
+
+
+def test_its_streams_are_those_that_it_was_given(ready: Starter, tmp_path: Path) -> None:
+    """Pipes are read while they are written; what it leaves unread is dropped."""
+    data = os.urandom(3_000_000)
+    with ready.open(["tests.probe", "copy"], dict(os.environ), PIPE, PIPE, PIPE) as process:
+        assert process.communicate(data, timeout=30) == (data, b"copied")
+    assert process.returncode == 0
+    with ready.open(["tests.probe", "copy"], dict(os.environ), PIPE, PIPE, PIPE) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)  # it reads, as nobody has closed its stdin
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.communicate(timeout=30) == (b"", b"copied")
+    with ready.open(["tests.probe", "3"], {**os.environ, "PROBE": "x"}, PIPE, PIPE, DEVNULL) as process:
+        out, err = process.communicate(data, timeout=30)
+    assert (err, process.returncode) == (None, 3)
+    assert json.loads(out.splitlines()[0])["found"]["environment"]["PROBE"] == "x"
+    with (tmp_path / "out").open("w+b") as file:
+        with ready.open(["tests.probe", "copy"], dict(os.environ), DEVNULL, file, PIPE) as process:
+            assert process.communicate(timeout=30) == (None, b"copied")
+        assert file.read() == b""
+
+
+def test_importing_a_client_does_nothing_to_asyncio() -> None:
+    """What a child of the client's starter finds is what the real command finds."""
+    code = (
+        f"import sys, importlib; [importlib.import_module(name) for name in {IMPORTS['client']}]; print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "aipod.client.api" in loaded.split()
+    assert not {"trio", "trio_asyncio", "aipod.server", "rich"} & set(loaded.split())
 
 
 def test_the_starter_is_idle(ready: Starter, tmp_path: Path) -> None:
@@ -97,9 +134,10 @@ def test_the_starter_is_idle(ready: Starter, tmp_path: Path) -> None:
 
 def test_what_python_reads_when_it_starts_needs_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AIPOD_TEST_FRESH", raising=False)
-    assert starter() is not None
+    assert starter("server") is not None
+    assert starter("server", {**os.environ, "PYTHONPATH": os.fspath(ROOT)}) is None
     monkeypatch.setenv("PYTHONPATH", os.fspath(ROOT))
-    assert starter() is None
+    assert starter("server") is None
     monkeypatch.undo()
     monkeypatch.setenv("AIPOD_TEST_FRESH", "1")
-    assert starter() is None
+    assert starter("server") is None

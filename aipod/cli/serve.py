@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from aipod.cli import lasting_imports
 from aipod.cli.options import config_options, make_config
 
 log = logging.getLogger("aipod.server")
@@ -45,9 +46,10 @@ def serve(context: click.Context, /, **options: Any) -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     # Imported late: trio_asyncio changes asyncio for the whole process, and `call` wants none of it.
-    import trio
+    with lasting_imports():
+        import trio
 
-    from aipod.server import serve as run_server
+        from aipod.server import serve as run_server
 
     async def main() -> None:
         stop = trio.Event()
