@@ -15,10 +15,8 @@ and `_hold`.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import functools
-import inspect
 import json
 import os
 import queue
@@ -35,7 +33,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aipod.models import Context, LoadError, exported, is_async, load_class
+from aipod.methods import describe
+from aipod.models import Context, LoadError, load_class
 from aipod.results import BadResult, settle
 
 HEAD = struct.Struct(">II")
@@ -67,19 +66,6 @@ def unpack(buffer: bytearray) -> tuple[dict[str, Any], bytes] | None:
     blob = bytes(buffer[HEAD.size + head_size : end])
     del buffer[:end]
     return head, blob
-
-
-def describe(cls: type) -> dict[str, Any]:
-    """What the server needs to know of a class that it never imports."""
-    methods = {
-        name: {
-            **dataclasses.asdict(options),
-            "doc": inspect.getdoc(getattr(cls, name)) or "",
-            "signature": str(inspect.signature(getattr(cls, name))),
-        }
-        for name, options in exported(cls).items()
-    }
-    return {"methods": methods, "async": is_async(cls), "class": cls.__name__}
 
 
 def _tether(pipe: int) -> None:
