@@ -58,6 +58,8 @@ class Config:
     instances: int = _setting(1, "Instances per version (process runner).", low=1, high=1024)
     # Each instance is a process with a model in it; beyond this an idle one of another version is closed first.
     max_instances: int = _setting(16, "Instances of all versions together.", low=1, high=4096)
+    idle: float = _setting(0.0, "Seconds after which an instance that nobody uses is closed; 0 is none.", low=0)
+    preload: tuple[str, ...] = _setting((), "Version whose instances are loaded at the start; may be repeated.")
     # A proxy's timeout is never below a second, so one tick a second keeps every hop awake.
     tick: float = _setting(1 * SECONDS, "Seconds between heartbeats.", low=0.01, high=60)
     drain: float = _setting(
