@@ -15,6 +15,7 @@ and `_hold`.
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import functools
 import json
@@ -45,6 +46,8 @@ REPORT_EVERY = 0.1
 # Log text that waits to be sent; beyond it the oldest is dropped, so that a model that logs in a loop stays small.
 MAX_PENDING_LOG = 256 * 1024
 LOOK_EVERY = 1.0  # seconds
+# Has the worker write the stacks of all its threads to stderr, also while the model holds the GIL.
+TELL_STACKS = signal.SIGQUIT
 
 
 def pack(head: dict[str, Any], blob: bytes = b"") -> bytes:
@@ -291,6 +294,7 @@ def main() -> None:
     if head["files"]:
         # The server has raised its own limit; select() takes no descriptor above 1023.
         resource.setrlimit(resource.RLIMIT_NOFILE, (head["files"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    faulthandler.register(TELL_STACKS)
     sys.path[:] = head["path"]
     try:
         cls = load_class(head["model"])
