@@ -9,6 +9,7 @@
 #   spool  versions              what is on disk: jobs, and the data of versions
 #   codec  trash  transport           one hard thing each
 #   worker                       the child process (standard library only)
+#   methods                      what a class offers, and what fits it (standard library only)
 #   models  results              what the author of a model sees and returns (standard library only)
 #   errors  config  wire         import nothing of aipod
 #

@@ -61,6 +61,8 @@ class Config:
     # Async methods wait for others, so hundreds at once are usual. Each has its kwargs in memory while it runs, 16 MiB
     # at most: 4 GiB, and what the methods make of them.
     concurrency: int = _setting(256, "Jobs at once in one instance (loop runner).", low=1, high=100_000)
+    idle: float = _setting(0.0, "Seconds after which an instance that nobody uses is closed; 0 is none.", low=0)
+    preload: tuple[str, ...] = _setting((), "Version whose instances are loaded at the start; may be repeated.")
     # A proxy's timeout is never below a second, so one tick a second keeps every hop awake.
     tick: float = _setting(1 * SECONDS, "Seconds between heartbeats.", low=0.01, high=60)
     drain: float = _setting(

@@ -158,7 +158,25 @@ def load_class(spec: str) -> type:
         raise LoadError(f"module {module_name} has no class {class_name!r}")
     if not exported(cls):
         raise LoadError(f"{spec} has no public method to call; define one:  def predict(self, context, path): ...")
+    for name in exported(cls):
+        _check_parameters(spec, name, getattr(cls, name))
     return cls
+
+
+def _check_parameters(spec: str, name: str, function: Callable[..., Any]) -> None:
+    """Raises `LoadError` for a method that no call could fit."""
+    signature = inspect.signature(function, follow_wrapped=False)
+    try:
+        taken = signature.bind_partial(None, None, None).arguments
+    except TypeError:
+        right = f"def {name}(self, context, path)"
+        raise LoadError(f"{spec}.{name} takes {signature}; it is called with context and path:  {right}") from None
+    for key, parameter in signature.parameters.items():
+        required = key not in taken and parameter.default is parameter.empty
+        if required and parameter.kind is parameter.POSITIONAL_ONLY:
+            raise LoadError(f"{spec}.{name}: parameter {key!r} has no name for its callers; take the / away")
+        if required and key == "version" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            raise LoadError(f"{spec}.{name}: parameter 'version' never comes; context.version has it")
 
 
 def exported(cls: type) -> dict[str, Options]:

@@ -51,6 +51,7 @@ class Instance:
     data: Data
     users: int = 0
     last_used: int = 0
+    free_since: float = 0.0  # by trio's clock
     retired: bool = False
     ready: bool = False
 
@@ -77,6 +78,7 @@ class Pool:
         at_once: int,
         per_version: int,
         total: int,
+        idle: float,
         nursery: trio.Nursery,
     ) -> None:
         self._make = make
@@ -85,6 +87,8 @@ class Pool:
         self._at_once = at_once if shared else 1
         self._per_version = 1 if shared else per_version
         self._total = total
+        self._idle = idle  # seconds
+        self._watching = trio.CancelScope()
         # The pool's own: instances that are evicted or retired are shut down in it, not by the job that found them.
         self._nursery = nursery
         self._instances: list[Instance] = []
@@ -92,6 +96,41 @@ class Pool:
         # Bounded by Config.max_jobs, and the calls that are open: each waiter is one job.
         self._line: list[Waiter] = []
         self._clock = itertools.count(1)
+
+    async def preload(self, version: str) -> None:
+        """Start all instances that `version` may have, at once. This is a trio-flavored async function.
+
+        Raises `JobFailed` where one does not load.
+        """
+        count = min(self._per_version, self._total)
+        left, loaded = count, trio.Event()
+
+        async def start() -> None:
+            nonlocal left
+            async with self.lease(version, Waiter(version)):
+                left -= 1
+                if not left:
+                    loaded.set()
+                await loaded.wait()  # else the next one would lease the same instance
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(count):
+                nursery.start_soon(start)
+
+    async def end_idle(self) -> None:
+        """Shut instances that nobody has used for `idle` seconds, until `release`. This is a trio-flavored function."""
+        with self._watching:
+            while True:
+                now = trio.current_time()
+                for instance in self._free():
+                    if instance.free_since + self._idle <= now:
+                        log.info("closing an instance of version %s: idle for %g s", instance.version, self._idle)
+                        self._shut(instance)
+                # What becomes free from now on is due later than all of these.
+                await trio.sleep_until(min((one.free_since for one in self._free()), default=now) + self._idle)
+
+    def _free(self) -> list[Instance]:
+        return [instance for instance in self._instances if instance.users == 0 and instance.ready]
 
     def place(self, waiter: Waiter) -> int:
         """How many jobs of the same version are before `waiter` in line."""
@@ -171,13 +210,13 @@ class Pool:
 
     def _evict(self) -> None:
         """Begin to make room: close the instance that has been idle for longest, where there is one."""
-        idle = [instance for instance in self._instances if instance.users == 0 and instance.ready]
-        if idle:
-            self._shut(min(idle, key=lambda one: one.last_used))
+        if free := self._free():
+            self._shut(min(free, key=lambda one: one.last_used))
 
     def _return(self, instance: Instance) -> None:
         instance.users -= 1
         instance.last_used = next(self._clock)
+        instance.free_since = trio.current_time()
         instance.retired = instance.retired or instance.runner.broken
         if instance.users == 0 and not instance.ready:
             self._instances.remove(instance)  # it did not load, or nobody came to load it
@@ -212,6 +251,7 @@ class Pool:
 
     async def release(self) -> None:
         """Shut all instances down, `close` hooks included. Nothing may be leased any more."""
+        self._watching.cancel()
         async with trio.open_nursery() as nursery:
             for instance in self._instances:
                 instance.data.close()
@@ -253,13 +293,26 @@ async def open_pool(
     at_once: int = 256,
     per_version: int,
     total: int,
+    idle: float = 0.0,
 ) -> AsyncIterator[Pool]:
-    """A pool whose instances are all gone when the `async with` is left. `at_once`: jobs in a shared instance.
+    """A pool whose instances are all gone when the `async with` is left. This is a trio-flavored async function.
 
-    This is a trio-flavored async function.
+    At most `per_version` instances of a version and `total` of all; where they are `shared`, one of a version, with
+    `at_once` jobs. Those that nobody has used for `idle` seconds are shut, where that is not 0.
     """
     async with trio.open_nursery() as nursery:
-        pool = Pool(make, data, shared=shared, at_once=at_once, per_version=per_version, total=total, nursery=nursery)
+        pool = Pool(
+            make,
+            data,
+            shared=shared,
+            at_once=at_once,
+            per_version=per_version,
+            total=total,
+            idle=idle,
+            nursery=nursery,
+        )
+        if idle:
+            nursery.start_soon(pool.end_idle)
         try:
             yield pool
         finally:

@@ -25,7 +25,7 @@ import trio
 
 from aipod.config import Config, state_home
 from aipod.errors import AipodError
-from aipod.pool import MakeRunner, open_pool
+from aipod.pool import MakeRunner, Pool, open_pool
 from aipod.runner import Description
 from aipod.runner.loop import LoopRunner
 from aipod.runner.process import ProcessRunner
@@ -36,7 +36,7 @@ from aipod.spool import Spool, Sweeper
 from aipod.transport import bridge
 from aipod.transport.server import BACKLOG, Server
 from aipod.trash import remove
-from aipod.versions import Versions
+from aipod.versions import Versions, check_version
 
 log = logging.getLogger("aipod.server")
 T = TypeVar("T")
@@ -95,9 +95,13 @@ async def serve(
                     at_once=config.concurrency,
                     per_version=config.instances,
                     total=config.max_instances,
+                    idle=config.idle,
                 ) as pool,
                 trio.open_nursery() as jobs,
             ):
+                if await _unless(stop, _preload, pool, config.preload) is None:
+                    task_status.started([])
+                    return
                 ai = AI(config, description, pool, spool, versions, jobs)
                 jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
@@ -127,6 +131,14 @@ def _share_heaps() -> None:
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_ARENA_MAX, HEAPS)
+
+
+async def _preload(pool: Pool, names: tuple[str, ...]) -> bool:
+    for version in map(check_version, names):
+        began = trio.current_time()
+        await pool.preload(version)
+        log.info("version %s is loaded, in %.3f s", version, trio.current_time() - began)
+    return True
 
 
 async def _emptied(server: Server) -> None:

@@ -15,11 +15,10 @@ and `_hold`.
 
 from __future__ import annotations
 
-import dataclasses
+import faulthandler
 import fcntl
 import functools
 import gc
-import inspect
 import json
 import os
 import queue
@@ -36,7 +35,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aipod.models import Context, LoadError, exported, is_async, load_class
+from aipod.methods import describe
+from aipod.models import Context, LoadError, load_class
 from aipod.results import BadResult, settle
 
 HEAD = struct.Struct(">II")
@@ -47,6 +47,8 @@ REPORT_EVERY = 0.1
 # Log text that waits to be sent; beyond it the oldest is dropped, so that a model that logs in a loop stays small.
 MAX_PENDING_LOG = 256 * 1024
 LOOK_EVERY = 1.0  # seconds
+# Has the worker write the stacks of all its threads to stderr, also while the model holds the GIL.
+TELL_STACKS = signal.SIGQUIT
 
 
 def pack(head: dict[str, Any], blob: bytes = b"") -> bytes:
@@ -68,19 +70,6 @@ def unpack(buffer: bytearray) -> tuple[dict[str, Any], bytes] | None:
     blob = bytes(buffer[HEAD.size + head_size : end])
     del buffer[:end]
     return head, blob
-
-
-def describe(cls: type) -> dict[str, Any]:
-    """What the server needs to know of a class that it never imports."""
-    methods = {
-        name: {
-            **dataclasses.asdict(options),
-            "doc": inspect.getdoc(getattr(cls, name)) or "",
-            "signature": str(inspect.signature(getattr(cls, name))),
-        }
-        for name, options in exported(cls).items()
-    }
-    return {"methods": methods, "async": is_async(cls), "class": cls.__name__}
 
 
 def _tether(pipe: int) -> None:
@@ -307,6 +296,7 @@ def main() -> None:
     if head["files"]:
         # The server has raised its own limit; select() takes no descriptor above 1023.
         resource.setrlimit(resource.RLIMIT_NOFILE, (head["files"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    faulthandler.register(TELL_STACKS)
     sys.path[:] = head["path"]
     try:
         cls = load_class(head["model"])

@@ -88,11 +88,16 @@ def test_a_method_in_a_worker_sees_it_and_the_worker_goes_on(work: Served, tmp_p
 
 
 @both
-def test_a_worker_that_does_not_obey_is_ended_and_replaced(work: Served, tmp_path: Path, leave: Leave) -> None:
-    leave(work, "stubborn", tmp_path / "mark")
+@pytest.mark.parametrize("method", ["stubborn", "hold"])
+def test_a_worker_that_does_not_obey_is_ended_and_replaced(
+    work: Served, tmp_path: Path, leave: Leave, method: str
+) -> None:
+    """It says before that where it is, also while it holds the GIL."""
+    leave(work, method, tmp_path / "mark", **({"seconds": 60} if method == "hold" else {}))
     worker = int((tmp_path / "mark").read_text())
     wait_until(lambda: not alive(worker), seconds=2 * GRACE + 2)
     assert own(work.address, "chaos") != worker
+    assert f"in {method}\n" in work.log_text()
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(work: Served, tmp_path: Path) -> None:

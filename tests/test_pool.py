@@ -406,3 +406,54 @@ async def test_a_close_hook_that_raises_does_not_keep_others_from_closing(autoju
             async with pool.lease(version, Waiter(version)):
                 pass
     assert [runner.verbs for _, runner in models.made] == [["start", "shutdown"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("shared", "per_version", "total", "count"), [(False, 3, 9, 3), (False, 3, 2, 2), (True, 3, 9, 1)]
+)
+async def test_a_version_is_loaded_before_its_first_job(
+    shared: bool, per_version: int, total: int, count: int, autojump_clock: MockClock
+) -> None:
+    models = Models(shared=shared)
+    async with open_pool(models, shared=shared, per_version=per_version, total=total) as pool:
+        began = trio.current_time()
+        await pool.preload("v")
+        assert (models.versions, trio.current_time() - began) == (["v"] * count, LOAD)
+        assert await use(pool, "v", 1) - began == LOAD + 1
+    assert models.versions == ["v"] * count
+
+
+async def test_what_does_not_load_beforehand_is_an_error_and_leaves_nothing(autojump_clock: MockClock) -> None:
+    async def fail() -> None:
+        await trio.sleep(LOAD)
+        raise ValueError("no such weights")
+
+    models = Models(load=fail)
+    async with open_pool(models, shared=False, per_version=3, total=9) as pool:
+        with pytest.RaisesGroup(ModelError):
+            await pool.preload("v")
+        models.load = lambda: trio.sleep(LOAD)
+        await use(pool, "v")
+    assert models.versions == ["v"] * 4
+
+
+async def test_an_instance_that_nobody_uses_is_closed_after_a_while_and_not_before(autojump_clock: MockClock) -> None:
+    """Mutants seen: counted from the start; what became free meanwhile is closed too early, or a period late."""
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=9, idle=60) as pool:
+        await use(pool, "a")
+        for _ in range(5):  # each within the time
+            await trio.sleep(59)
+            await use(pool, "a")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use, pool, "b", 200)  # longer than that, but not idle
+            await trio.sleep(59.9)
+            assert [runner.verbs[-1] for _, runner in models.made] == ["run sleep", "run sleep"]
+            await trio.sleep(0.2)
+            assert [runner.verbs[-1] for _, runner in models.made] == ["shutdown", "run sleep"]
+        await trio.sleep(59.9)
+        assert models.made[1][1].verbs[-1] == "run sleep"
+        await trio.sleep(0.2)
+        assert models.made[1][1].verbs[-1] == "shutdown"
+        await use(pool, "a")
+    assert models.versions == ["a", "b", "a"]

@@ -25,7 +25,7 @@ from aipod.job.request import (
 from aipod.results import INLINE
 from aipod.wire.ai import Op, Open, Raw, StreamInput
 
-METHODS: dict[str, Any] = {"chaos": {}, "predict": {}, "hello": {}}
+METHODS: dict[str, Any] = {name: {"parameters": [], "own": [], "open": True} for name in ("chaos", "predict", "hello")}
 TICKET = b"0123456789abcdef"
 
 

@@ -269,9 +269,9 @@ def test_a_model_error_tells_type_and_message_and_is_not_retried(server: Served,
     assert mark.read_text() == "started\n"
 
 
-def test_kwargs_that_the_method_does_not_take_are_a_model_error(server: Served) -> None:
+def test_kwargs_that_the_method_does_not_take_are_refused(server: Served) -> None:
     reply = ask(server.address, "none", {"surplus": 1})
-    assert (reply.code, reply.info.metadata["type"]) == (Code.INTERNAL, "TypeError")
+    assert (reply.code, reply.info.metadata["parameter"]) == (Code.INVALID_ARGUMENT, "surplus")
     assert "surplus" in reply.details
 
 

@@ -1,4 +1,5 @@
-"""The command line: `serve`, `call`, `submit`, `attach`, `cancel`, `jobs`, `health`, `demo`.
+"""The command line: `serve`, `call`, `submit`, `attach`, `cancel`, `jobs`, `methods`, `health`,
+`demo`.
 
 On failure the last line of stderr is `aipod: REASON: text`; a traceback comes only with --debug. The exit statuses are
 in the group's help.
@@ -69,7 +70,7 @@ class _Commands(click.Group):
     """Imports a command when it is needed: a server has no use for a client and a progress bar."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["attach", "call", "cancel", "demo", "health", "jobs", "serve", "submit"]
+        return ["attach", "call", "cancel", "demo", "health", "jobs", "methods", "serve", "submit"]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -100,6 +101,11 @@ def cli() -> None:
     Exit status: 0; 1 the job failed, was cancelled or was refused, or its time was up; 2 wrong usage; 3 no server
     answers, or the job is lost; 130 Ctrl-C. The last line on stderr is then `aipod: REASON: text`.
     """
+
+
+def plain(text: str) -> str:
+    """What a model has said as one line that a terminal does nothing else with than to show it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def end_on_signals() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals
+from aipod.cli import end_on_signals, plain
 from aipod.cli.options import Server, server_options, take_server, timeout_option
 from aipod.cli.progress import amount
 from aipod.client import Client
@@ -52,7 +52,7 @@ async def _ask(server: Server, timeout: float) -> list[dict[str, Any]]:
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:
     cells = (job["id"], job["method"], job["version"], job["phase"], _progress(job), job["message"])
-    return tuple(_plain(str(cell)) for cell in cells)
+    return tuple(plain(str(cell)) for cell in cells)
 
 
 def _progress(job: dict[str, Any]) -> str:
@@ -60,11 +60,6 @@ def _progress(job: dict[str, Any]) -> str:
     if job["phase"] == "RECEIVING":
         return amount(job["received"], job["size"])
     return f"{job['progress']:.0%}" if job["phase"] == "RUNNING" and job["progress"] else ""
-
-
-def _plain(text: str) -> str:
-    """What a model has said as one line that a terminal does nothing else with than to show it."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from aipod.codec import MAX_RELEASED, TICKET_MAX, TICKET_MIN, job_id, parse_kwargs, stated_size
 from aipod.config import KIB
 from aipod.errors import Refused
+from aipod.methods import misfit
 from aipod.results import INLINE
 from aipod.versions import check_version
 from aipod.wire.ai import Op, Open, Raw, StreamInput
@@ -126,7 +127,10 @@ def parse_request(
     kwargs = parse_kwargs(packed, limit)
     size = _declared_size(kwargs, first.open)
     version = _version(named_version, kwargs)
-    text = _text({key: value for key, value in kwargs.items() if not key.startswith(_OWN)})
+    kwargs = {key: value for key, value in kwargs.items() if not key.startswith(_OWN)}
+    if first.open is None or first.open.op == Op.RUN:  # one that was created has once fitted
+        _check_fit(method, methods[method], kwargs)
+    text = _text(kwargs)
     return Request(
         job_id=_identify(first.open, headers),
         method=method,
@@ -163,6 +167,11 @@ def check_method(method: str, methods: Mapping[str, Any], name: str) -> None:
         raise Refused(
             "UNKNOWN_METHOD", f"{name} has no method {method[:80]!r} to call; it has: {', '.join(sorted(methods))}"
         )
+
+
+def _check_fit(name: str, method: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    if (wrong := misfit(name, method, kwargs)) is not None:
+        raise Refused("BAD_KWARGS", wrong[1], {"parameter": wrong[0][:80]})
 
 
 def _declared_size(kwargs: Mapping[str, Any], open_: Open | None) -> int | None:

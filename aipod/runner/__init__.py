@@ -45,7 +45,7 @@ class Description:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Description:
-        """From what `worker.describe` returns."""
+        """From what `methods.describe` returns."""
         return cls(raw["class"], raw["methods"], raw["async"])
 
 

@@ -12,6 +12,7 @@ It keeps what `Runner` promises, and says in `verbs` what was asked of it.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,7 +21,8 @@ from typing import Any
 import trio
 
 from aipod.errors import job_failed
-from aipod.models import Context
+from aipod.methods import describe_method
+from aipod.models import Context, Options
 from aipod.results import BadResult, Result, settle
 from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
 
@@ -74,8 +76,9 @@ class FakeRunner:
         except BaseException as exc:
             raise await model_failed(exc) from exc
         await trio.lowlevel.checkpoint()
-        options = {"restartable": False, "timeout": None, "flavor": "trio", "doc": "", "signature": ""}
-        return Description("Fake", dict.fromkeys(self._methods, options), self.shared)
+        options = dataclasses.asdict(Options())
+        methods = {name: {**options, **describe_method(fn, own=2)} for name, fn in self._methods.items()}
+        return Description("Fake", methods, self.shared)
 
     async def run(self, task: Task, report: Report) -> Result:
         if self.broken:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import outcome
 import trio
 
-from aipod import worker
 from aipod.errors import job_failed
+from aipod.methods import describe
 from aipod.models import Context, LoadError, Options, load_class
 from aipod.results import BadResult, Result, settle
 from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
@@ -69,7 +69,7 @@ class LoopRunner:
         if patience.cancelled_caught:
             self._instance = None
             raise job_failed("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
-        return Description.of(worker.describe(cls))
+        return Description.of(describe(cls))
 
     async def _load(self, deadline: float, call: Callable[..., T], *args: Any) -> T:
         """A part of the load that is plain code: in a thread, which nobody can stop, up to `deadline`.

@@ -20,6 +20,9 @@ from aipod.results import Result
 from aipod.runner import Description, Report, RunnerBroken, Task
 from aipod.spool import Spool
 
+# Seconds that a worker has to write its stacks, before it is ended; nothing tells when it has.
+STACKS = 0.2
+
 
 class ProcessRunner:
     """One worker process (see `aipod.worker`).
@@ -106,7 +109,10 @@ class ProcessRunner:
     @property
     def lock_name(self) -> str:
         """The worker's lock has a new name for each run, so that a journal which names one tells of that run only."""
-        return f"{self._name}-{self._runs}"
+        return self._lock_of(self._runs)
+
+    def _lock_of(self, runs: int) -> str:
+        return f"{self._name}-{runs}"
 
     @property
     def broken(self) -> bool:
@@ -128,7 +134,7 @@ class ProcessRunner:
             "res": str(task.res),
             "new_version": str(task.new_version),
             "timeout": task.timeout,
-            "next_lock": str(self._spool.worker_lock(f"{self._name}-{self._runs + 1}")),
+            "next_lock": str(self._spool.worker_lock(self._lock_of(self._runs + 1))),
         }
         running = False
         try:
@@ -160,13 +166,19 @@ class ProcessRunner:
             raise job_failed(event["reason"], event["message"], metadata)
 
     async def _stop(self, report: Report, *, ask: bool) -> None:
-        """Three steps: ask, SIGTERM, SIGKILL. Returns when the method has ended; the worker lives on if it obeyed."""
+        """Three steps: ask, SIGTERM, SIGKILL. Returns when the method has ended; the worker lives on if it obeyed.
+
+        One that does not says before the second where it is: all its threads' stacks go to stderr.
+        """
         if ask:
             with trio.move_on_after(self._grace) as asked, contextlib.suppress(JobFailed):
                 await self._send({"op": "cancel"})
                 await self._result(report)
             if not asked.cancelled_caught and not self._broken:
                 return
+            if self._process is not None and self._process.poll() is None and not self._broken:
+                os.kill(self._process.pid, worker.TELL_STACKS)
+                await trio.sleep(STACKS)
         self._signal(signal.SIGTERM)
         await self._end(self._grace)
 
@@ -201,7 +213,8 @@ class ProcessRunner:
         if self._tether >= 0:
             os.close(self._tether)
             self._tether = -1
-        self._spool.forget_worker(self.lock_name)
+        for runs in (self._runs, self._runs + 1):  # a run that was over when it was ended has renamed it
+            self._spool.forget_worker(self._lock_of(runs))
 
     def _signal(self, number: int) -> None:
         """Signal the worker and the processes that the model started, which are in its session."""

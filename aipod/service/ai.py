@@ -267,7 +267,7 @@ class AI:
 
     async def _builtin(self, first: Raw | StreamInput, call: Call, viewer: Viewer, writer: Writer) -> None:
         """Answer for the server itself: no job, so nothing is stored."""
-        answer = await trio.to_thread.run_sync(answer_of, call.headers["x-func-name"], self._spool)
+        answer = await trio.to_thread.run_sync(answer_of, call.headers["x-func-name"], self._spool, self._description)
         viewer.stop()
         if isinstance(first, StreamInput) or first.open is None:
             await writer.send(Raw(data=Compressor(self._config.level).frame(answer.inline or b"")))

@@ -9,6 +9,7 @@ from typing import Any
 from aipod.codec import digest
 from aipod.errors import Refused
 from aipod.job.job import Answer
+from aipod.runner import Description
 from aipod.spool import Spool
 
 # Jobs in one list, the ones that something happened to last: a list is for a person.
@@ -34,7 +35,15 @@ def _jobs(spool: Spool) -> list[dict[str, Any]]:
     return listed
 
 
-_METHODS: dict[str, Callable[[Spool], Any]] = {"aipod.jobs": _jobs}
+def _methods(description: Description) -> dict[str, Any]:
+    """What the class offers: name of the class, and its methods as `methods.describe` tells them."""
+    return {"class": description.name, "async": description.is_async, "methods": dict(description.methods)}
+
+
+_METHODS: dict[str, Callable[[Spool, Description], Any]] = {
+    "aipod.jobs": lambda spool, _: _jobs(spool),
+    "aipod.methods": lambda _, description: _methods(description),
+}
 
 
 def is_builtin(rpc: str, method: str) -> bool:
@@ -42,9 +51,9 @@ def is_builtin(rpc: str, method: str) -> bool:
     return rpc == "chaos" and method.startswith("aipod.")
 
 
-def answer_of(method: str, spool: Spool) -> Answer:
+def answer_of(method: str, spool: Spool, description: Description) -> Answer:
     """What the method returns. Blocks. Raises `Refused(UNKNOWN_METHOD)`."""
     if method not in _METHODS:
         raise Refused("UNKNOWN_METHOD", f"the server has no method {method[:80]!r}; it has: {', '.join(_METHODS)}")
-    data = json.dumps(_METHODS[method](spool)).encode()
+    data = json.dumps(_METHODS[method](spool, description)).encode()
     return Answer("json", data, len(data), digest(data))

@@ -1,0 +1,32 @@
+"""Versions that are loaded before the server listens, and closed when nobody uses them: what its options come to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.calls import own
+from tests.conftest import Serve, wait_until
+from tests.test_cli import aipod
+
+MODEL = "tests.models_preload:Marked"
+
+
+def count(data: Path, what: str) -> int:
+    return len(list(data.glob(f"{what}-*")))
+
+
+def test_a_server_that_listens_has_loaded_what_it_was_told_to_and_closes_what_is_idle(serve: Serve) -> None:
+    served = serve(MODEL, "--preload", "a", "--preload", "b", "--instances", "2", "--idle", "0.5")
+    assert [count(served.data, f"loaded-{version}") for version in "ab"] == [2, 2]
+    wait_until(lambda: [count(served.data, f"closed-{version}") for version in "ab"] == [2, 2])
+    assert own(served.address, "predict", version="a") == "a"
+    assert [count(served.data, f"loaded-{version}") for version in "ab"] == [3, 2]
+
+
+def test_what_does_not_load_is_told_at_the_start(tmp_path: Path) -> None:
+    where = ("--bind", "127.0.0.1:0", "--spool", str(tmp_path / "spool"), "--data", str(tmp_path / "data"))
+    for version, text in (("bad", "MODEL_ERROR: ValueError: no such weights"), ("../a", "BAD_VERSION: version '../a'")):
+        done = aipod("serve", MODEL, *where, "--preload", version)
+        assert (done.status, done.out) == (1, b"")
+        assert done.last.startswith(f"aipod: {text}")
+    assert list((tmp_path / "spool" / "workers").iterdir()) == []
