@@ -25,7 +25,7 @@ log = logging.getLogger("aipod.job")
 # Seconds between two removals.
 EVERY = 5.0
 # Small answers that were sent and of which nothing was heard, before the oldest of them go. With a page each for
-# directory and journal that is 80 MB; in memory 2 MB.
+# directory and journal that is 83 MB (ext4); in memory 1.3 MB.
 UNSAID = 10_000
 # Removed by one call in a thread. Where the loop is busy each such call waits for it, and one for each job would let
 # them end faster than they go. It takes 0.1 s at most on a disk that is not slow.
