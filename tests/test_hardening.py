@@ -775,6 +775,18 @@ def test_a_stream_without_window_ends_though_its_connection_gets_credit(serve: S
         wait_until(lambda: not jobs(served))
 
 
+def test_a_peer_whose_connection_gets_no_credit_is_dropped(serve: Serve) -> None:
+    """Mutant seen: only a stream's own window is looked at."""
+    served = serve("Plain", "--send-stall", "1", "--tick", "0.1", "--cancel-grace", "0")
+    with narrow(served, 2**31 - 1) as peer:
+        answer = peer.call(("x-func-name", "file"), data=request(b'{"length": 1}'))
+        assert answer.status == 0
+        peer.open(("x-func-name", "file"), data=request(b'{"length": 1000000}'))
+        peer.until(lambda: peer.h2.inbound_flow_control_window == 0)
+        wait_until(lambda: not peer.step(), seconds=20)
+    wait_until(lambda: not jobs(served))
+
+
 def wide(peer: Peer) -> None:
     """Windows as wide as they go: what is not taken is held by TCP alone."""
     peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 2**31 - 1})

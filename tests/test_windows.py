@@ -270,6 +270,21 @@ def test_a_stream_whose_answer_is_not_read_disturbs_no_other(serve: Serve) -> No
         assert [len(peer.answer(stream).result) for stream in unread] == [1_000_000] * 3
 
 
+def test_answers_share_what_a_connection_lets_through(serve: Serve) -> None:
+    """Its window is 64 KiB, as a peer has it that says nothing else. Mutant: two of six had everything, as it was."""
+    served = serve("Plain", "--tick", "0.1", "--instances", "6")
+    data = prefixed(bytes(Raw(data=Compressor(1).frame(b'{"length": 8388608}'))))
+    with Peer(served) as peer:
+        peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 2**31 - 1})
+        streams = [peer.open(("x-func-name", "file"), data=data) for _ in range(6)]
+        peer.until(lambda: all(peer.answers[stream].data for stream in streams))
+        before = {stream: len(peer.answers[stream].data) for stream in streams}
+        peer.until(lambda: sum(len(peer.answers[stream].data) for stream in streams) > sum(before.values()) + 6 * MIB)
+        parts = [len(peer.answers[stream].data) - before[stream] for stream in streams]
+        assert min(parts) > MIB // 2, parts
+        assert [len(peer.answer(stream).result) for stream in streams] == [8 * MIB] * 6
+
+
 def test_a_heartbeat_does_not_wait_behind_a_long_answer(serve: Serve) -> None:
     """The slow reader takes 64 MiB in small reads; between its frames come the heartbeats of another job."""
     served = serve("Plain", "--tick", "0.1", "--instances", "2")

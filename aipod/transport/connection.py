@@ -105,6 +105,7 @@ class H2Connection(base.Connection):
         self.long_messages = Budget(settings.message_limit)
         self.paused_since: float | None = None  # the socket takes nothing since then (monotonic)
         self._taken = 0  # what the last look found that the peer had taken
+        self.starved_since: float | None = None  # its window has no room since then, and somebody waits (monotonic)
         self.owed = 0  # WINDOW_UPDATE frames that the peer may send for what it got
         self._arrived = 0  # bytes to give back to the connection's window
 
@@ -179,8 +180,26 @@ class H2Connection(base.Connection):
         super().resume_writing()
         self.turns.resume()
 
+    def starve(self) -> None:
+        """The peer's window for the connection is used up."""
+        self.turns.starve()
+        self.starved_since = time.monotonic()
+
+    def credited(self) -> None:
+        """The peer has given the connection credit."""
+        self.starved_since = None
+        self.turns.feed()
+
     def check_stall(self, now: float) -> bool:
-        """Whether the peer has taken nothing for `send_stall` seconds, though the socket is full."""
+        """Whether the peer has taken nothing for `send_stall` seconds, though there is something for it.
+
+        By its window, or because the socket is full.
+        """
+        if self.starved_since is not None:
+            if not self.turns.awaited:
+                self.starved_since = now
+            if now - self.starved_since > self.settings.send_stall:
+                return True
         if self.paused_since is None or not self.alive:
             return False
         taken = self._socket.taken
@@ -336,8 +355,7 @@ class Processor(base.EventsProcessor):
         """At the end of a read: there may have been much credit for the connection in it, and many streams wait."""
         if self._credited:
             self._credited = False
-            for stream in self.streams.values():
-                stream.window_updated.set()
+            self.connection.credited()
 
     def process_data_received(self, event: DataReceived) -> None:
         """Nothing: h2 is shown no payload."""

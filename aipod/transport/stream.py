@@ -152,8 +152,8 @@ class H2Stream(base.Stream):
     async def _send(self, rest: collections.deque[memoryview], left: int, *, small: bool, end: bool) -> None:
         turns, unbroken = self.connection.turns, 0
         while True:
-            if not turns.free and not (small and self.connection.has_room):
-                await turns.wait()
+            if not turns.free and not (small and turns.has_credit and self.connection.has_room):
+                await turns.wait(self, small=small)
                 unbroken = 0
             try:
                 window = self._window()
@@ -198,7 +198,6 @@ class H2Stream(base.Stream):
         stream = h2.streams[self.id]
         buffers = [memoryview(data_head(size, self.id))]
         left = size
-        self.blocked_since = None
         while left:
             piece = rest.popleft()
             if len(piece) > left:
@@ -208,6 +207,8 @@ class H2Stream(base.Stream):
             buffers.append(piece)
         stream.outbound_flow_control_window -= size
         h2.outbound_flow_control_window -= size
+        if not h2.outbound_flow_control_window:
+            self.connection.starve()
         self.connection.owed = min(self.connection.owed + 2, _MOST_OWED)
         self.connection.write(buffers)
         if end:
@@ -216,14 +217,17 @@ class H2Stream(base.Stream):
         self.connection.data_send_process()
 
     async def _wait_for_window(self) -> None:
+        """Wait for the stream's own window; the connection's is a matter of turns."""
         assert self.id is not None
         self.window_updated.clear()
-        # Credit for the connection wakes all its senders: a stream without a window is as blocked as before.
-        if self.blocked_since is None or self._h2_connection.streams[self.id].outbound_flow_control_window > 0:
+        if self.blocked_since is None:
             self.blocked_since = time.monotonic()
         await self.window_updated.wait()
         if self.stalled:
             raise PeerStalled(Status.UNAVAILABLE, "the peer does not take data")
+        stream = self._h2_connection.streams.get(self.id)
+        if stream is None or stream.outbound_flow_control_window > 0:  # new settings wake too
+            self.blocked_since = None
 
     def stall(self) -> None:
         """End the stream, and a sender's wait for the window."""
@@ -258,7 +262,9 @@ class H2Stream(base.Stream):
     def finish(self) -> None:
         """Client: nothing more is sent; the response has arrived whole and can still be read."""
         self.finished_by_peer = True
-        self.window_updated.set()  # wakes a blocked sender
+        # Both wake a blocked sender.
+        self.window_updated.set()
+        self.connection.turns.skip(self)
 
     def refuse(self, why: str) -> None:
         """Client: end the call as one that was not processed, whatever becomes of the connection."""

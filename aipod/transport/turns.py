@@ -1,23 +1,46 @@
-"""Who may write next on a connection: senders of long messages take turns, a frame each."""
+"""Who may write next on a connection: senders of long messages take turns, a frame each.
+
+Both where its socket is full and where its window is used up: else whoever runs first when there is credit again takes
+all of it, and others never have any (of six downloads over a window of 64 KiB, two had everything). Small messages that
+have to wait, heartbeats above all, go before long ones.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import collections
 
+# What one waits for: False where the next frame may be written, True where there is none to write any more.
+Turn = asyncio.Future[bool]
+
 
 class Turns:
-    """The senders that wait for a socket, in order. Mutable state: the queue, and whether the socket takes data."""
+    """The senders that wait, in order.
+
+    The mutable state is the two queues, whether the socket takes data, and whether the connection has credit.
+    """
 
     def __init__(self) -> None:
         self._writable = True
-        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self.has_credit = True  # the peer's window for the connection has room
+        self._small: collections.deque[Turn] = collections.deque()
+        self._long: collections.deque[Turn] = collections.deque()
+        self._of: dict[object, Turn] = {}
         self._ended = False
 
     @property
     def free(self) -> bool:
-        """The socket takes data and nobody is ahead; or the connection is over."""
-        return self._ended or (self._writable and not self._waiting)
+        """Data can be written and nobody is ahead; or the connection is over."""
+        return self._ended or (self._is_open and not self.awaited)
+
+    @property
+    def awaited(self) -> bool:
+        """Somebody waits."""
+        return bool(self._small or self._long)
+
+    @property
+    def _is_open(self) -> bool:
+        return self._writable and self.has_credit
 
     def pause(self) -> None:
         """The socket takes no more for now."""
@@ -28,43 +51,62 @@ class Turns:
         self._writable = True
         self.next()
 
+    def starve(self) -> None:
+        """The window of the connection is used up."""
+        self.has_credit = False
+
+    def feed(self) -> None:
+        """It has room again."""
+        self.has_credit = True
+        self.next()
+
     def end(self) -> None:
         """The connection is over: nobody waits for it any more."""
         self._ended = True
-        while self._waiting:
-            _give(self._waiting.popleft())
+        while self.awaited:
+            _give((self._small or self._long).popleft())
 
-    async def wait(self) -> None:
+    def skip(self, sender: object) -> None:
+        """Let `sender` go on, which has nothing to write any more."""
+        turn = self._of.get(sender)
+        if turn is not None and not turn.done():
+            (self._small if turn in self._small else self._long).remove(turn)
+            turn.set_result(True)
+
+    async def wait(self, sender: object, *, small: bool = False) -> None:
         """Wait for one's turn to write one frame; whoever got it calls `next` afterwards, whatever happened.
 
         Cancelled, it leaves the queue or passes the turn on. This is an asyncio-flavored function.
         """
-        enqueue = self._waiting.append
+        queue = self._small if small else self._long
+        enqueue = queue.append
         while True:
-            turn = asyncio.get_running_loop().create_future()
+            turn = self._of[sender] = asyncio.get_running_loop().create_future()
             enqueue(turn)
             try:
                 await turn
             except BaseException:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
+                if turn in queue:
+                    queue.remove(turn)
                 elif not turn.cancelled():
                     self.next()
                 raise
-            if self._writable or self._ended:
+            finally:
+                self._of.pop(sender, None)
+            if self._is_open or self._ended or turn.result():
                 return
-            enqueue = self._waiting.appendleft  # the socket filled up meanwhile: still first
+            enqueue = queue.appendleft  # the socket filled up meanwhile: still first
 
     def next(self) -> None:
-        """Let the next one write, if the socket takes it."""
-        while self._writable and self._waiting:
-            if _give(self._waiting.popleft()):
+        """Let the next one write, if that is possible."""
+        while self._is_open and self.awaited:
+            if _give((self._small or self._long).popleft()):
                 return
 
 
-def _give(turn: asyncio.Future[None]) -> bool:
+def _give(turn: Turn) -> bool:
     """False where the waiter is cancelled: it leaves the queue when it runs again, which may be later than this."""
     if turn.done():
         return False
-    turn.set_result(None)
+    turn.set_result(False)
     return True
