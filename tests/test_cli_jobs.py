@@ -222,8 +222,12 @@ def test_stdin_is_not_needed_once_the_upload_is_complete(to: tuple[str, str], wo
 
 def test_a_job_that_failed_or_was_refused_leaves_no_ticket_file(to: tuple[str, str], work: Work) -> None:
     ticket = ("--ticket", str(work.ticket))
-    for method, reason in (("random", "MODEL_ERROR: TypeError"), ("nothing", "UNKNOWN_METHOD")):
-        done = aipod("call", *to, method, *ticket)
+    for what, reason in (
+        (("random", "-k", "length=x"), "MODEL_ERROR: TypeError"),
+        (("random",), "BAD_KWARGS"),
+        (("nothing",), "UNKNOWN_METHOD"),
+    ):
+        done = aipod("call", *to, *what, *ticket)
         assert (done.status, work.ticket.exists()) == (1, False)
         assert done.last.startswith(f"aipod: {reason}: ")
 
@@ -275,7 +279,7 @@ def test_a_submitted_job_is_attached_to_as_often_as_one_likes(to: tuple[str, str
 
 
 def test_a_failed_job_says_the_same_each_time(to: tuple[str, str], work: Work) -> None:
-    assert aipod("submit", *to, "random", "--ticket", str(work.ticket)).status == 0
+    assert aipod("submit", *to, "random", "-k", "length=x", "--ticket", str(work.ticket)).status == 0
     for _ in range(2):
         done = aipod("attach", *to, str(work.ticket))
         assert (done.status, done.out, work.ticket.exists()) == (1, b"", True)
