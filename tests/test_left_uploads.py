@@ -185,7 +185,7 @@ async def test_a_caller_that_comes_back_to_what_the_disk_has_not_kept_begins_ane
         job = await upload(jobs)
         job.entry.record({"offset": 1, "lost": True})
         await jobs.leave_upload(job)
-        again = await jobs.find(request())
+        again = await jobs.find(request(), lambda: None)
         assert isinstance(again, Job)
         assert (again.phase, again.durable, again.entry.written) == (Phase.RECEIVING, 0, 0)
         assert jobs.held == {ID: again}

@@ -675,4 +675,5 @@ def test_what_nginx_does_not_process_waits_or_is_tried_again(
     with proxy(tmp_path, everywhere(served.address), **values) as nginx:
         run(main)
         passed = [line for line in nginx.calls() if f"at={served.address}" in line]
-        assert len(passed) == 64 + 1, "and one that releases what arrived"
+        assert len({re.search("job=[0-9a-f]{32}", line)[0] for line in passed}) == 64
+        assert len(passed) <= 64 + 1, "another call releases what has arrived; it may not be in the log yet"

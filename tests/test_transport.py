@@ -156,7 +156,9 @@ class Peer:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("server")
-    served = Served("tests.models_under_test:Async", directory, ("--max-message", "2MiB"), "127.0.0.1:0")
+    served = Served(
+        "tests.models_under_test:Async", directory, ("--max-message", "2MiB", "--concurrency", "1000"), "127.0.0.1:0"
+    )
     yield served
     assert served.stop() == 0, served.log_text()
     assert left_in(served.spool) == []
