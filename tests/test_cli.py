@@ -377,10 +377,10 @@ def test_a_call_that_was_stopped_for_longer_than_its_silence_goes_on(to: tuple[s
     """Ctrl-Z, and `fg` later: it was not the server that was silent."""
     file = tmp_path / "file"
     file.write_bytes(b"answer")
-    with start("call", *to, "slow_echo", str(file), "-k", "seconds=3", "--silence", "1") as process:
+    with start("call", *to, "slow_echo", str(file), "-k", "seconds=4", "--silence", "2") as process:
         time.sleep(1.5)
         process.send_signal(signal.SIGSTOP)
-        time.sleep(2.5)
+        time.sleep(3.5)
         process.send_signal(signal.SIGCONT)
         assert process.communicate(timeout=30) == (b"answer", b"")
         assert process.returncode == 0

@@ -331,7 +331,7 @@ def test_names_that_are_paths(pair: Pair, work: Work, wrong: dict[str, Any], rea
         before = entries(pair.spool), sorted(pair.directory.iterdir())
         given = client.fields | {"epoch": 99, "name": client.name} | wrong
         given["kwargs"] = client.kwargs | wrong.get("kwargs", {})
-        unfit = op == Op.RUN and "kwargs" in wrong  # looked at before the job is
+        unfit = op == Op.RUN and UP in wrong.get("kwargs", {})  # looked at before the job is
         async with call(pair.b.address, client.ticket, op, **given) as one:
             assert (await refused(one.outcome)).reason == ("BAD_KWARGS" if unfit else reason)
         assert (entries(pair.spool), sorted(pair.directory.iterdir())) == before
