@@ -553,6 +553,7 @@ FLOODS: dict[str, bytes] = {
     "PRIORITY": raw_frame(PRIORITY, 0, 5, bytes(4) + b"\1"),
     "empty DATA": raw_frame(DATA, 0, OPEN_STREAM, b""),
     "padded DATA": raw_frame(DATA, PADDED, CLOSED_STREAM, b"\0"),
+    "DATA of a byte": raw_frame(DATA, 0, OPEN_STREAM, b"\0"),
     "DATA for nobody": raw_frame(DATA, 0, CLOSED_STREAM, b"x"),
     "small WINDOW_UPDATE": raw_frame(WINDOW_UPDATE, 0, 0, b"\0\0\0\1"),
     "WINDOW_UPDATE for nobody": raw_frame(WINDOW_UPDATE, 0, CLOSED_STREAM, b"\0\1\0\0"),
@@ -623,6 +624,7 @@ def test_a_flood_beside_good_calls(served: Served, name: str) -> None:
         with flooder.run(2.0 * LONG):
             pass
     assert beside.longest < LATE
+    assert len(beside.times) > 2 * LONG, "it is not one call that waits for the flood's end"
     assert memory(served) - before < 20
     # At most a read of 16 KiB in 0.1 s, and what the kernel holds. Unhindered it is some MiB a second.
     assert flooder.sent < (2.0 * LONG * 160 + 1024) * KIB * flooder.connections

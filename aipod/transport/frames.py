@@ -67,9 +67,11 @@ class FrameReader:
         self._skip = 0  # bytes to drop after it: padding, or a whole frame that nobody knows
         self._ends = 0  # the stream that ends with it
         self.closed = False
+        self.held = False  # nothing more is taken for now
 
     def feed(self, data: memoryview) -> int:
-        """Take what has come. Returns how many bytes at its end are an incomplete frame and must come again.
+        """Take what has come. Returns how many bytes at its end must come again: an incomplete frame, or all that is
+        left where `held` was set meanwhile.
 
         Keeps no reference to `data`. Raises ProtocolError, whose code is for the GOAWAY.
         """
@@ -79,6 +81,8 @@ class FrameReader:
             self._preface -= pos
             self._receiver.control(bytes(data[:pos]))
         while not self.closed:
+            if self.held:
+                return end - pos
             if self._payload and pos < end:
                 piece = data[pos : pos + self._payload]
                 pos += len(piece)

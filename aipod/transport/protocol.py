@@ -2,7 +2,7 @@
 
 All settings go into the first SETTINGS frame; a GOAWAY is sent before a connection is closed for a protocol error; no
 exception of one connection leaves it. Memory per connection: see `window`, plus the write buffer (twice `WRITE_BUFFER`,
-and the answers to one read), plus a frame of `MAX_CONTROL_FRAME`.
+and the answers to one read), a frame of `MAX_CONTROL_FRAME`, and a read (512 KiB) where frames come too fast.
 
 Written against grpclib 0.4.9 and h2 4.4: the private names used are listed in tests/test_contract.py.
 """
@@ -49,6 +49,11 @@ log = logging.getLogger("aipod.transport")
 # when it is copied into its message: 1 MiB would not be), other frames are not.
 _READ_PAYLOAD = 512 * KIB
 _READ_FRAMES = 16 * KIB
+# So many DATA frames of fewer bytes than that count as one: 20,000 a second cost a fifth of a core, and more calls than
+# come with them nobody could serve.
+_SMALL_PER_FRAME, _SMALL_DATA = 20, 64
+# A DATA frame for nobody that is shorter costs more for being a frame than for its payload.
+_SMALL_FOR_NOBODY = 1 * KIB
 _REST = 0.1  # seconds without reading where frames come too fast, at least; at most one
 # What a request that is refused counts for: it costs as much as a hundred of those frames, and an honest peer has few.
 REFUSED = 50
@@ -128,7 +133,8 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
             handler, grpc.__for_client__() if client else grpc.__for_server__(), h2_configuration(client=client)
         )
         self.settings = config
-        self._rest = b""  # the beginning of a frame
+        self._rest = b""  # the beginning of a frame; more where the reader is held
+        self._small = 0  # DATA frames that were small
         self._read_size = _READ_FRAMES
         self._frames = Bucket(config.frame_rate, config.frame_rate)
         self._resets = Bucket(config.reset_rate, config.reset_burst)
@@ -204,9 +210,12 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         # Payload fills a read; a flood of small frames sets the size back (`control`).
         if nbytes == self._read_size:
             self._read_size = min(2 * self._read_size, _READ_PAYLOAD)
+        self._deal_with(view)
+
+    def _deal_with(self, view: memoryview) -> None:
         try:
             left = self._reader.feed(view)
-            self._rest = bytes(view[end - left :])
+            self._rest = bytes(view[len(view) - left :])
             self.processor.wake_senders()
             self.connection.flush()
         except ProtocolError as exc:
@@ -224,12 +233,16 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
     def begin_data(self, stream_id: int, length: int, size: int, end: bool) -> Take | None:
         """A DATA frame begins: account for it, and say where its payload goes (`frames.Receiver`)."""
         h2 = self.h2
-        if size == 0 and not end:
+        self._small += length < _SMALL_DATA
+        if (size == 0 and not end) or self._small == _SMALL_PER_FRAME:
+            self._small = 0
             self.count_frames()
         stream = cast(H2Stream | None, self.processor.streams.get(stream_id))
         state = h2.streams.get(stream_id)
         if stream is None or state is None or state.state_machine.state not in RECEIVING or self._in_headers:
             # h2 knows what such a frame means; its payload goes nowhere.
+            if 0 < size < _SMALL_FOR_NOBODY:
+                self.count_frames()
             self._feed(empty_data(stream_id, end))
             h2._inbound_flow_control_window_manager.window_consumed(length)
             self.connection.arrived(length)
@@ -314,17 +327,30 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self._reader.closed = not self.connection.alive
 
     def count_frames(self, count: int = 1) -> None:
-        """Count frames that are no payload; where they are too many, read nothing for a while."""
+        """Count frames that are no payload; where they are too many, take nothing more for a while."""
         self._read_size = _READ_FRAMES
         if not self._frames.take(count) and self._resting is None:
+            self._reader.held = True
             self.transport.pause_reading()
             rest = max(_REST, self._frames.debt)
-            self._resting = asyncio.get_running_loop().call_later(rest, self._read_again)
+            self._resting = asyncio.get_running_loop().call_later(rest, self._rested)
 
-    def _read_again(self) -> None:
+    def _rested(self) -> None:
         self._resting = None
-        if self.connection.alive and not self._choked:
+        self._reader.held = False
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Deal with what was held, then read again; unless there is still a reason not to."""
+        if self._is_stopped:
+            return
+        self._deal_with(memoryview(self._rest))
+        if not self._is_stopped:
             self.transport.resume_reading()
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._resting is not None or self._choked or not self.connection.alive
 
     def _end(self, code: ErrorCodes) -> None:
         """Send GOAWAY and close."""
@@ -347,8 +373,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self.connection.resume_writing()
         if self._choked:
             self._choked = False
-            if self._resting is None and self.connection.alive:
-                self.transport.resume_reading()
+            self._go_on()
 
     # Watching
 
