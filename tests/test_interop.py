@@ -445,7 +445,7 @@ def test_cancel_of_our_client(pair: Pair, after: int, how: str, tmp_path: Path) 
 
 def test_timeout_on_a_sleeping_server(pair: Pair, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    reply = pair.call([Ask(27182, 3)], metadata=[("x-hang", "yes"), ("x-mark", str(mark))], timeout=0.5)
+    reply = pair.call([Ask(27182, 3)], metadata=[("x-hang", "yes"), ("x-mark", str(mark))], timeout=2)
     assert reply.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
     assert reply.messages == [(body(3), hashlib.sha256(body(27182)).digest())]
     says(mark, "cancelled")
