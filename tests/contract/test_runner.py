@@ -282,6 +282,7 @@ async def test_a_worker_that_dies_before_it_has_read_its_task_has_not_started_it
     await runner.start()
     (worker,) = set(children(os.getpid())) - before
     os.kill(worker, signal.SIGSTOP)
+    os.waitid(os.P_PID, worker, os.WSTOPPED)  # until then a read under way would still take the task
     async with trio.open_nursery() as nursery:
 
         @nursery.start_soon
