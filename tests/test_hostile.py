@@ -86,6 +86,7 @@ def test_what_is_left_of_the_payload_changes_no_outcome(serve: Serve) -> None:
 
     assert run(main) == 1
     assert plain(served.address, "replace_payload").json() == 1
+    wait_until(lambda: len(list(served.spool.glob("*/state"))) == 1)  # the plain client's goes after its answer
     (journal,) = served.spool.glob("*/state")
     assert b"DONE" in journal.read_bytes()
     assert b"FAILED" not in journal.read_bytes()
