@@ -171,7 +171,15 @@ class Pool:
     async def _start(self, instance: Instance) -> None:
         await instance.runner.start()
         instance.ready = True
+        self._nursery.start_soon(self._watch, instance)
         self._assign()
+
+    async def _watch(self, instance: Instance) -> None:
+        status = await instance.runner.wait()
+        if instance in self._free():
+            log.warning("an instance of version %s has died, unused: exit status %s", instance.version, status)
+            self._shut(instance)
+            self._assign()
 
     def _assign(self) -> None:
         """Give instances to whom they are due, in the order of the line."""

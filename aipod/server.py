@@ -27,6 +27,7 @@ from aipod.config import Config, state_home
 from aipod.errors import AipodError
 from aipod.pool import MakeRunner, Pool, open_pool
 from aipod.runner import Description
+from aipod.runner.capture import captured
 from aipod.runner.loop import LoopRunner
 from aipod.runner.process import ProcessRunner
 from aipod.service.ai import AI
@@ -76,7 +77,7 @@ async def serve(
     if stop is None:
         stop = trio.Event()
     _share_heaps()
-    with _sockets(config) as sockets, _home(config) as (spool_path, data_path):
+    with _sockets(config) as sockets, _home(config) as (spool_path, data_path), captured():
         files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)

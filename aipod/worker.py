@@ -20,6 +20,7 @@ import fcntl
 import functools
 import gc
 import json
+import logging
 import os
 import queue
 import resource
@@ -31,6 +32,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ REPORT_EVERY = 0.1
 # Log text that waits to be sent; beyond it the oldest is dropped, so that a model that logs in a loop stays small.
 MAX_PENDING_LOG = 256 * 1024
 LOOK_EVERY = 1.0  # seconds
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"  # the time is where the line arrives
 # Has the worker write the stacks of all its threads to stderr, also while the model holds the GIL.
 TELL_STACKS = signal.SIGQUIT
 
@@ -146,6 +149,37 @@ class Link:
         return frame
 
 
+class Pending:
+    """What a method has reported since it was last asked for: its newest progress, and log text up to a bound."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._said: dict[str, Any] = {}
+        self._log: deque[str] = deque()
+        self._size = 0
+        self._dropped = False
+
+    def add(self, progress: float | None, message: str | None, log: str | None) -> None:
+        if progress is not None:
+            self._said = {"progress": progress, "message": message or ""}
+        if log is not None:
+            self._log.append(log[-MAX_PENDING_LOG:])
+            self._size += len(self._log[-1]) + 1
+            while self._size > MAX_PENDING_LOG and len(self._log) > 1:
+                self._size -= len(self._log.popleft()) + 1
+                self._dropped = True
+
+    def take(self) -> dict[str, Any]:
+        """What there is, as the fields of a report; empty where there is nothing."""
+        pending = self._said
+        if self._log:
+            pending["log"] = "\n".join(["[lines were dropped]"] * self._dropped + [*self._log]) + "\n"
+        self._clear()
+        return pending
+
+
 class Reporter:
     """Sends what a running method reports, coalesced, from a thread of its own: a report never waits for the server."""
 
@@ -154,7 +188,7 @@ class Reporter:
         self._wake = threading.Event()
         self._lock = threading.Lock()  # guards the pending report
         self._sending = threading.Lock()  # a report is never sent after the `done` that ends its run
-        self._pending: dict[str, Any] = {}
+        self._pending = Pending()
         self._job = ""
         threading.Thread(target=self._run, daemon=True, name="aipod-reporter").start()
 
@@ -173,19 +207,13 @@ class Reporter:
         with self._lock:
             if job_id != self._job:
                 return
-            if progress is not None:
-                self._pending.update(progress=progress, message=message or "")
-            if log is not None:
-                lines = self._pending.get("log", "") + log + "\n"
-                if len(lines) > MAX_PENDING_LOG:
-                    lines = "[lines were dropped]\n" + lines[-MAX_PENDING_LOG // 2 :]
-                self._pending["log"] = lines
+            self._pending.add(progress, message, log)
         self._wake.set()
 
     def flush(self) -> None:
         with self._sending:
             with self._lock:
-                pending, self._pending = self._pending, {}
+                pending = self._pending.take()
             if pending:
                 self._link.send({"event": "report", **pending})
 
@@ -283,6 +311,13 @@ def failure(reason: str, exc: BaseException) -> dict[str, Any]:
     return {"event": "error", "reason": reason, **explain(exc)}
 
 
+def _set_up_logging() -> None:
+    """What the model logs goes to stderr, which the server reads; not where it sets up logging by itself."""
+    logging.lastResort = logging.StreamHandler()
+    logging.lastResort.setFormatter(logging.Formatter(LOG_FORMAT))
+    logging.getLogger().setLevel(logging.INFO)
+
+
 def main() -> None:
     gc.freeze()  # what is imported here stays: to look for garbage in it is a tenth of what a worker's start costs
     link = Link(socket.socket(fileno=int(sys.argv[1])))
@@ -298,6 +333,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (head["files"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     faulthandler.register(TELL_STACKS)
     sys.path[:] = head["path"]
+    _set_up_logging()
     try:
         cls = load_class(head["model"])
         description = describe(cls)

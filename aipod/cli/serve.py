@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -51,7 +53,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
 
         from aipod.server import serve as run_server
 
-    async def main() -> None:
+    async def main(lines: TextIO) -> None:
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
             ending = trio.CancelScope()
@@ -63,11 +65,23 @@ def serve(context: click.Context, /, **options: Any) -> None:
                 async with trio.open_nursery() as server:
                     addresses: list[str] = await server.start(functools.partial(run_server, config, stop=stop))
                     for address in addresses:
-                        sys.stdout.write(f"aipod listening on {address}\n")
-                    sys.stdout.flush()
+                        lines.write(f"aipod listening on {address}\n")
+                    lines.flush()
             nursery.cancel_scope.cancel()
 
-    trio.run(main)
+    with _stdout() as lines:
+        trio.run(main, lines)
+
+
+@contextlib.contextmanager
+def _stdout() -> Iterator[TextIO]:
+    """For the listening lines alone: what a model prints in this process goes to stderr."""
+    with os.fdopen(os.dup(1), "w") as lines:
+        os.dup2(2, 1)
+        try:
+            yield lines
+        finally:
+            os.dup2(lines.fileno(), 1)
 
 
 async def _listen_to_signals(stop: Any, scope: Any, *, task_status: Any) -> None:

@@ -101,4 +101,7 @@ class Runner(Protocol):
         """
 
     async def wait(self) -> int | None:
-        """Wait for the end; the exit status of a process, None for anything else."""
+        """Wait for the end; the exit status of a process, None for anything else.
+
+        Somebody should, from the start on: so what is printed between the runs is heard.
+        """

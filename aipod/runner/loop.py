@@ -18,6 +18,8 @@ from aipod.methods import describe
 from aipod.models import Context, LoadError, Options, load_class
 from aipod.results import BadResult, Result, settle
 from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
+from aipod.runner.capture import Capture
+from aipod.runner.output import ServerLog
 from aipod.transport import bridge
 
 log = logging.getLogger("aipod.runner")
@@ -43,6 +45,7 @@ class LoopRunner:
         # Of their own: models' threads must not use up those that write payloads.
         self._threads = trio.CapacityLimiter(THREADS)
         self._ended = trio.Event()
+        self._server_log = ServerLog(version)
 
     @property
     def broken(self) -> bool:
@@ -51,7 +54,7 @@ class LoopRunner:
     async def start(self) -> Description:
         deadline = trio.current_time() + self._load_timeout
         try:
-            with trio.CancelScope(deadline=deadline) as patience:
+            with trio.CancelScope(deadline=deadline) as patience, Capture(self._server_log):
                 cls = await self._load(deadline, load_class, self._model)
                 self._instance = await self._load(deadline, cls)
                 self._instance.version = self._version
@@ -89,15 +92,7 @@ class LoopRunner:
             raise RunnerBroken
         # Else a method that is cancelled already would run until its first await.
         await trio.lowlevel.checkpoint_if_cancelled()
-        token = trio.lowlevel.current_trio_token()
-
-        def tell(*args: Any) -> None:
-            # A method may report from its own thread; the job's state belongs to the trio thread.
-            if trio.lowlevel.in_trio_task():
-                report(*args)
-            else:
-                token.run_sync_soon(report, *args)
-
+        capture = Capture(self._server_log, task.job_id, report)
         context = Context(
             job_id=task.job_id,
             method=task.method,
@@ -106,12 +101,13 @@ class LoopRunner:
             work_dir=task.work_dir,
             new_version=task.new_version,
             timeout=task.timeout,
-            report=tell,
+            report=capture.report,
         )
         kwargs = json.loads(task.kwargs)
         try:
             method = getattr(self._instance, task.method)
-            value = await self._call_for(context, method, task.payload, kwargs)
+            with capture:
+                value = await self._call_for(context, method, task.payload, kwargs)
             keep = functools.partial(settle, payload=task.payload, work_dir=task.work_dir, res=task.res)
             return await trio.to_thread.run_sync(keep, value)
         except BadResult as exc:
@@ -157,7 +153,7 @@ class LoopRunner:
 
     async def shutdown(self) -> None:
         try:
-            with trio.move_on_after(self._grace) as patience:
+            with trio.move_on_after(self._grace) as patience, Capture(self._server_log):
                 await self._close(getattr(self._instance, "close", None))
             if patience.cancelled_caught:
                 log.error("%s.close() took longer than %g s; going on without it", self._model, self._grace)

@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import outcome
 import trio
 
 from aipod import worker
 from aipod.errors import JobFailed, job_failed, refused_when_exhausted
 from aipod.results import Result
 from aipod.runner import Description, Report, RunnerBroken, Task
+from aipod.runner.output import Output
 from aipod.spool import Spool
 
 # Seconds that a worker has to write its stacks, before it is ended; nothing tells when it has.
@@ -46,6 +48,7 @@ class ProcessRunner:
         """`files`: the worker's own limit of open files; 0 is this process's."""
         self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._runs = 0  # that are over
+        self._version = version
         self._hello = {
             "op": "load",
             "model": model,
@@ -60,14 +63,21 @@ class ProcessRunner:
         self._grace = grace
         self._buffer = bytearray()
         self._process: trio.Process | None = None
+        self._output: Output | None = None
         self._stream: trio.SocketStream | None = None
         self._tether = -1  # write end of the pipe whose end the worker cannot survive
         self._broken = False
         self._unread = False  # the worker has ended with something of ours unread
 
     async def start(self) -> Description:
+        async with trio.open_nursery() as nursery:
+            description = await outcome.acapture(self._start, nursery)
+            nursery.cancel_scope.cancel()
+        return description.unwrap()
+
+    async def _start(self, nursery: trio.Nursery) -> Description:
         try:
-            await self._spawn()
+            nursery.start_soon((await self._spawn()).relay)
             with trio.move_on_after(self._load_timeout):
                 await self._send(self._hello)
                 event, _ = await self._receive()
@@ -87,24 +97,29 @@ class ProcessRunner:
         await self.shutdown()
         return description
 
-    async def _spawn(self) -> None:
+    async def _spawn(self) -> Output:
         with refused_when_exhausted(), contextlib.ExitStack() as stack, contextlib.ExitStack() as on_error:
             ours, theirs = socket.socketpair()
             stack.enter_context(theirs)
             on_error.enter_context(ours)
             read_end, self._tether = os.pipe()
             stack.callback(os.close, read_end)
+            self._output = output = Output(self._version)
+            stack.callback(os.close, output.write_end)
+            on_error.callback(output.close)
             self._process = await trio.lowlevel.open_process(
                 # -P: not the current directory first; the worker gets this process's sys.path. -u: prints at once.
                 [sys.executable, "-uP", "-Xfaulthandler", "-m", "aipod.worker", str(theirs.fileno()), str(read_end)],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # stderr: stdout carries the listening lines and nothing else ever
+                stdout=output.write_end,
+                stderr=output.write_end,
                 pass_fds=(theirs.fileno(), read_end),
                 start_new_session=True,  # Ctrl-C on the terminal is the server's business
                 env={**os.environ, "PYTHONPATH": _python_path()},
             )
             on_error.pop_all()
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        return output
 
     @property
     def lock_name(self) -> str:
@@ -119,7 +134,7 @@ class ProcessRunner:
         return self._broken or self._process is None or self._process.poll() is not None
 
     async def run(self, task: Task, report: Report) -> Result:
-        if self.broken:
+        if self.broken or self._output is None:
             raise RunnerBroken
         # Else a send that is cancelled before its first byte would cost the worker.
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -137,6 +152,7 @@ class ProcessRunner:
             "next_lock": str(self._spool.worker_lock(self._lock_of(self._runs + 1))),
         }
         running = False
+        self._output.begin(task.job_id, report)
         try:
             await self._send(head, task.kwargs)
             running = True
@@ -152,6 +168,8 @@ class ProcessRunner:
             if not running or self._unread:
                 raise RunnerBroken from exc  # it has not got the whole task
             raise
+        finally:
+            self._output.end()
 
     async def _result(self, report: Report) -> Result:
         while True:
@@ -194,7 +212,14 @@ class ProcessRunner:
                 await self._end(0)
 
     async def wait(self) -> int | None:
-        return None if self._process is None else await self._process.wait()
+        """Also the one who hears what is printed between the runs, and meanwhile."""
+        if self._process is None or self._output is None:
+            return None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._output.relay)
+            status = await self._process.wait()
+            nursery.cancel_scope.cancel()
+        return status
 
     async def _end(self, grace: float) -> None:
         """Make sure that the process is gone, and take its things away. Idempotent."""
@@ -213,6 +238,8 @@ class ProcessRunner:
         if self._tether >= 0:
             os.close(self._tether)
             self._tether = -1
+        if self._output is not None:
+            self._output.close()
         for runs in (self._runs, self._runs + 1):  # a run that was over when it was ended has renamed it
             self._spool.forget_worker(self._lock_of(runs))
 

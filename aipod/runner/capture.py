@@ -1,0 +1,128 @@
+"""What a model in the server's own process says: its reports, what it prints and logs, from whatever thread.
+
+A method's context variables are those of everything that it awaits, and of the threads that trio and asyncio start for
+it: they tell whose a line is. A thread that the model starts by itself has none: what that prints goes where all does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import trio
+
+from aipod.runner import Report
+from aipod.runner.output import Lines, ServerLog
+from aipod.worker import LOG_FORMAT, Pending
+
+_capture: contextvars.ContextVar[Capture | None] = contextvars.ContextVar("aipod_capture", default=None)
+
+
+class Capture:
+    """What is said within `with capture:` is this run's. Told in the trio thread, what comes in between as one."""
+
+    def __init__(self, server_log: ServerLog, job_id: str = "", report: Report = lambda *args: None) -> None:
+        self._server_log = server_log
+        self._job_id = job_id
+        self._report: Report | None = report
+        self._trio = trio.lowlevel.current_trio_token()
+        self._lock = threading.Lock()  # guards what follows
+        self._pending = Pending()
+        self._lines = Lines()
+        self._due = False  # a flush is
+
+    def __enter__(self) -> None:
+        self._before = _capture.set(self)
+
+    def __exit__(self, *exc: object) -> None:
+        """What threads of the run say later is dropped."""
+        _capture.reset(self._before)
+        self.print("\n")
+        self._server_log.end(self._job_id)
+        self._flush()
+        self._report = None
+
+    def report(self, progress: float | None, message: str | None, text: str | None) -> None:
+        """As `Report`, from any thread."""
+        with self._lock:
+            self._pending.add(progress, message, text)
+            due, self._due = self._due, True
+        if not due:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._trio.run_sync_soon(self._flush)
+
+    def print(self, text: str) -> None:
+        """What was written to stdout or stderr."""
+        with self._lock:
+            lines = self._lines.feed(text)
+        if lines:
+            self.report(None, None, "\n".join(lines))
+            self._server_log.write(lines, self._job_id)
+
+    def _flush(self) -> None:
+        with self._lock:
+            pending, self._due = self._pending.take(), False
+        if pending and self._report is not None:
+            self._report(pending.get("progress"), pending.get("message"), pending.get("log"))
+
+
+class _Stream:
+    """Stands for sys.stdout or sys.stderr."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        capture = _capture.get()
+        if capture is None:
+            return int(self._stream.write(text))
+        before = _capture.set(None)  # the server's log may end here too
+        try:
+            capture.print(text)
+        finally:
+            _capture.reset(before)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Handler(logging.Handler):
+    """Copies what a run logs into its job's log; the server's log has it anyway."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        capture = _capture.get()
+        if capture is not None:
+            try:
+                capture.report(None, None, self.format(record))
+            except Exception:
+                self.handleError(record)
+
+
+_handler = _Handler()
+_handler.setFormatter(logging.Formatter(LOG_FORMAT))
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[None]:
+    """Within it, `Capture` gets what is printed and logged in this process."""
+    streams = {name: (getattr(sys, name), _Stream(getattr(sys, name))) for name in ("stdout", "stderr")}
+    logging.getLogger().addHandler(_handler)
+    for name, (_, ours) in streams.items():
+        setattr(sys, name, ours)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(_handler)
+        for name, (theirs, ours) in streams.items():
+            if getattr(sys, name) is ours:  # else somebody has set another since
+                setattr(sys, name, theirs)

@@ -1,0 +1,151 @@
+"""What models print, log and report: in their own job's log, whole and in order, and in the server's, within bounds."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aipod
+from aipod.client import Event
+from aipod.runner.output import LINE, LINES, Lines, ServerLog
+from aipod.spool.entry import MAX_LOG
+from tests.calls import calls, own
+from tests.conftest import Serve, Served, peak_memory, wait_until
+from tests.models_output import SAID
+
+BOLD = "\x1b[1mbold ü"
+
+
+def called(served: Served, method: str, **kwargs: Any) -> tuple[Any, list[str], list[Event]]:
+    """The answer, or the error; the lines of the job's log, and all events."""
+    events: list[Event] = []
+    try:
+        answer = own(served.address, method, on_event=events.append, **kwargs)
+    except aipod.AipodError as exc:
+        answer = exc
+    return answer, "".join(event.log for event in events).splitlines(), events
+
+
+def test_text_is_cut_into_lines() -> None:
+    """Mutants seen: an endless line is kept whole; the rest of a line that was cut is lost."""
+    lines = Lines()
+    assert lines.feed("a\nb") == ["a"]
+    assert lines.feed("c\r\n\n\rd\r") == ["bc", "d"]
+    assert lines.feed("\n") == []
+    assert lines.feed("x" * (LINE - 1)) == []
+    assert lines.feed("yz") == ["x" * (LINE - 1) + "y", "z"]
+    assert lines.feed("é" * (2 * LINE) + "\nend") == ["é" * LINE, "é" * LINE]
+    assert lines.end() == ["end"]
+    assert lines.end() == []
+
+
+def test_the_server_s_log_takes_so_many_lines_a_second_and_nothing_that_moves_a_cursor(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    server_log = ServerLog("v1")
+    server_log.write(["tab\there \x1b[2J\x9b1m\x00"], "")
+    server_log.write(["line"] * (LINES + 50), "id")
+    server_log.end("id")
+    server_log.end("id")
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts[0] == "version v1: tab\there ?[2J?1m?"
+    assert texts[1:-1] == ["job id: line"] * (LINES - 1)
+    assert re.fullmatch(r"job id: 51 lines are not shown.*", texts[-1])
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "more"),
+    [
+        ("Worker", "predict", ["by a child"]),
+        ("Loop", "predict", []),
+        ("Loop", "with_asyncio", []),
+        ("Loop", "in_thread", []),
+    ],
+)
+def test_what_a_method_prints_and_logs_is_in_its_job_s_log(
+    serve: Serve, model: str, method: str, more: list[str]
+) -> None:
+    """Mutants seen: of the loop's, what is printed in a thread goes to the server's own stdout; a last line without
+    its end is lost, or is the next job's."""
+    served = serve(f"tests.models_output:{model}")
+    for _ in range(2):  # with a cold instance, and with a warm one
+        answer, lines, _ = called(served, method)
+        assert (answer, lines) == (None, [*SAID, *more, BOLD])
+    text = served.log_text()
+    assert re.search(r"aipod\.model: version default: loading", text)
+    assert len(re.findall(r"aipod\.model: job [0-9a-f]{32}: printed", text)) == 2
+    assert "\x1b" not in text
+    assert text.count("logged 1") == 2
+
+
+def test_a_crash_leaves_its_last_words_in_the_log(serve: Serve) -> None:
+    served = serve("tests.models_output:Worker")
+    answer, lines, _ = called(served, "crash")
+    assert isinstance(answer, aipod.Interrupted)
+    assert lines[:2] == ["last words", "Fatal Python error: Segmentation fault"]
+    assert any("models_output.py" in line for line in lines)
+
+
+def test_what_is_printed_between_two_jobs_is_in_neither_s_log(serve: Serve, tmp_path: Path) -> None:
+    served = serve("tests.models_output:Worker")
+    until = tmp_path / "until"
+    assert called(served, "later", until=str(until))[:2] == (None, [])
+    until.touch()
+    wait_until(lambda: "version default: from a thread" in served.log_text())
+    assert "from a thread" not in called(served, "predict")[1]
+
+
+def test_two_methods_at_once_have_a_log_each(serve: Serve) -> None:
+    served = serve("tests.models_output:Loop")
+    with calls() as threads:
+        ends = {name: threads.submit(called, served, "both_at_once", name=name) for name in "ab"}
+        for name, end in ends.items():
+            assert end.result()[1] == [f"first {name}", f"second {name}"]
+
+
+def test_what_has_no_job_goes_to_stderr_never_to_stdout(serve: Serve) -> None:
+    served = serve("tests.models_output:Loop")
+    assert called(served, "by_itself")[:2] == (None, [])
+    assert "\nfrom a thread\n" in served.log_text()
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.stdout is not None
+    assert served.process.stdout.read() == ""
+    assert served.process.wait(30) == 0
+
+
+def test_a_model_that_prints_200_mb_gets_its_answer_and_costs_no_memory(serve: Serve) -> None:
+    """Its log is cut where all are, the server's where it comes too fast."""
+    served = serve("tests.models_output:Worker")
+    called(served, "flood", megabytes=2)
+    before, lines_before = peak_memory(served.process.pid), served.log_text().count("\n")
+    began = time.monotonic()
+    answer, lines, _ = called(served, "flood", megabytes=200)
+    assert answer == "done"
+    assert lines[0] == "x" * 99
+    assert sum(map(len, lines)) <= MAX_LOG + 1000
+    assert any("dropped" in line for line in lines)
+    shown = served.log_text().count("\n") - lines_before
+    assert LINES <= shown <= (LINES + 10) * (time.monotonic() - began + 1)
+    assert peak_memory(served.process.pid) - before < 40
+
+
+@pytest.mark.parametrize("model", ["Worker", "Loop"])
+def test_a_million_reports_are_told_once_a_tick_in_order(serve: Serve, model: str) -> None:
+    served = serve(f"tests.models_output:{model}")
+    called(served, "report", times=1)
+    before = peak_memory(served.process.pid)
+    answer, lines, events = called(served, "report", times=1_000_000)
+    assert answer == "done"
+    progress = [event.progress for event in events if event.phase == "RUNNING"]
+    assert progress == sorted(progress)
+    assert progress[-1] > 0
+    assert lines == [f"line {n}" for n in range(0, 1_000_000, 100)]
+    assert len(events) < 200
+    assert peak_memory(served.process.pid) - before < 20
