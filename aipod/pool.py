@@ -15,10 +15,15 @@ from typing import Protocol
 
 import trio
 
+from aipod.errors import JobFailed, Refused
+from aipod.restarts import Restarts
 from aipod.results import Result
-from aipod.runner import Report, Runner, Task
+from aipod.runner import Report, Runner, RunnerBroken, Task
 
 log = logging.getLogger("aipod.pool")
+
+# Seconds between two tries to load an instance, while none can be: callers may be sent elsewhere meanwhile.
+PROBE = 10.0
 
 MakeRunner = Callable[[str], Runner]
 
@@ -79,7 +84,9 @@ class Pool:
         per_version: int,
         total: int,
         idle: float,
+        restarts: Restarts,
         nursery: trio.Nursery,
+        timers: trio.Nursery,
     ) -> None:
         self._make = make
         self._data = data
@@ -88,7 +95,9 @@ class Pool:
         self._per_version = 1 if shared else per_version
         self._total = total
         self._idle = idle  # seconds
-        self._watching = trio.CancelScope()
+        self._restarts = restarts
+        self._waking: set[str] = set()  # versions whose turn a task waits for
+        self._timers = timers  # cancelled before the instances are shut down
         # The pool's own: instances that are evicted or retired are shut down in it, not by the job that found them.
         self._nursery = nursery
         self._instances: list[Instance] = []
@@ -118,16 +127,15 @@ class Pool:
                 nursery.start_soon(start)
 
     async def end_idle(self) -> None:
-        """Shut instances that nobody has used for `idle` seconds, until `release`. This is a trio-flavored function."""
-        with self._watching:
-            while True:
-                now = trio.current_time()
-                for instance in self._free():
-                    if instance.free_since + self._idle <= now:
-                        log.info("closing an instance of version %s: idle for %g s", instance.version, self._idle)
-                        self._shut(instance)
-                # What becomes free from now on is due later than all of these.
-                await trio.sleep_until(min((one.free_since for one in self._free()), default=now) + self._idle)
+        """Shut instances that nobody has used for `idle` seconds. This is a trio-flavored async function."""
+        while True:
+            now = trio.current_time()
+            for instance in self._free():
+                if instance.free_since + self._idle <= now:
+                    log.info("closing an instance of version %s: idle for %g s", instance.version, self._idle)
+                    self._shut(instance)
+            # What becomes free from now on is due later than all of these.
+            await trio.sleep_until(min((one.free_since for one in self._free()), default=now) + self._idle)
 
     def _free(self) -> list[Instance]:
         return [instance for instance in self._instances if instance.users == 0 and instance.ready]
@@ -169,8 +177,16 @@ class Pool:
         return waiter.instance
 
     async def _start(self, instance: Instance) -> None:
-        await instance.runner.start()
+        try:
+            await instance.runner.start()
+        except JobFailed:
+            able = self._restarts.able
+            self._restarts.not_loaded(instance.version, others=any(one.ready for one in self._instances))
+            if able and not self._restarts.able:
+                self._timers.start_soon(self._probe)
+            raise
         instance.ready = True
+        self._restarts.loaded(instance.version)
         self._nursery.start_soon(self._watch, instance)
         self._assign()
 
@@ -178,8 +194,23 @@ class Pool:
         status = await instance.runner.wait()
         if instance in self._free():
             log.warning("an instance of version %s has died, unused: exit status %s", instance.version, status)
+            self._restarts.failed(instance.version)
             self._shut(instance)
             self._assign()
+
+    async def _probe(self) -> None:
+        while not self._restarts.able:
+            await trio.sleep(PROBE)
+            for version in self._restarts.suspects:
+                with contextlib.suppress(JobFailed, Refused):
+                    async with self.lease(version, Waiter(version)):
+                        break
+
+    async def _wake(self, version: str) -> None:
+        """Assign once an instance of `version` may be started."""
+        await trio.sleep_until(self._restarts.due(version))
+        self._waking.discard(version)
+        self._assign()
 
     def _assign(self) -> None:
         """Give instances to whom they are due, in the order of the line."""
@@ -212,6 +243,11 @@ class Pool:
             if not self._closing:
                 self._evict()
             return None
+        if self._restarts.due(version) > trio.current_time():
+            if version not in self._waking:
+                self._waking.add(version)
+                self._timers.start_soon(self._wake, version)
+            return None
         instance = Instance(version, self._make(version), self._data(version))
         self._instances.append(instance)
         return instance
@@ -232,6 +268,13 @@ class Pool:
         elif instance.users == 0 and instance.retired:
             self._shut(instance)
         self._assign()
+
+    def learn(self, instance: Instance) -> None:
+        """A run has ended by itself."""
+        if instance.runner.broken:
+            self._restarts.failed(instance.version)
+        else:
+            self._restarts.ran(instance.version)
 
     def retire(self, version: str) -> None:
         """The version's data has changed: its instances end when they are free, the next job gets a new one."""
@@ -259,7 +302,6 @@ class Pool:
 
     async def release(self) -> None:
         """Shut all instances down, `close` hooks included. Nothing may be leased any more."""
-        self._watching.cancel()
         async with trio.open_nursery() as nursery:
             for instance in self._instances:
                 instance.data.close()
@@ -289,7 +331,14 @@ class Lease:
 
     async def run(self, task: Task, report: Report) -> Result:
         """Run the task; as `Runner.run`."""
-        return await self._instance.runner.run(task, report)
+        try:
+            result = await self._instance.runner.run(task, report)
+        except (JobFailed, RunnerBroken):
+            self._pool.learn(self._instance)
+            raise
+        else:
+            self._pool.learn(self._instance)
+            return result
 
 
 @contextlib.asynccontextmanager
@@ -302,13 +351,14 @@ async def open_pool(
     per_version: int,
     total: int,
     idle: float = 0.0,
+    restarts: Restarts | None = None,
 ) -> AsyncIterator[Pool]:
     """A pool whose instances are all gone when the `async with` is left. This is a trio-flavored async function.
 
     At most `per_version` instances of a version and `total` of all; where they are `shared`, one of a version, with
     `at_once` jobs. Those that nobody has used for `idle` seconds are shut, where that is not 0.
     """
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery, trio.open_nursery() as timers:
         pool = Pool(
             make,
             data,
@@ -317,12 +367,15 @@ async def open_pool(
             per_version=per_version,
             total=total,
             idle=idle,
+            restarts=restarts or Restarts(lambda version: True, lambda able: None),
             nursery=nursery,
+            timers=timers,
         )
         if idle:
-            nursery.start_soon(pool.end_idle)
+            timers.start_soon(pool.end_idle)
         try:
             yield pool
         finally:
+            timers.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
                 await pool.release()

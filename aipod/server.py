@@ -26,6 +26,7 @@ import trio
 from aipod.config import Config, state_home
 from aipod.errors import AipodError
 from aipod.pool import MakeRunner, Pool, open_pool
+from aipod.restarts import Restarts
 from aipod.runner import Description
 from aipod.runner.capture import captured
 from aipod.runner.loop import LoopRunner
@@ -97,6 +98,7 @@ async def serve(
                     per_version=config.instances,
                     total=config.max_instances,
                     idle=config.idle,
+                    restarts=Restarts(versions.is_known, status.set_ready),
                 ) as pool,
                 trio.open_nursery() as jobs,
             ):

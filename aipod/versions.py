@@ -83,6 +83,10 @@ class Versions:
         """The data that the version has now."""
         return Present(self.data_dir(version))
 
+    def is_known(self, version: str) -> bool:
+        """Whether it has data, or is the default."""
+        return version == DEFAULT_VERSION or self.data_dir(version).is_dir()
+
     def fresh(self, job_id: str) -> Path:
         """Where a job may write a new version; not made until it does."""
         return self.path / f".new-{self._owner}{job_id}"

@@ -11,7 +11,7 @@ class Marked(aipod.Model):
         (self.data_dir.parent / f"{what}-{self.version}-{os.getpid()}").touch()
 
     def load(self) -> None:
-        if self.version == "bad":
+        if self.version == "bad" or (self.data_dir / "unreadable").exists():
             raise ValueError("no such weights")
         self._mark("loaded")
 

@@ -116,7 +116,8 @@ def test_what_has_no_job_goes_to_stderr_never_to_stdout(serve: Serve) -> None:
     assert "\nfrom a thread\n" in served.log_text()
     served.process.send_signal(signal.SIGTERM)
     assert served.process.stdout is not None
-    assert served.process.stdout.read() == ""
+    with served.process.stdout as stdout:
+        assert stdout.read() == ""
     assert served.process.wait(30) == 0
 
 

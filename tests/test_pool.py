@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import trio.testing
 from trio.testing import MockClock
 
 from aipod.errors import JobFailed, ModelError
-from aipod.pool import Pool, Waiter, open_pool
+from aipod.pool import PROBE, Pool, Waiter, open_pool
+from aipod.restarts import LONGEST_PAUSE, VERSIONS, Restarts
 from aipod.runner import Runner, RunnerBroken, Task
 from aipod.runner.fake import FakeRunner
 
@@ -254,6 +256,68 @@ async def test_a_load_that_fails_is_told_to_its_job_and_the_next_one_tries_again
     assert [runner.verbs[-1] for _, runner in models.made] == ["start", "start", "shutdown"]
 
 
+async def fails() -> None:
+    raise ValueError("no such weights")
+
+
+async def test_when_no_instance_can_run_the_pool_says_so_and_tries_by_itself(autojump_clock: MockClock) -> None:
+    """Mutants seen: names that nobody has make it say so; it waits for a job that never comes."""
+    models, told = Models(load=lambda: trio.sleep(0)), []
+    restarts = Restarts(lambda version: version == "known", told.append)
+    async with open_pool(models, shared=False, per_version=1, total=1, restarts=restarts) as pool:
+
+        async def fail(version: str, times: int) -> None:
+            for _ in range(times):
+                with pytest.raises(ModelError):
+                    await use(pool, version)
+
+        models.load = fails
+        await fail("unknown", 4)
+        await fail("known", 2)
+        assert told == []
+        await fail("known", 1)
+        assert told == [False]
+        began = trio.current_time()
+        while models.made[-1][0] == "known" and len(models.made) < 12:  # nobody calls
+            await trio.sleep(1)
+        assert trio.current_time() - began > 5 * PROBE
+        assert told == [False]
+        models.load = lambda: trio.sleep(0)
+        await trio.sleep(PROBE + LONGEST_PAUSE)
+        assert told == [False, True]
+        # What has loaded once is known, and tried first when it cannot any more.
+        await use(pool, "proven")
+        models.load = fails
+        pool.retire("proven")
+        await fail("proven", 3)
+        assert told == [False, True, False]
+        began = trio.current_time()
+    assert trio.current_time() == began  # leaving does not wait for the next try
+
+
+async def test_an_instance_that_runs_is_reason_enough_to_be_ready(autojump_clock: MockClock) -> None:
+    models, told = Models(load=lambda: trio.sleep(0)), []
+    async with open_pool(
+        models, shared=False, per_version=1, total=2, restarts=Restarts(lambda version: True, told.append)
+    ) as pool:
+        await use(pool, "good")
+        models.load = fails
+        for _ in range(5):
+            with pytest.raises(ModelError):
+                await use(pool, "bad")
+    assert told == []
+
+
+async def test_of_many_names_the_failures_are_forgotten(autojump_clock: MockClock) -> None:
+    restarts = Restarts(lambda version: False, lambda able: None)
+    for n in range(2 * VERSIONS):
+        for _ in range(3):
+            restarts.failed(f"v{n}")
+    assert restarts.due("v0") == 0
+    assert restarts.due(f"v{2 * VERSIONS - 1}") > 0
+    assert len(restarts._failures) == len(restarts._due) == VERSIONS
+
+
 async def test_a_job_that_is_cancelled_in_line_gives_its_place_up(autojump_clock: MockClock) -> None:
     async with open_pool(Models(), shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
         scope, last, began = trio.CancelScope(), Waiter("v"), trio.current_time()
@@ -345,6 +409,48 @@ async def test_a_crash_ends_its_own_job_and_the_instance_is_replaced(autojump_cl
         models.made[0][1].crash()
     assert outcomes == ["WORKER_CRASHED", "ran"]
     assert models.versions == ["v", "v"]
+
+
+async def test_an_instance_that_keeps_dying_is_replaced_less_and_less_often(autojump_clock: MockClock) -> None:
+    """Twice at once; other versions do not wait; a run that its instance survives ends the row.
+
+    Mutants seen: who waits for a pause is not woken; the pause is longer each time for ever; idle deaths do not count.
+    """
+    models = Models(load=lambda: trio.sleep(0))
+    ends: list[float] = []
+
+    async def crash(pool: Pool, *, idle: bool) -> None:
+        async with pool.lease("v", Waiter("v")) as lease, trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def later() -> None:
+                await trio.sleep(0.01)
+                if not idle:
+                    models.made[-1][1].crash()
+
+            if not idle:
+                with pytest.raises(JobFailed, match="SIGKILL"):
+                    await lease.run(task("v", 1), lambda *report: None)
+        if idle:
+            models.made[-1][1].crash()
+            await trio.testing.wait_all_tasks_blocked()
+
+    async with open_pool(models, shared=False, per_version=1, total=2) as pool:
+        await use(pool, "w")
+        for n in range(9):
+            await crash(pool, idle=n % 2 == 1)
+            ends.append(trio.current_time())
+        began = trio.current_time()
+        await use(pool, "w", seconds=0)
+        assert trio.current_time() - began < 1
+        await use(pool, "v", seconds=0)
+        assert trio.current_time() - began == pytest.approx(30, abs=1)
+        began = trio.current_time()
+        await crash(pool, idle=False)
+        await use(pool, "v", seconds=0)
+        assert trio.current_time() - began < 1
+    pauses = [round(after - before) for before, after in itertools.pairwise(ends)]
+    assert pauses == [0, 0, 1, 2, 4, 8, 16, 30]
 
 
 async def test_an_instance_that_died_while_it_was_idle_is_not_given_to_anybody(autojump_clock: MockClock) -> None:

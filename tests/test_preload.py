@@ -1,9 +1,12 @@
-"""Versions that are loaded before the server listens, and closed when nobody uses them: what its options come to."""
+"""Versions that are loaded before the server listens, closed when nobody uses them, or cannot be loaded at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from aipod.errors import ModelError
 from tests.calls import own
 from tests.conftest import Serve, wait_until
 from tests.test_cli import aipod
@@ -30,3 +33,27 @@ def test_what_does_not_load_is_told_at_the_start(tmp_path: Path) -> None:
         assert (done.status, done.out) == (1, b"")
         assert done.last.startswith(f"aipod: {text}")
     assert list((tmp_path / "spool" / "workers").iterdir()) == []
+
+
+def test_a_server_none_of_whose_instances_load_is_not_ready_until_one_does(serve: Serve) -> None:
+    served = serve(MODEL)
+
+    def status(service: str) -> str:
+        return aipod("health", "--to", served.address, service).out.decode().strip()
+
+    def fail(version: str) -> None:
+        with pytest.raises(ModelError, match="no such weights"):
+            own(served.address, "predict", version=version)
+
+    for _ in range(4):
+        fail("bad")  # it has no data: a name that a caller has made up
+    assert status("readiness") == "SERVING"
+    (served.data / "v").mkdir()
+    (served.data / "v" / "unreadable").touch()
+    for _ in range(3):
+        fail("v")
+    assert [status(service) for service in ("readiness", "liveness", "ai.AI")] == ["NOT_SERVING", "SERVING", "SERVING"]
+    (served.data / "v" / "unreadable").unlink()
+    assert own(served.address, "predict", version="v") == "v"  # after a pause
+    assert status("readiness") == "SERVING"
+    assert "3 loads in a row have failed" in served.log_text()

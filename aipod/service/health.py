@@ -15,7 +15,6 @@ NAMES = (
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
-    "readiness",
 )
 
 
@@ -35,14 +34,23 @@ class ServingStatus:
     def __init__(self) -> None:
         self._serving = ServiceStatus()
         self._live = ServiceStatus()
-        self._live.set(True)
-        self._serving.set(True)
+        self._ready = ServiceStatus()
+        self._stopped = False
+        for status in (self._live, self._serving, self._ready):
+            status.set(True)
 
     def stop_serving(self) -> None:
         """NOT_SERVING for everything but `liveness`, for good."""
+        self._stopped = True
         self._serving.set(False)
+        self._ready.set(False)
+
+    def set_ready(self, ready: bool) -> None:
+        """Whether an instance of the model can run: `readiness` says so."""
+        self._ready.set(ready and not self._stopped)
 
     def service(self) -> Health:
         """The service for grpclib's server."""
         checks: dict[Any, list[ServiceStatus]] = {_Named(name): [self._serving] for name in NAMES}
-        return Health({OVERALL: [self._serving], _Named("liveness"): [self._live], **checks})
+        checks |= {OVERALL: [self._serving], _Named("liveness"): [self._live], _Named("readiness"): [self._ready]}
+        return Health(checks)
