@@ -76,6 +76,8 @@ class Config:
 
     # Each has a lock's descriptor and a task, and goes on when its caller has left.
     max_jobs: int = _setting(10_000, "Jobs at once that have not ended.", low=1)
+    # One version that is asked for a lot must not take the room of all others.
+    max_queued: int = _setting(5000, "Jobs of one version at once that upload or wait in line.", low=1)
 
     # Payloads
     max_payload: int = _setting(0, "Largest payload, uncompressed; 0 is none but the disk's reserve.", low=0)

@@ -23,12 +23,12 @@ log = logging.getLogger("aipod.server")
 AT_ONCE = 1.0
 
 OPTIONS = (
-    "bind", "insecure", "reuse_port", "spool", "data", "runner", "instances", "max_instances", "concurrency", "idle",
-    "preload", "max_jobs", "drain", "tick", "cancel_grace", "load_timeout", "max_payload", "max_kwargs", "max_message",
-    "reserve", "upload_stall", "upload_ttl", "grace", "ttl", "tls_cert", "tls_key", "tls_ca", "max_connections",
-    "max_streams", "stream_window", "max_window", "connection_window", "max_frame", "max_headers", "max_fields",
-    "frame_rate", "reset_burst", "reset_rate", "handshake_timeout", "max_age", "max_age_grace", "max_idle",
-    "ping_interval", "ping_timeout", "send_stall", "level",
+    "bind", "insecure", "reuse_port", "spool", "data", "runner", "instances", "max_instances", "concurrency",
+    "idle", "preload", "max_jobs", "max_queued", "drain", "tick", "cancel_grace", "load_timeout", "max_payload",
+    "max_kwargs", "max_message", "reserve", "upload_stall", "upload_ttl", "grace", "ttl", "tls_cert", "tls_key",
+    "tls_ca", "max_connections", "max_streams", "stream_window", "max_window", "connection_window", "max_frame",
+    "max_headers", "max_fields", "frame_rate", "reset_burst", "reset_rate", "handshake_timeout", "max_age",
+    "max_age_grace", "max_idle", "ping_interval", "ping_timeout", "send_stall", "level",
 )  # fmt: skip
 
 

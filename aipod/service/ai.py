@@ -385,7 +385,7 @@ class AI:
         job = Job(request, entry, self._spool.id)
         try:
             viewer.watch(job)
-            with self._jobs.coming(request.job_id):
+            with self._jobs.coming(request.job_id, request.version):
                 await receive_payload(
                     request,
                     entry,

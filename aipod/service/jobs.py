@@ -67,7 +67,7 @@ class Jobs:
         self._nursery = nursery
         self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
         self.held: dict[str, Job] = {}
-        self._coming: set[str] = set()  # jobs that are about to be in it: they have descriptors too
+        self._coming: dict[str, str] = {}  # jobs that are about to be in it, and of which version those that are new
         self.changed = trio.Event()  # there is one job less in `held`
         self.draining = False
 
@@ -199,7 +199,7 @@ class Jobs:
     async def _claim(self, request: Request) -> Entry | None:
         assert request.kwargs is not None, "a job is created once for a request"
         what = request.job_id, request.fields, request.kwargs
-        with self.coming(request.job_id):
+        with self.coming(request.job_id, request.version):
             # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
             return await self._held(functools.partial(self._spool.claim, *what, size=request.size), Entry.destroy)
 
@@ -374,18 +374,30 @@ class Jobs:
         return len(self.held) + len(self._coming) < self._config.max_jobs
 
     @contextlib.contextmanager
-    def coming(self, job_id: str) -> Iterator[None]:
-        """Count a job as one of this process's before it is in `held`: hundreds may come at once. Raises `Refused`."""
+    def coming(self, job_id: str, version: str = "") -> Iterator[None]:
+        """Count a job as one of this process's before it is in `held`: hundreds may come at once. Raises `Refused`.
+
+        `version`: of a new job, which is refused where too many of the same are before it.
+        """
         if not self.has_room and job_id not in self.held:
             limit = self._config.max_jobs
             raise Refused(
                 "OVERLOADED", f"the server has {limit} jobs that have not ended (--max-jobs); try again later"
             )
-        self._coming.add(job_id)
+        if version and self._waiting(version) >= self._config.max_queued:
+            text = f"{self._config.max_queued} jobs of version {version} upload or wait already (--max-queued)"
+            raise Refused("OVERLOADED", f"{text}; try again later")
+        self._coming[job_id] = version
         try:
             yield
         finally:
-            self._coming.discard(job_id)
+            self._coming.pop(job_id, None)
+
+    def _waiting(self, version: str) -> int:
+        """How many jobs of `version` have not begun to run."""
+        waiting = (Phase.RECEIVING, Phase.QUEUED)
+        held = sum(job.request.version == version and job.phase in waiting for job in self.held.values())
+        return held + sum(coming == version for coming in self._coming.values())
 
     def draining_with_job(self) -> Refused:
         """For the caller of a job that is here to stay: it must not be created anywhere else."""
