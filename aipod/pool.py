@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from aipod.errors import JobFailed, Refused
+from aipod.errors import JobFailed, Refused, job_failed
 from aipod.restarts import Restarts
 from aipod.results import Result
 from aipod.runner import Report, Runner, RunnerBroken, Task
@@ -24,6 +24,8 @@ log = logging.getLogger("aipod.pool")
 
 # Seconds between two tries to load an instance, while none can be: callers may be sent elsewhere meanwhile.
 PROBE = 10.0
+# Times that an instance loads anew because its data was replaced meanwhile.
+LOADS = 5
 
 MakeRunner = Callable[[str], Runner]
 
@@ -178,7 +180,7 @@ class Pool:
 
     async def _start(self, instance: Instance) -> None:
         try:
-            await instance.runner.start()
+            await self._load(instance)
         except JobFailed:
             able = self._restarts.able
             self._restarts.not_loaded(instance.version, others=any(one.ready for one in self._instances))
@@ -189,6 +191,17 @@ class Pool:
         self._restarts.loaded(instance.version)
         self._nursery.start_soon(self._watch, instance)
         self._assign()
+
+    async def _load(self, instance: Instance) -> None:
+        for _ in range(LOADS):
+            await instance.runner.start()
+            if not instance.data.replaced:
+                return
+            # It may have read a part of the former data and a part of what is there now.
+            await _shutdown(instance)
+            instance.data.close()
+            instance.data, instance.runner = self._data(instance.version), self._make(instance.version)
+        raise job_failed("LOAD_FAILED", f"the data of version {instance.version} was replaced in each of {LOADS} loads")
 
     async def _watch(self, instance: Instance) -> None:
         status = await instance.runner.wait()

@@ -1,8 +1,10 @@
 """Which data a version has: one directory per version under the server's data directory.
 
     data/<version>           what a method wrote into `context.new_version`
-    data/.new-<spool><job id>            being written; becomes data/<version> when the method returns
-    data/.old-<spool><job id>-<version>  the former data of a version, for the moment in which it is replaced
+    data/.new-<spool><job id>            being written; becomes data/<version> when the method returns; then the former
+                                         data, until it is removed
+    data/.old-<spool><job id>-<version>  the former data, for the moment in which it is replaced, on a system that
+                                         cannot exchange two directories in one step
 
 <spool> names the spool that the job lives in, "<id>.": servers with other spools may use the same data directory, and
 only a job's own spool knows whether it lives.
@@ -13,6 +15,7 @@ All functions block: call them from a thread.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Callable
@@ -21,6 +24,8 @@ from pathlib import Path
 from aipod.errors import Refused
 from aipod.models import DEFAULT_VERSION, VERSION
 from aipod.trash import remove
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 
 def check_version(version: str) -> str:
@@ -31,6 +36,16 @@ def check_version(version: str) -> str:
             "BAD_VERSION", f"version {version[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-', beginning alike"
         )
     return version
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Each gets the other's name, in one step; False where the system, or the file system, cannot, or one is gone."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
 class Present:
@@ -71,9 +86,10 @@ class Present:
 class Versions:
     """The data directory, for the jobs of the spool `owner` (its id and a dot)."""
 
-    def __init__(self, path: Path, owner: str = "") -> None:
+    def __init__(self, path: Path, owner: str = "", exchange: Callable[[Path, Path], bool] = exchange) -> None:
         self.path = path
         self._owner = owner
+        self._exchange = exchange
 
     def data_dir(self, version: str) -> Path:
         """Where the version's data is, whether it exists yet or not."""
@@ -96,6 +112,9 @@ class Versions:
         fresh, target = self.fresh(job_id), self.data_dir(version)
         if not fresh.is_dir():
             return False
+        if target.exists() and self._exchange(fresh, target):
+            remove(fresh)
+            return True
         old = self.path / f".old-{self._owner}{job_id}-{version}"
         while True:
             with contextlib.suppress(FileNotFoundError):

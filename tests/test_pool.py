@@ -14,7 +14,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from aipod.errors import JobFailed, ModelError
-from aipod.pool import PROBE, Pool, Waiter, open_pool
+from aipod.pool import LOADS, PROBE, Pool, Waiter, open_pool
 from aipod.restarts import LONGEST_PAUSE, VERSIONS, Restarts
 from aipod.runner import Runner, RunnerBroken, Task
 from aipod.runner.fake import FakeRunner
@@ -224,6 +224,42 @@ async def test_data_that_another_process_has_replaced_is_loaded_anew(autojump_cl
         ["start", "run sleep", "run sleep", "shutdown"],
     ]
     assert Numbered.closed == [0, 1]
+
+
+@pytest.mark.parametrize("times", [1, 3, 100])
+async def test_an_instance_whose_data_was_replaced_while_it_loaded_loads_anew(
+    autojump_clock: MockClock, times: int
+) -> None:
+    """It may have read a part of both. Mutants seen: what is watched is the data of the first load; no end of it."""
+    moved = 0
+
+    class Moving:
+        def __init__(self, version: str) -> None:
+            self._seen = moved
+
+        @property
+        def replaced(self) -> bool:
+            return self._seen != moved
+
+        def close(self) -> None: ...
+
+    async def load() -> None:
+        nonlocal moved
+        await trio.sleep(LOAD)
+        if moved < times:
+            moved += 1
+
+    models = Models(load=load)
+    async with open_pool(models, Moving, shared=False, per_version=1, total=1) as pool:
+        if times < LOADS:
+            await use(pool, "v")
+        else:
+            with pytest.raises(JobFailed, match="was replaced in each of 5 loads"):
+                await use(pool, "v")
+    loads = min(times, LOADS)
+    assert [runner.verbs for _, runner in models.made][:loads] == [["start", "shutdown"]] * loads
+    if times < LOADS:
+        assert models.made[-1][1].verbs == ["start", "run sleep", "shutdown"]
 
 
 @pytest.mark.parametrize("shared", [False, True])

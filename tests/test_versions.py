@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from aipod.errors import Refused
-from aipod.versions import Versions, check_version
+from aipod.versions import Versions, check_version, exchange
 
 A, B = "a" * 32, "b" * 32
 
 
-@pytest.fixture
-def versions(tmp_path: Path) -> Versions:
-    versions = Versions(tmp_path / "data")
+@pytest.fixture(params=[exchange, lambda one, other: False], ids=["exchange", "two renames"])
+def versions(request: pytest.FixtureRequest, tmp_path: Path) -> Versions:
+    versions = Versions(tmp_path / "data", "", request.param)
     versions.sweep(lambda job_id: False)
     return versions
 
@@ -115,6 +116,41 @@ def test_many_jobs_may_publish_one_version_at_once(versions: Versions) -> None:
     assert (versions.data_dir("v") / "data").read_text() in jobs
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_at_every_moment_the_version_has_data(tmp_path: Path) -> None:
+    """Mutant seen: two renames, between which there is none."""
+    versions = Versions(tmp_path)
+    write(versions, A, "0")
+    versions.publish(A, "v")
+    over, missing = threading.Event(), 0
+
+    def look() -> None:
+        nonlocal missing
+        while not over.is_set():
+            missing += not (versions.data_dir("v") / "data").exists()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for n in range(60):
+        write(versions, A, str(n))
+        assert versions.publish(A, "v")
+    over.set()
+    thread.join()
+    assert missing == 0
+    assert names(versions) == ["v"]
+
+
+def test_a_sweep_removes_the_former_data_of_a_killed_server(versions: Versions) -> None:
+    """Killed after the exchange, before the former data, which has the job's name then, was removed."""
+    write(versions, A, "one")
+    versions.publish(A, "v")
+    write(versions, B, "two")
+    if exchange(versions.fresh(B), versions.data_dir("v")):
+        versions.sweep(lambda job_id: False)
+        assert names(versions) == ["v"]
+        assert (versions.data_dir("v") / "data").read_text() == "two"
+
+
 def test_a_sweep_removes_what_was_half_written_and_brings_back_what_was_being_replaced(versions: Versions) -> None:
     write(versions, A, "new")
     (versions.path / f".old-{A}-v-1").mkdir()
@@ -151,7 +187,7 @@ def test_servers_with_other_spools_leave_each_others_versions_alone(tmp_path: Pa
 
 
 def test_a_publish_that_fails_keeps_the_former_data(tmp_path: Path) -> None:
-    versions = Versions(tmp_path)
+    versions = Versions(tmp_path, exchange=lambda one, other: False)
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "data").write_text("old")
 
