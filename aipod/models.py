@@ -87,7 +87,9 @@ class Context:
         new_version: Path,
         timeout: float | None,
         report: Callable[[float | None, str | None, str | None], None],
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`asked`: whether the end has been asked for, where nobody calls `cancel`."""
         self.job_id = job_id
         self.method = method
         self.version = version
@@ -97,6 +99,7 @@ class Context:
         self._new_version = new_version
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._report = report
+        self._asked = asked
         self._cancelled = threading.Event()
 
     @property
@@ -114,6 +117,8 @@ class Context:
     @property
     def cancelled(self) -> bool:
         """True once nobody wants the result any more; a method that looks at it can stop early by raising."""
+        if not self._cancelled.is_set() and self._asked():
+            self._cancelled.set()
         return self._cancelled.is_set()
 
     @property

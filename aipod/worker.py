@@ -22,7 +22,6 @@ import gc
 import json
 import logging
 import os
-import queue
 import resource
 import select
 import signal
@@ -49,6 +48,8 @@ REPORT_EVERY = 0.1
 # Log text that waits to be sent; beyond it the oldest is dropped, so that a model that logs in a loop stays small.
 MAX_PENDING_LOG = 256 * 1024
 LOOK_EVERY = 1.0  # seconds
+# Seconds between two looks whether the server has asked for the end: methods may ask in their innermost loops.
+ASK_EVERY = 0.01
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"  # the time is where the line arrives
 # Has the worker write the stacks of all its threads to stderr, also while the model holds the GIL.
 TELL_STACKS = signal.SIGQUIT
@@ -125,12 +126,15 @@ def _hold(path: str) -> int:
 
 
 class Link:
-    """The socket to the server, written to by several threads."""
+    """The socket to the server: written to by several threads; read by the main one, and looked at in its runs."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._frames: deque[tuple[dict[str, Any], bytes]] = deque()  # came during a run, and were no cancel
         self._lock = threading.Lock()
+        self._looking = threading.Lock()
+        self._looked = 0.0
         # The server takes the end of this socket for the end of the worker: nothing that the model starts may hold it.
         sock.set_inheritable(False)
         os.register_at_fork(after_in_child=sock.close)
@@ -141,12 +145,33 @@ class Link:
 
     def receive(self) -> tuple[dict[str, Any], bytes] | None:
         """The next frame; None when the server has closed the socket."""
+        if self._frames:
+            return self._frames.popleft()
         while (frame := unpack(self._buffer)) is None:
             data = self._sock.recv(1 << 20)
             if not data:
                 return None
             self._buffer += data
         return frame
+
+    def is_cancelled(self) -> bool:
+        """Whether the server has asked for the end of the run, or is gone. Does not wait; for any thread.
+
+        Not by a thread that listens: a run would begin with the wait until that has handed it over.
+        """
+        if time.monotonic() - self._looked < ASK_EVERY or not self._looking.acquire(blocking=False):
+            return False
+        try:
+            data = self._sock.recv(1 << 16, socket.MSG_DONTWAIT)
+            self._buffer += data
+            frames = list(iter(lambda: unpack(self._buffer), None))
+            self._frames.extend(frame for frame in frames if frame[0]["op"] != "cancel")
+            return not data or any(frame[0]["op"] == "cancel" for frame in frames)
+        except OSError:  # nothing has come; or this is a child of the model's, which has no socket
+            return False
+        finally:
+            self._looked = time.monotonic()
+            self._looking.release()
 
 
 class Pending:
@@ -230,27 +255,13 @@ class Reporter:
 
 
 class Worker:
-    """One instance and the job it runs. The main thread runs jobs; a thread of its own hears the server."""
+    """One instance and the job it runs, all in the main thread."""
 
     def __init__(self, link: Link, instance: Any, lock: str) -> None:
         self._link = link
         self._lock = lock  # the name that the lock file has now
         self._instance = instance
         self._reporter = Reporter(link)
-        self._jobs: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
-        self._context: Context | None = None
-        threading.Thread(target=self._listen, daemon=True, name="aipod-listener").start()
-
-    def _listen(self) -> None:
-        while (frame := self._link.receive()) is not None and frame[0]["op"] != "close":
-            if frame[0]["op"] == "run":
-                # Made here, not in the main thread: a cancel that follows at once must find it.
-                self._context = self._make_context(frame[0])
-                self._reporter.begin(frame[0]["job_id"])
-                self._jobs.put(frame)
-            elif self._context is not None:
-                self._context.cancel()
-        self._jobs.put(None)
 
     def _make_context(self, head: dict[str, Any]) -> Context:
         return Context(
@@ -262,25 +273,30 @@ class Worker:
             new_version=Path(head["new_version"]),
             timeout=head["timeout"],
             report=functools.partial(self._reporter.report, head["job_id"]),
+            asked=self._link.is_cancelled,
         )
 
     def run(self) -> None:
         """Run jobs until the server says close, then call the `close` hook."""
-        while (job := self._jobs.get()) is not None:
-            head, blob = self._run_one(*job)
+        while (frame := self._link.receive()) is not None and frame[0]["op"] != "close":
+            task, kwargs_json = frame
+            if task["op"] != "run":
+                continue  # a cancel that has come too late
+            self._reporter.begin(task["job_id"])
+            head, blob = self._run_one(task, kwargs_json)
             self._reporter.end()
             # Before the server knows, so that the name which it writes down for the next run is held from then on.
-            os.rename(self._lock, job[0]["next_lock"])
-            self._lock = job[0]["next_lock"]
+            os.rename(self._lock, task["next_lock"])
+            self._lock = task["next_lock"]
             self._link.send(head, blob)
         self._instance.close()
 
     def _run_one(self, head: dict[str, Any], kwargs_json: bytes) -> tuple[dict[str, Any], bytes]:
         payload, work_dir = Path(head["payload"]), Path(head["work_dir"])
-        assert self._context is not None
+        context = self._make_context(head)
         try:
             function = getattr(self._instance, head["method"])
-            value = function(self._context, payload, **json.loads(kwargs_json))
+            value = function(context, payload, **json.loads(kwargs_json))
             result = settle(value, payload=payload, work_dir=work_dir, res=Path(head["res"]))
         except BadResult as exc:
             return {"event": "error", "reason": exc.reason, "message": str(exc)}, b""

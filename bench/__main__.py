@@ -1,7 +1,7 @@
 """`python -m bench [NAME] [--size SIZE] [--to HOST:PORT]`: measure the main job on this machine.
 
     large   a file of random bytes up and back, as one call each; rates and peak memory of both sides
-    small   1 KiB up and down through a warm worker process, and through a method on the loop: p50, p99
+    small   a call with 1 KiB through a warm worker process and on the loop, in turn: p50, p99, the difference
     wire    the transport alone, beside its peers in one run; see `python -m bench wire --help`
     disk    the steps on disk of a small job, also beside 100,000 ended ones; see `python -m bench disk --help`
     faults  no measurement: jobs under random cuts and kills; see `python -m bench faults --help`
@@ -35,8 +35,8 @@ from bench import disk, wire
 from bench.faults import run as faults
 
 MODEL = "aipod.examples.basics:Echo"
-ON_LOOP = "aipod.examples.basics:Gather"
-SMALL_CALLS = 500
+SMALL_MODELS = {"worker": "bench.models:InWorker", "loop": "bench.models:OnLoop"}
+SMALL_CALLS = 1000
 
 
 @contextlib.contextmanager
@@ -94,16 +94,25 @@ async def large(address: str, pid: int | None, size: int, directory: Path) -> No
         raise SystemExit("what came back is not what was sent")
 
 
-async def small(address: str, method: str) -> None:
+async def small(directory: Path) -> None:
     payload = os.urandom(1024)
-    took = []
-    async with Client(address) as client:
-        for _ in range(SMALL_CALLS):
-            began = time.monotonic()
-            await client.chaos(payload, metadata=[("x-func-name", method)])
-            took.append((time.monotonic() - began) * 1e3)
-    took = sorted(took[SMALL_CALLS // 10 :])
-    print(f"small   {method:8} p50 {statistics.median(took):6.2f} ms  p99 {took[int(len(took) * 0.99)]:6.2f} ms")
+    took: dict[str, list[float]] = {name: [] for name in SMALL_MODELS}
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {}
+        for name, model in SMALL_MODELS.items():
+            address, _ = stack.enter_context(server(model, directory / name))
+            clients[name] = await stack.enter_async_context(Client(address))
+        for n in range(SMALL_CALLS):
+            for name in sorted(clients, reverse=n % 2 == 1):
+                began = time.monotonic()
+                await clients[name].chaos(payload)
+                took[name].append((time.monotonic() - began) * 1e3)
+    p50 = {}
+    for name, times in took.items():
+        times = sorted(times[SMALL_CALLS // 10 :])
+        p50[name] = statistics.median(times)
+        print(f"small   {name:6} p50 {p50[name]:6.2f} ms  p99 {times[int(len(times) * 0.99)]:6.2f} ms")
+    print(f"small   a worker process adds {p50['worker'] - p50['loop']:.2f} ms at the median")
 
 
 def main() -> None:
@@ -130,10 +139,7 @@ def main() -> None:
                 address, pid = (options.to, None) if options.to else stack.enter_context(server(MODEL, directory))
                 asyncio.run(large(address, pid, size, directory))
         if options.name in (None, "small"):
-            with server(MODEL, directory / "a") as (address, _):
-                asyncio.run(small(address, "predict"))
-            with server(ON_LOOP, directory / "b") as (address, _):
-                asyncio.run(small(address, "predict"))
+            asyncio.run(small(directory))
 
 
 if __name__ == "__main__":
