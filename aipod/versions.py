@@ -112,7 +112,7 @@ class Versions:
         fresh, target = self.fresh(job_id), self.data_dir(version)
         if not fresh.is_dir():
             return False
-        if target.exists() and self._exchange(fresh, target):
+        if target.is_dir() and self._exchange(fresh, target):
             remove(fresh)
             return True
         old = self.path / f".old-{self._owner}{job_id}-{version}"

@@ -35,7 +35,7 @@ from tests.conftest import Served, left_in, run, wait_until
 from tests.interop import child
 from tests.test_interop import PING_PONG, converse, empty, open_ours
 
-CALLS = int(os.environ.get("AIPOD_CHURN", "300"))
+CALLS = int(os.environ.get("AIPOD_CHURN", "150"))
 CLIENTS = 64
 NAMED = "x-func-name"
 

@@ -63,13 +63,13 @@ def test_500_jobs_of_which_one_in_twenty_crashes_end_each_in_its_own_state(serve
         others = [name for name in files if name not in locks]
         return len(children(pid)), len(os.listdir(f"/proc/{pid}/fd")), len(locks), others
 
-    run(lambda: jobs(["well"] * 100), timeout=60)
+    run(lambda: jobs(["well"] * 40), timeout=60)
     before = left()
     run(lambda: jobs(hows), timeout=300)
-    run(lambda: jobs(["well"] * 100), timeout=60)  # the last to crash have been replaced
+    run(lambda: jobs(["well"] * 40), timeout=60)  # the last to crash have been replaced
     wait_until(lambda: left() == before)
     assert (before[0], before[2:]) == (INSTANCES, (INSTANCES, []))
-    assert len(list(served.spool.glob("*/state"))) <= JOBS + 200
+    assert len(list(served.spool.glob("*/state"))) <= JOBS + 80
     assert served.stop() == 0
     assert list((served.spool / "workers").iterdir()) == []
 

@@ -137,16 +137,16 @@ def test_a_model_that_prints_200_mb_gets_its_answer_and_costs_no_memory(serve: S
     assert peak_memory(served.process.pid) - before < 40
 
 
-@pytest.mark.parametrize("model", ["Worker", "Loop"])
-def test_a_million_reports_are_told_once_a_tick_in_order(serve: Serve, model: str) -> None:
-    served = serve(f"tests.models_output:{model}")
+@pytest.mark.parametrize(("model", "times"), [("Worker", 1_000_000), ("Loop", 200_000)])
+def test_many_reports_are_told_once_a_tick_in_order(serve: Serve, model: str, times: int) -> None:
+    served = serve(f"tests.models_output:{model}", "--tick", "0.1")
     called(served, "report", times=1)
     before = peak_memory(served.process.pid)
-    answer, lines, events = called(served, "report", times=1_000_000)
+    answer, lines, events = called(served, "report", times=times)
     assert answer == "done"
     progress = [event.progress for event in events if event.phase == "RUNNING"]
     assert progress == sorted(progress)
     assert progress[-1] > 0
-    assert lines == [f"line {n}" for n in range(0, 1_000_000, 100)]
-    assert len(events) < 200
+    assert lines == [f"line {n}" for n in range(0, times, 100)]
+    assert len(events) < times / 1000
     assert peak_memory(served.process.pid) - before < 20
