@@ -26,12 +26,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 T = TypeVar("T")
 
+# What costs much and is the same on every Python is done in full by the first of those that are supported.
+FIRST = sys.version_info < (3, 12)
+
 # `--dist loadfile` hands files out in the order in which they were collected. By itself xdist takes those with the
 # fewest tests last, which are some of the longest: then three of four workers have nothing to do at the end.
 LONGEST = (
-    "test_hardening", "test_bad_input", "test_kill_points", "test_transport", "test_nginx", "test_windows", "test_cli",
-    "test_client", "test_nginx_jobs", "test_download", "test_strangers", "test_bench", "test_interop", "test_survive",
-    "test_churn", "test_hostile", "test_resume_restarts", "test_cli_jobs",
+    "test_h2spec", "test_bounds", "test_hardening", "test_bad_input", "test_kill_points", "test_transport",
+    "test_nginx", "test_windows", "test_cli", "test_client", "test_nginx_jobs", "test_download", "test_strangers",
+    "test_bench", "test_interop", "test_survive", "test_churn", "test_output", "test_isolation", "test_hostile",
+    "test_resume_restarts", "test_cli_jobs",
 )  # fmt: skip
 
 

@@ -14,10 +14,10 @@ import pytest
 
 import aipod
 from tests.calls import calls, marked, own
-from tests.conftest import Serve, alive, children, left_in, run, wait_until
+from tests.conftest import FIRST, Serve, alive, children, left_in, run, wait_until
 
 MODEL = "tests.models_crash:Fragile"
-JOBS, AT_ONCE, INSTANCES = 500, 24, 4
+JOBS, AT_ONCE, INSTANCES = 500 if FIRST else 160, 24, 4
 CRASHES = {
     "null pointer": "the worker process was killed by SIGSEGV",
     "kill": "the worker process was killed by SIGKILL (out of memory?)",

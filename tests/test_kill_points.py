@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +26,12 @@ import pytest
 from aipod.codec import job_id
 from aipod.wire.ai import Op, Phase
 from tests import wire
-from tests.conftest import Served
+from tests.conftest import FIRST, Served
 from tests.models_resume import LONG, answer_to
 
 MODEL = "tests.models_resume:Jobs"
 PAYLOAD = os.urandom(2500)
-EVERY = 1 if sys.version_info < (3, 12) else 5
+EVERY = 1 if FIRST else 5
 # Nothing happens at ticks: the steps are the same every time.
 OPTIONS = ("--tick", "30", "--drain", "0")
 
