@@ -147,6 +147,12 @@ def peak_memory(pid: int) -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed so far: unlike the clock, it does not count what else the machine does."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Served:
     """A `python -m aipod serve` process: a new one or, `forked`, a child of the starter, which says what differs."""
 

@@ -539,7 +539,7 @@ def test_a_timeout_cancels_the_job(served: Served, tmp_path: Path) -> None:
     with pytest.raises(aipod.JobCancelled) as caught:
         run(main)
     assert caught.value.reason == "DEADLINE_EXCEEDED"
-    assert 1 <= time.monotonic() - began < 5
+    assert 1 <= time.monotonic() - began < 20
     wait_until(lambda: mark.read_text() == "cancelled")
     nothing_is_left(served)
 
@@ -558,7 +558,7 @@ def test_a_timeout_covers_everything_else_too(where: str) -> None:
     with pytest.raises(aipod.JobCancelled) as caught:
         run(main)
     assert caught.value.reason == "DEADLINE_EXCEEDED"
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
 
 
 def test_the_callers_own_timeout_and_groups_work_around_a_failed_call() -> None:

