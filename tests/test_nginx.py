@@ -254,11 +254,13 @@ def test_three_models_with_two_servers_each_behind_one_location(servers: Group, 
     async def main() -> None:
         async with aipod.Client(proxied.address) as client:
             for model in MODELS:
-                answers = [await client.chaos(b"12345", metadata=to(model.lower())) for _ in range(6)]
-                assert {answer["model"] for answer in answers} == {model.lower()}
-                assert {answer["size"] for answer in answers} == {5}
-                reached = {answer["server"] for answer in answers}
-                assert reached == {served.process.pid for served in servers[model]}
+                reached = set()
+                # nginx leaves out for ten seconds who has not answered in time on a busy machine.
+                while reached != {served.process.pid for served in servers[model]}:
+                    answer = await client.chaos(b"12345", metadata=to(model.lower()))
+                    assert (answer["model"], answer["size"]) == (model.lower(), 5)
+                    reached.add(answer["server"])
+                    await asyncio.sleep(0.01)
 
     run(main)
 
