@@ -86,6 +86,7 @@ METHODS: list[tuple[Any, str, tuple[str, ...]]] = [
     (h2.connection.H2Connection, "receive_data", ("data",)),
     (h2.connection.H2Connection, "end_stream", ("stream_id",)),
     (h2.connection.H2Connection, "_begin_new_stream", ("stream_id", "allowed_ids")),
+    (h2.connection.H2Connection, "_receive_settings_frame", ("frame",)),
     (h2.stream.H2Stream, "_initialize_content_length", ("headers",)),
     (h2.stream.H2Stream, "_track_content_length", ("length", "end_stream")),
     (h2.windows.WindowManager, "window_consumed", ("size",)),

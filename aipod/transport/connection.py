@@ -1,6 +1,7 @@
 """What a connection does between its streams and its socket, either side.
 
-H2            a graceful GOAWAY lets open streams finish (h2 would forbid every later send)
+H2            a graceful GOAWAY lets open streams finish (h2 would forbid every later send); what a peer says in
+              SETTINGS makes nothing grow
 H2Connection  writes in turns; aborts instead of closing a dead peer (close() waits for a write buffer that nobody
               reads)
 Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_STREAM(NO_ERROR) after a complete
@@ -37,8 +38,9 @@ from h2.events import (
     WindowUpdated,
 )
 from h2.exceptions import NoAvailableStreamIDError, ProtocolError
+from h2.settings import SettingCodes
 from h2.stream import H2Stream as BaseH2Stream
-from hyperframe.frame import Frame, GoAwayFrame
+from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
 
 from aipod.config import KIB, MIB, Config
 from aipod.transport.headers import Headers, response_is_readable, trailers_are_readable
@@ -54,6 +56,10 @@ WRITE_BUFFER = 1 * MIB
 _HIGH_WATER = 64 * KIB
 # Seconds that a closed connection may take to send what was written last, and its peer to close it too.
 _LINGER = 10.0
+# What h2 does something with; it would keep any other one for ever, and go through all of them at every SETTINGS.
+_SETTINGS = frozenset(SettingCodes)
+# Bytes of headers that are kept so that they need not be sent again: HPACK's default, whatever more the peer allows.
+_HEADER_TABLE = 4 * KIB
 
 
 class H2(BaseH2):
@@ -75,6 +81,18 @@ class H2(BaseH2):
         # For a content-length that is wrong h2 ends the connection; the server looks at it, and ends the stream.
         vars(stream)["_initialize_content_length"] = _nothing
         return stream
+
+    def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
+        said = {code: value for code, value in frame.settings.items() if code in _SETTINGS}
+        table = min(said.pop(SettingCodes.HEADER_TABLE_SIZE, self.encoder.header_table_size), _HEADER_TABLE)
+        if table != self.encoder.header_table_size:  # the same again would make hpack forget to say it
+            said[SettingCodes.HEADER_TABLE_SIZE] = table
+        frame.settings = said
+        received = super()._receive_settings_frame(frame)
+        changes = self.encoder.table_size_changes
+        if len(changes) > 2:  # the smallest and the last are what has to be said (RFC 7541 section 4.2)
+            changes[:] = [min(changes), changes[-1]]
+        return received
 
     @staticmethod
     def _receive_goaway(frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:

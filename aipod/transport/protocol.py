@@ -57,8 +57,9 @@ _SMALL_FOR_NOBODY = 1 * KIB
 _REST = 0.1  # seconds without reading where frames come too fast, at least; at most one
 # What a request that is refused counts for: it costs as much as a hundred of those frames, and an honest peer has few.
 REFUSED = 50
-# Streams to which a change in SETTINGS costs as much as a frame.
+# Streams to which a change in SETTINGS costs as much as a frame; and bytes of them that do.
 _STREAMS_PER_FRAME = 20
+_SETTINGS_PER_FRAME = 128
 # A peer may open streams before it has seen our SETTINGS. h2 ends the connection above its limit, so h2 gets this
 # many times ours and the server refuses the excess stream by stream.
 STREAM_SLACK = 4
@@ -294,8 +295,10 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         """Any other frame, or a piece of the preface."""
         self._read_size = _READ_FRAMES
         if len(frame) >= HEAD and frame[3] != HEADERS and not self._is_credit(frame):
-            # A new window is reckoned for every stream.
-            self.count_frames(1 + (len(self.h2.streams) // _STREAMS_PER_FRAME if frame[3] == SETTINGS else 0))
+            count = 1
+            if frame[3] == SETTINGS:  # a new window is reckoned for every stream
+                count += len(self.h2.streams) // _STREAMS_PER_FRAME + len(frame) // _SETTINGS_PER_FRAME
+            self.count_frames(count)
         # h2 bounds the frames of a header block, not their bytes.
         self._block = self._block + len(frame) if self._in_headers else len(frame)
         if self._block > MAX_CONTROL_FRAME + HEAD:
