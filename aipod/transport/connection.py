@@ -121,6 +121,7 @@ class H2Connection(base.Connection):
         self.turns = Turns()
         self.growth = Budget(settings.connection_window)
         self.long_messages = Budget(settings.message_limit)
+        self.inflating = Budget(1)
         self.paused_since: float | None = None  # the socket takes nothing since then (monotonic)
         self._taken = 0  # what the last look found that the peer had taken
         self.starved_since: float | None = None  # its window has no room since then, and somebody waits (monotonic)

@@ -75,7 +75,7 @@ class H2Stream(base.Stream):
             self.connection.long_messages,
             self._credit,
         )
-        self.inbox = Inbox(settings.message_limit, window)
+        self.inbox = Inbox(settings.message_limit, window, self.connection.inflating)
 
     def _credit(self, size: int) -> None:
         assert self.id is not None
