@@ -12,21 +12,26 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import Any
 
+import grpclib.protocol as base
+import h2.connection
 import h2.events
 import h2.settings
 import pytest
 from h2.errors import ErrorCodes
 
 from aipod.codec import Compressor
+from aipod.config import Config
 from aipod.transport.codec import BadMessage
 from aipod.transport.inbox import Inbox
+from aipod.transport.protocol import H2Protocol
 from aipod.transport.window import Budget, ReceiveWindow
 from aipod.wire.ai import Raw
 from tests.conftest import Serve, Served, peak_memory, run
 from tests.proxy import open_proxy
-from tests.test_transport import REQUEST, Peer, honest, memory, prefixed
+from tests.test_transport import HEADERS, REQUEST, Peer, honest, memory, prefixed, raw_frame
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -299,6 +304,126 @@ def test_bombs_that_go_off_together_cost_one_limit(serve: Serve) -> None:
         assert [peer.answer(stream).status for stream in streams] == [3] * number  # zeros are no message
         assert peak_memory(served.process.pid) - before < 4 * limit / MIB + 32
         honest(peer)
+
+
+# --- credit from the peer
+
+
+class Wire(asyncio.Transport):
+    """What a connection writes to; it counts how often it was told not to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.pauses = 0
+        self.over = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+        self.written += b"".join(list_of_data)
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return self.over
+
+    def pause_reading(self) -> None:
+        self.pauses += 1
+
+    def abort(self) -> None:
+        self.over = True
+
+
+class Answers(base.AbstractHandler):
+    """Answers every request with `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def accept(self, stream: base.Stream, headers: Any, release_stream: Callable[[], None]) -> None:
+        async def answer() -> None:
+            await stream.send_headers([(":status", "200")])
+            for _ in range(self._size // MIB):
+                await stream.send_data(bytes(MIB))
+            await stream.end()
+            release_stream()
+
+        self._tasks.append(asyncio.get_running_loop().create_task(answer()))
+
+    def cancel(self, stream: base.Stream) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@contextlib.asynccontextmanager
+async def downloaded(size: int) -> AsyncIterator[tuple[H2Protocol, Wire, int]]:
+    """A connection over which `size` bytes went to a peer with windows of 64 KiB; and how often it gave credit."""
+    protocol, wire = H2Protocol(Answers(size), Config(frame_rate=100), client=False), Wire()
+    protocol.connection_made(wire)
+    client = h2.connection.H2Connection()
+    client.initiate_connection()
+    client.send_headers(1, HEADERS, end_stream=True)
+    got = credits = 0
+    ended = False
+    while not ended:
+        data = client.data_to_send()
+        credits += data.count(b"\0\0\4\x08\0\0\0\0")  # the head of a WINDOW_UPDATE
+        give(protocol, data)
+        await asyncio.sleep(0)
+        data, wire.written = wire.written, b""
+        for event in client.receive_data(data):
+            if isinstance(event, h2.events.DataReceived):
+                got += len(event.data)
+                client.acknowledge_received_data(event.flow_controlled_length, 1)
+            elif isinstance(event, h2.events.StreamEnded):
+                ended = True
+    assert got == size
+    yield protocol, wire, credits
+    wire.abort()
+    protocol.connection_lost(None)
+
+
+def give(protocol: H2Protocol, data: bytes) -> None:
+    """Have the connection read `data`."""
+    rest = memoryview(data)
+    while rest:
+        buffer = protocol.get_buffer(-1)
+        size = min(len(buffer), len(rest))
+        buffer[:size] = rest[:size]
+        rest = rest[size:]
+        protocol.buffer_updated(size)
+
+
+def test_a_peer_with_small_windows_that_gives_credit_for_what_it_gets_is_not_slowed() -> None:
+    """For each 16 KiB, twice. Mutant seen: only credit for 64 KiB at once was none of the frames that are too many."""
+
+    async def main() -> None:
+        async with downloaded(16 * MIB) as (_, wire, credits):
+            assert credits > 1000
+            assert wire.pauses == 0
+
+    run(main)
+
+
+def test_a_peer_that_gives_more_credit_than_it_has_reason_to_is_slowed() -> None:
+    """At most a frame for 4 KiB, and those that any peer may send. Mutant seen: any number after a byte was sent."""
+
+    async def main() -> None:
+        async with downloaded(MIB) as (protocol, wire, credits):
+            frame = raw_frame(0x8, 0, 0, b"\0\0\0\1")
+            give(protocol, frame * (MIB // (4 * KIB) - credits))
+            assert wire.pauses == 0
+            give(protocol, frame * 110)
+            assert wire.pauses == 1
+
+    run(main)
 
 
 # --- streams beside one another

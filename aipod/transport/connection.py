@@ -125,7 +125,7 @@ class H2Connection(base.Connection):
         self.paused_since: float | None = None  # the socket takes nothing since then (monotonic)
         self._taken = 0  # what the last look found that the peer had taken
         self.starved_since: float | None = None  # its window has no room since then, and somebody waits (monotonic)
-        self.owed = 0  # WINDOW_UPDATE frames that the peer may send for what it got
+        self.owed = 0  # bytes that were sent, for which the peer may send WINDOW_UPDATE frames
         self._arrived = 0  # bytes to give back to the connection's window
 
     def create_stream(self, *, stream_id: int | None = None, wrapper: Any = None) -> H2Stream:
