@@ -44,6 +44,7 @@ from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
 
 from aipod.config import KIB, MIB, Config
 from aipod.transport.headers import Headers, response_is_readable, trailers_are_readable
+from aipod.transport.limits import Bucket
 from aipod.transport.stream import SMALL, H2Stream
 from aipod.transport.turns import Turns
 from aipod.transport.window import Budget
@@ -108,6 +109,12 @@ def _nothing(_: object) -> None:
     """Stands in for what h2 would do."""
 
 
+class TooManyResets(ProtocolError):
+    """The peer resets streams, or makes this side reset them, faster than it may."""
+
+    error_code = ErrorCodes.ENHANCE_YOUR_CALM
+
+
 class H2Connection(base.Connection):
     """A connection that can be aborted, and whose peer may ping as often as it likes."""
 
@@ -122,6 +129,7 @@ class H2Connection(base.Connection):
         self.growth = Budget(settings.connection_window)
         self.long_messages = Budget(settings.message_limit)
         self.inflating = Budget(1)
+        self._resets = Bucket(settings.reset_rate, settings.reset_burst)
         self.paused_since: float | None = None  # the socket takes nothing since then (monotonic)
         self._taken = 0  # what the last look found that the peer had taken
         self.starved_since: float | None = None  # its window has no room since then, and somebody waits (monotonic)
@@ -145,6 +153,11 @@ class H2Connection(base.Connection):
         if self._arrived * 2 >= self.settings.connection_window:
             self._connection.increment_flow_control_window(self._arrived)
             self._arrived = 0
+
+    def count_reset(self) -> None:
+        """A stream was reset by the peer, or for what it did. Raises TooManyResets."""
+        if not self._resets.take():
+            raise TooManyResets("too many streams were opened and reset")
 
     def credit_stream(self, stream_id: int, size: int) -> None:
         """The peer may send `size` more bytes on a stream."""
@@ -358,7 +371,8 @@ class Processor(base.EventsProcessor):
         self.reset_stream(event.stream_id, "the peer has sent headers that are malformed")
 
     def reset_stream(self, stream_id: int, why: str) -> None:
-        """End one stream for an error that is its own."""
+        """End one stream for an error that is its own. Raises TooManyResets."""
+        self.connection.count_reset()
         stream = self.streams[stream_id]
         self.connection._connection.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
         stream.__terminated__(why)

@@ -141,7 +141,6 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self._small = 0  # DATA frames that were small
         self._read_size = _READ_FRAMES
         self._frames = Bucket(config.frame_rate, config.frame_rate)
-        self._resets = Bucket(config.reset_rate, config.reset_burst)
         self._resting: asyncio.TimerHandle | None = None
         self._block = 0  # bytes of the header block under way
         self._unwanted = 0  # bytes that came after the end
@@ -325,8 +324,8 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
                 self.greeted.set()
             elif isinstance(event, PingAckReceived) and event.ping_data == _MEASURE:
                 self._measured()
-            if isinstance(event, StreamReset) and not self._resets.take():
-                raise _TooManyResets("too many streams were opened and reset")
+            if isinstance(event, StreamReset):
+                self.connection.count_reset()
             self.processor.process(event)
         self._reader.closed = not self.connection.alive
 
@@ -421,10 +420,6 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self.greeted.set()
         self.ended.set()
         super().connection_lost(exc)
-
-
-class _TooManyResets(ProtocolError):
-    error_code = ErrorCodes.ENHANCE_YOUR_CALM
 
 
 class _HeadersTooLong(ProtocolError):
