@@ -340,7 +340,7 @@ def test_of_many_sizes_of_the_header_table_the_smallest_and_the_last_are_said(pe
             peer.h2.update_settings({h2.settings.SettingCodes.HEADER_TABLE_SIZE: size})
     sizes: list[int] = []
     update = peer.h2.decoder._update_encoding_context
-    peer.h2.decoder._update_encoding_context = lambda data: sizes.append(used := update(data)) or used  # type: ignore
+    peer.h2.decoder._update_encoding_context = lambda data: sizes.append(used := update(data)) or used  # type: ignore[func-returns-value,method-assign]
     stream = peer.open()
     assert peer.answer(stream).status == 0
     assert len(sizes) == 2

@@ -66,6 +66,9 @@ _HEADER_TABLE = 4 * KIB
 class H2(BaseH2):
     """h2's connection, which survives a GOAWAY."""
 
+    # Of how many streams it is known how they ended: DATA that was on its way when one was reset is no error. More than
+    # end in a round trip; h2's own number lets each connection keep 11 MiB.
+    MAX_CLOSED_STREAMS = 8192
     told_to_go = False  # the peer has sent GOAWAY: it would ignore a new stream (RFC 9113 section 6.8)
 
     def __init__(self, config: H2Configuration) -> None:

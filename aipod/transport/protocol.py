@@ -1,8 +1,10 @@
 """One connection: bytes in, frames out, and the watch over both; hardened for the open network.
 
 All settings go into the first SETTINGS frame; a GOAWAY is sent before a connection is closed for a protocol error; no
-exception of one connection leaves it. Memory per connection: see `window`, plus the write buffer (twice `WRITE_BUFFER`,
-and the answers to one read), a frame of `MAX_CONTROL_FRAME`, and a read (512 KiB) where frames come too fast.
+exception of one connection leaves it. Memory per connection: see `window`, plus the headers of each stream
+(max_headers), the write buffer (twice `WRITE_BUFFER`, and the answers to one read), a frame of `MAX_CONTROL_FRAME`, a
+read (512 KiB) where frames come too fast, a header table of 4 KiB in each direction, and how streams ended (1.3 MiB,
+see `H2`). Of the peer's settings only those are kept that h2 knows.
 
 Written against grpclib 0.4.9 and h2 4.4: the private names used are listed in tests/test_contract.py.
 """
