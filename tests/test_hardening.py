@@ -660,6 +660,19 @@ def test_a_flood_beside_good_calls(served: Served, name: str) -> None:
         assert flooder.connections == 1
 
 
+def test_a_flood_of_empty_messages_beside_good_calls(served: Served, peer: Peer) -> None:
+    """A window holds fifty thousand. Mutant seen: all that are there are read in one turn of the loop."""
+    before = memory(served)
+    with Beside(served) as beside:
+        stream = peer.open(data=REQUEST, end=False)
+        began = len(beside.times)
+        upload(peer, stream, bytes(5) * 100_000 * LONG)
+        assert peer.answer(stream).status == 0
+        assert len(beside.times) - began > 2 * LONG, "it is not one call that waits for the flood's end"
+    assert beside.longest < LATE
+    assert memory(served) - before < 20
+
+
 @pytest.mark.parametrize("name", ["PING", "SETTINGS", "DATA for nobody"])
 def test_a_flood_whose_answers_nobody_reads(served: Served, name: str) -> None:
     """What waits to be written is bounded: the server stops reading."""
