@@ -29,6 +29,7 @@ from h2.events import ConnectionTerminated, StreamReset
 from hyperframe.frame import GoAwayFrame
 
 from aipod.config import Config
+from aipod.transport.connection import H2
 from aipod.transport.protocol import configuration
 from tests.conftest import ROOT
 
@@ -86,6 +87,7 @@ METHODS: list[tuple[Any, str, tuple[str, ...]]] = [
     (h2.connection.H2Connection, "receive_data", ("data",)),
     (h2.connection.H2Connection, "end_stream", ("stream_id",)),
     (h2.connection.H2Connection, "_begin_new_stream", ("stream_id", "allowed_ids")),
+    (h2.connection.H2Connection, "_receive_settings_frame", ("frame",)),
     (h2.stream.H2Stream, "_initialize_content_length", ("headers",)),
     (h2.stream.H2Stream, "_track_content_length", ("length", "end_stream")),
     (h2.windows.WindowManager, "window_consumed", ("size",)),
@@ -194,6 +196,8 @@ def test_h2_dispatches_frames_by_their_class_and_keeps_settings_in_deques() -> N
     assert isinstance(connection.max_inbound_frame_size, int)
     assert isinstance(connection.decoder.max_header_list_size, int)
     assert isinstance(connection.highest_inbound_stream_id, int)
+    closed = H2(H2Configuration(client_side=False))._closed_streams
+    assert closed._size_limit == H2.MAX_CLOSED_STREAMS < connection._closed_streams._size_limit  # type: ignore[attr-defined]
     settings = h2.settings.Settings(client=False)._settings
     assert all(isinstance(value, collections.deque) for value in settings.values())
 

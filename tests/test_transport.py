@@ -313,6 +313,40 @@ def test_a_header_table_made_smaller_is_said_in_the_next_block(peer: Peer) -> No
         honest(peer)
 
 
+def test_a_header_table_of_the_same_size_again_is_said_too(peer: Peer) -> None:
+    """Mutant seen: passed on to hpack, it forgets that there is something to say."""
+    honest(peer)
+    for size in (0, 50):
+        for _ in range(2):
+            peer.h2.update_settings({h2.settings.SettingCodes.HEADER_TABLE_SIZE: size})
+        honest(peer)
+
+
+def test_the_header_table_is_never_larger_than_its_default(peer: Peer) -> None:
+    """Whatever the peer allows: it holds what the server has sent. Mutant seen: 13 MB after 300 answers."""
+    peer.h2.update_settings({h2.settings.SettingCodes.HEADER_TABLE_SIZE: 2**32 - 1})
+    for number in range(20):
+        assert peer.call((":path", f"/{number}" + "x" * 1000)).status == 12
+    assert peer.h2.decoder.header_table_size == 4096
+    assert len(peer.h2.decoder.header_table.dynamic_entries) < 5
+
+
+def test_of_many_sizes_of_the_header_table_the_smallest_and_the_last_are_said(peer: Peer) -> None:
+    """RFC 7541 section 4.2. Mutant seen: all of them; the peer refuses what is above the last."""
+    honest(peer)
+    peer.until(lambda: any(isinstance(event, h2.events.RemoteSettingsChanged) for event in peer.events))
+    for _ in range(500):
+        for size in (3000, 70, 1000):
+            peer.h2.update_settings({h2.settings.SettingCodes.HEADER_TABLE_SIZE: size})
+    sizes: list[int] = []
+    update = peer.h2.decoder._update_encoding_context
+    peer.h2.decoder._update_encoding_context = lambda data: sizes.append(used := update(data)) or used  # type: ignore[func-returns-value,method-assign]
+    stream = peer.open()
+    assert peer.answer(stream).status == 0
+    assert len(sizes) == 2
+    assert peer.h2.decoder.header_table_size == 1000
+
+
 # --- frames and connections
 
 

@@ -1,6 +1,7 @@
 """What a connection does between its streams and its socket, either side.
 
-H2            a graceful GOAWAY lets open streams finish (h2 would forbid every later send)
+H2            a graceful GOAWAY lets open streams finish (h2 would forbid every later send); what a peer says in
+              SETTINGS makes nothing grow
 H2Connection  writes in turns; aborts instead of closing a dead peer (close() waits for a write buffer that nobody
               reads)
 Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_STREAM(NO_ERROR) after a complete
@@ -37,11 +38,13 @@ from h2.events import (
     WindowUpdated,
 )
 from h2.exceptions import NoAvailableStreamIDError, ProtocolError
+from h2.settings import SettingCodes
 from h2.stream import H2Stream as BaseH2Stream
-from hyperframe.frame import Frame, GoAwayFrame
+from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
 
 from aipod.config import KIB, MIB, Config
 from aipod.transport.headers import Headers, response_is_readable, trailers_are_readable
+from aipod.transport.limits import Bucket
 from aipod.transport.stream import SMALL, H2Stream
 from aipod.transport.turns import Turns
 from aipod.transport.window import Budget
@@ -54,11 +57,18 @@ WRITE_BUFFER = 1 * MIB
 _HIGH_WATER = 64 * KIB
 # Seconds that a closed connection may take to send what was written last, and its peer to close it too.
 _LINGER = 10.0
+# What h2 does something with; it would keep any other one for ever, and go through all of them at every SETTINGS.
+_SETTINGS = frozenset(SettingCodes)
+# Bytes of headers that are kept so that they need not be sent again: HPACK's default, whatever more the peer allows.
+_HEADER_TABLE = 4 * KIB
 
 
 class H2(BaseH2):
     """h2's connection, which survives a GOAWAY."""
 
+    # Of how many streams it is known how they ended: DATA that was on its way when one was reset is no error. More than
+    # end in a round trip; h2's own number lets each connection keep 11 MiB.
+    MAX_CLOSED_STREAMS = 8192
     told_to_go = False  # the peer has sent GOAWAY: it would ignore a new stream (RFC 9113 section 6.8)
 
     def __init__(self, config: H2Configuration) -> None:
@@ -76,6 +86,18 @@ class H2(BaseH2):
         vars(stream)["_initialize_content_length"] = _nothing
         return stream
 
+    def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
+        said = {code: value for code, value in frame.settings.items() if code in _SETTINGS}
+        table = min(said.pop(SettingCodes.HEADER_TABLE_SIZE, self.encoder.header_table_size), _HEADER_TABLE)
+        if table != self.encoder.header_table_size:  # the same again would make hpack forget to say it
+            said[SettingCodes.HEADER_TABLE_SIZE] = table
+        frame.settings = said
+        received = super()._receive_settings_frame(frame)
+        changes = self.encoder.table_size_changes
+        if len(changes) > 2:  # the smallest and the last are what has to be said (RFC 7541 section 4.2)
+            changes[:] = [min(changes), changes[-1]]
+        return received
+
     @staticmethod
     def _receive_goaway(frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
         event = ConnectionTerminated()
@@ -88,6 +110,12 @@ class H2(BaseH2):
 
 def _nothing(_: object) -> None:
     """Stands in for what h2 would do."""
+
+
+class TooManyResets(ProtocolError):
+    """The peer resets streams, or makes this side reset them, faster than it may."""
+
+    error_code = ErrorCodes.ENHANCE_YOUR_CALM
 
 
 class H2Connection(base.Connection):
@@ -103,10 +131,12 @@ class H2Connection(base.Connection):
         self.turns = Turns()
         self.growth = Budget(settings.connection_window)
         self.long_messages = Budget(settings.message_limit)
+        self.inflating = Budget(1)
+        self._resets = Bucket(settings.reset_rate, settings.reset_burst)
         self.paused_since: float | None = None  # the socket takes nothing since then (monotonic)
         self._taken = 0  # what the last look found that the peer had taken
         self.starved_since: float | None = None  # its window has no room since then, and somebody waits (monotonic)
-        self.owed = 0  # WINDOW_UPDATE frames that the peer may send for what it got
+        self.owed = 0  # bytes that were sent, for which the peer may send WINDOW_UPDATE frames
         self._arrived = 0  # bytes to give back to the connection's window
 
     def create_stream(self, *, stream_id: int | None = None, wrapper: Any = None) -> H2Stream:
@@ -126,6 +156,11 @@ class H2Connection(base.Connection):
         if self._arrived * 2 >= self.settings.connection_window:
             self._connection.increment_flow_control_window(self._arrived)
             self._arrived = 0
+
+    def count_reset(self) -> None:
+        """A stream was reset by the peer, or for what it did. Raises TooManyResets."""
+        if not self._resets.take():
+            raise TooManyResets("too many streams were opened and reset")
 
     def credit_stream(self, stream_id: int, size: int) -> None:
         """The peer may send `size` more bytes on a stream."""
@@ -339,7 +374,8 @@ class Processor(base.EventsProcessor):
         self.reset_stream(event.stream_id, "the peer has sent headers that are malformed")
 
     def reset_stream(self, stream_id: int, why: str) -> None:
-        """End one stream for an error that is its own."""
+        """End one stream for an error that is its own. Raises TooManyResets."""
+        self.connection.count_reset()
         stream = self.streams[stream_id]
         self.connection._connection.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
         stream.__terminated__(why)

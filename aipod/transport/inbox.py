@@ -14,7 +14,7 @@ from grpclib.const import Status
 
 from aipod.config import KIB, MIB
 from aipod.transport.codec import BadMessage
-from aipod.transport.window import ReceiveWindow
+from aipod.transport.window import Budget, ReceiveWindow
 
 _PREFIX = struct.Struct(">BL")  # compressed flag, length
 PREFIX = _PREFIX.size
@@ -25,8 +25,10 @@ _SPARE_LEAST = 64 * KIB
 _SPARE_MOST = 2 * MIB
 # Messages of a stream that wait to be read; also how many are read without a look at what else there is to do.
 _READY = 64
-# Compressed bytes that are inflated at once: at most a thousand times as many.
+# Compressed bytes that are inflated at once: at most a thousand times as many. They cost up to eight times what bytes
+# that come out of them do, and some have nothing in them (1 MiB of empty blocks takes 0.1 s).
 _STEP = 4 * KIB
+_PER_COMPRESSED = 8
 
 
 async def let_others_run() -> None:
@@ -73,12 +75,14 @@ class Inbox:
     """Collects payload and gives out messages. One task may read; what feeds it never waits.
 
     `new_event` makes what the reader waits for: in trio an event of asyncio's costs several turns of the loop.
+    `inflating` has one for all inboxes of a connection: who inflates a message has it.
     """
 
     new_event: Callable[[], Event] = asyncio.Event
 
-    def __init__(self, limit: int, window: ReceiveWindow) -> None:
+    def __init__(self, limit: int, window: ReceiveWindow, inflating: Budget) -> None:
         self.window = window
+        self._inflating = inflating
         self.encoding = "identity"  # the peer's grpc-encoding
         self.ended = False
         self._limit = limit
@@ -190,10 +194,11 @@ class Inbox:
             self._arrival.set()
 
     async def read(self) -> memoryview | None:
-        """The next message, None at the end; it is good until the next call. Raises BadMessage for what is none.
+        """The next message, None at the end; it is good until the next call, one that came compressed until the reader
+        waits for anything. Raises BadMessage for what is none.
 
         This is an asyncio-flavored function; a trio-flavored one, but for large compressed messages and long runs of
-        messages, where `new_event` makes trio's events.
+        messages, where `new_event` makes trio's events. Cancelled in a compressed message, it has taken that.
         """
         self._take_back()
         self._unbroken += 1
@@ -217,35 +222,64 @@ class Inbox:
                 await self._arrival.wait()
             finally:
                 self._arrival = None
-        flag, self._given = self._ready.popleft()
+        flag, message = self._ready.popleft()
+        size = PREFIX + len(message)
         self._count[1] += 1
-        self.window.done(self._count[1])
-        self.window.taken(PREFIX + len(self._given), hungry=not self._ready)
-        return self._given if flag == 0 else await self._inflate(self._given)
+        try:
+            if flag == 0:
+                self._given = message
+                return message
+            return await self._inflate(message)
+        finally:
+            # Not before: what waits for its turn to be inflated is still in memory.
+            self.window.done(self._count[1])
+            self.window.taken(size, hungry=not self._ready)
 
     def _take_back(self) -> None:
         if self._given is not None:
             _spares.give(self._given)
+            self._given.release()
             self._given = None
 
     async def _inflate(self, body: memoryview) -> memoryview:
-        """The message in a compressed one: bounded, and in steps, between which the loop does what else there is."""
-        decoder, out, seen = zlib.decompressobj(_WBITS[self.encoding]), bytearray(), 0
+        """The message in a compressed one: bounded, and in steps, between which the loop does what else there is.
+
+        One after the other on a connection: else each of its streams would have a message of the limit in hands. When
+        the next one's turn comes the reader has parsed this one, which goes: the traceback of an error would keep it.
+        """
+        event = self.new_event()
+        turn = self._inflating.ask(1, event.set)
+        try:
+            await event.wait()
+            message = await self._inflate_now(body)
+            asyncio.get_running_loop().call_soon(message.release)
+            return message
+        finally:
+            self._inflating.withdraw(turn)
+            _spares.give(body)
+            body.release()
+
+    async def _inflate_now(self, body: memoryview) -> memoryview:
+        decoder, out, spent = zlib.decompressobj(_WBITS[self.encoding]), bytearray(), 0
         try:
             for start in range(0, len(body), _STEP):
-                out += decoder.decompress(body[start : start + _STEP], self._limit + 1 - len(out))
+                before = len(out)
+                out += decoder.decompress(body[start : start + _STEP], self._limit + 1 - before)
                 if decoder.eof or len(out) > self._limit:
                     break
-                if len(out) - seen > MIB:
-                    seen = len(out)
+                spent += len(out) - before + _PER_COMPRESSED * _STEP
+                if spent > MIB:
+                    spent = 0
                     await let_others_run()
         except zlib.error as exc:
-            raise BadMessage(Status.INTERNAL, f"a message that is not {self.encoding}: {exc}") from None
-        size, whole = len(out), decoder.eof
-        if whole and size <= self._limit:
-            return memoryview(out)
-        del out, decoder, body  # the traceback of what is raised would hold them
-        if size > self._limit:
-            text = f"a message over the limit of {self._limit} bytes after decompression"
-            raise BadMessage(Status.RESOURCE_EXHAUSTED, text)
-        raise BadMessage(Status.INTERNAL, f"a truncated {self.encoding} message")
+            problem = BadMessage(Status.INTERNAL, f"a message that is not {self.encoding}: {exc}")
+        else:
+            if len(out) > self._limit:
+                text = f"a message over the limit of {self._limit} bytes after decompression"
+                problem = BadMessage(Status.RESOURCE_EXHAUSTED, text)
+            elif decoder.eof:
+                return memoryview(out)
+            else:
+                problem = BadMessage(Status.INTERNAL, f"a truncated {self.encoding} message")
+        del out, decoder  # the traceback of what is raised would hold them
+        raise problem

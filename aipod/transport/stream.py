@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # A message up to it does not wait for its turn behind long ones (a heartbeat has 10 bytes).
 SMALL = 16 * KIB
-# WINDOW_UPDATE frames that a peer may have saved up before they count as frames like others.
-_MOST_OWED = 10_000
+# What a peer may have got before it sends the WINDOW_UPDATE frames for it; those for more count like other frames.
+_MOST_OWED = 16 * MIB
 # Sent without a look at anything else that the loop has to do.
 _SLICE = 4 * MIB
 
@@ -75,7 +75,7 @@ class H2Stream(base.Stream):
             self.connection.long_messages,
             self._credit,
         )
-        self.inbox = Inbox(settings.message_limit, window)
+        self.inbox = Inbox(settings.message_limit, window, self.connection.inflating)
 
     def _credit(self, size: int) -> None:
         assert self.id is not None
@@ -209,7 +209,7 @@ class H2Stream(base.Stream):
         h2.outbound_flow_control_window -= size
         if not h2.outbound_flow_control_window:
             self.connection.starve()
-        self.connection.owed = min(self.connection.owed + 2, _MOST_OWED)
+        self.connection.owed = min(self.connection.owed + size, _MOST_OWED)
         self.connection.write(buffers)
         if end:
             h2.end_stream(self.id)

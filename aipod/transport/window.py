@@ -5,7 +5,11 @@ stream, and it doubles: it ends at the link's bandwidth-delay product (the rule 
 sends the PINGs that measure round trips). A message longer than the window gets the difference for as long as it lasts.
 Both are taken from pools that the connection's streams share. What a connection can make this process hold:
 
-    streams * stream_window + connection_window (growth) + max_message (long messages)
+    streams * stream_window + connection_window (growth) + max_message (long messages) + max_message (inflated)
+
+`streams` is max_streams, and with those that were reset while their work goes on four times as many at most
+(`protocol.STREAM_SLACK`). Of compressed messages one is inflated at a time (`inbox`); what they were before counts as
+any other. What an application has taken is its own affair.
 
 The connection's own window limits nothing but the bytes on their way: it is given back as they arrive, so that a stream
 whose application stalls takes no room from the others.
