@@ -29,6 +29,9 @@ CHUNK = 1 * MIB
 # Also the name of directories under the state home.
 _MODEL = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z")
 
+# RFC 6750 section 2.1.
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*\Z")
+
 RUNNERS = ("auto", "process", "loop")
 
 
@@ -36,8 +39,11 @@ class ConfigError(ValueError):
     """A setting is out of range or unknown; the text names it and says what is allowed."""
 
 
-def _setting(default: Any, help_text: str, *, low: float | None = None, high: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_text, "low": low, "high": high})
+def _setting(
+    default: Any, help_text: str, *, low: float | None = None, high: float | None = None, secret: bool = False
+) -> Any:
+    metadata = {"help": help_text, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,8 @@ class Config:
     spool: str = _setting("", "Directory where jobs live; 'tmp' is a fresh one, removed at exit.")
     data: str = _setting("", "Directory with one subdirectory per version.")
     reuse_port: bool = _setting(False, "Let several servers listen on one address (SO_REUSEPORT).")
-    insecure: bool = _setting(False, "Allow other than loopback addresses without --tls-ca.")
+    insecure: bool = _setting(False, "Allow other than loopback addresses without --tokens or --tls-ca.")
+    tokens: str = _setting("", "TOML file with who may call, and what (see aipod token); read again when it changes.")
 
     # Jobs
     runner: str = _setting("auto", "What executes methods: auto, process or loop.")
@@ -144,6 +151,7 @@ class Config:
     )
 
     # Client
+    token: str = _setting("", "Client: bearer token, for a server that wants one.", secret=True)
     connect_timeout: float = _setting(10 * SECONDS, "Seconds to connect.", low=0.1)
     silence: float = _setting(15 * SECONDS, "Seconds without a heartbeat before a server is lost.", low=0.1)
     attempts: int = _setting(5, "Times a request is tried while it is not complete.", low=1, high=100)
@@ -174,6 +182,8 @@ class Config:
             raise ConfigError("connection_window must be at least stream_window")
         if self.max_window < self.stream_window:
             raise ConfigError("max_window must be at least stream_window")
+        if self.token and not _TOKEN.match(self.token):
+            raise ConfigError("token has characters that no header can have; it is one word, without spaces")
         if not self.bind:
             raise ConfigError("bind is empty; give at least one address, for example 127.0.0.1:50051")
 

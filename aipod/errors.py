@@ -55,6 +55,9 @@ class Row(NamedTuple):
 
 
 TABLE: Mapping[str, Row] = {
+    # who calls
+    "UNAUTHENTICATED": Row(Code.UNAUTHENTICATED),
+    "PERMISSION_DENIED": Row(Code.PERMISSION_DENIED),
     # the request
     "BAD_KWARGS": Row(Code.INVALID_ARGUMENT),
     "BAD_TICKET": Row(Code.INVALID_ARGUMENT),

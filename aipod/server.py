@@ -25,6 +25,7 @@ import trio
 
 from aipod.config import Config, state_home
 from aipod.errors import AipodError
+from aipod.identity import Identities
 from aipod.pool import MakeRunner, Pool, open_pool
 from aipod.restarts import Restarts
 from aipod.runner import Description
@@ -78,7 +79,9 @@ async def serve(
     if stop is None:
         stop = trio.Event()
     _share_heaps()
+    identities = await trio.to_thread.run_sync(_identities, config)
     with _sockets(config) as sockets, _home(config) as (spool_path, data_path), captured():
+        _warn_of_open_tokens(config, sockets)
         files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)
@@ -105,7 +108,7 @@ async def serve(
                 if await _unless(stop, _preload, pool, config.preload) is None:
                     task_status.started([])
                     return
-                ai = AI(config, description, pool, spool, versions, jobs)
+                ai = AI(config, identities, description, pool, spool, versions, jobs)
                 jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
                 async with _listening(config, [ai, status.service()], sockets) as server:
@@ -124,6 +127,10 @@ async def serve(
                         with trio.move_on_after(LINGER):
                             await _emptied(server)
                 jobs.cancel_scope.cancel()
+
+
+def _identities(config: Config) -> Identities:
+    return Identities(config.tokens, certificates=bool(config.tls_cert and config.tls_ca))
 
 
 def _share_heaps() -> None:
@@ -280,8 +287,8 @@ def _sockets(config: Config) -> Iterator[list[socket.socket]]:
         sockets = []
         for address in config.bind:
             try:
-                # Whose certificate comes from --tls-ca is known, and others are not let in.
-                insecure = config.insecure or bool(config.tls_cert and config.tls_ca)
+                # Who has a token, or a certificate that comes from --tls-ca, is known; others are not let in.
+                insecure = config.insecure or bool(config.tokens or (config.tls_cert and config.tls_ca))
                 sock = _listen(address, insecure=insecure, reuse_port=config.reuse_port)
             except (OSError, ValueError) as exc:
                 raise ServeError(
@@ -314,7 +321,8 @@ def _listen(address: str, *, insecure: bool, reuse_port: bool) -> socket.socket:
         sock.bind(where)
         if not insecure and not _is_loopback(sock.getsockname()[0]):
             raise ValueError(
-                "anybody who can reach it could call the model; ask for certificates (--tls-cert, --tls-ca), "
+                "anybody who can reach it could call the model; ask for tokens (--tokens) or certificates "
+                "(--tls-cert, --tls-ca), "
                 "or add --insecure if that is meant"
             )
         sock.listen(BACKLOG)
@@ -353,6 +361,14 @@ def _listen_unix(path: str) -> socket.socket:
 def _remove_socket(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def _warn_of_open_tokens(config: Config, sockets: list[socket.socket]) -> None:
+    if config.tokens and not config.tls_cert:
+        for sock in sockets:
+            if sock.family != socket.AF_UNIX and not _is_loopback(sock.getsockname()[0]):
+                text = "%s: tokens come unencrypted unless a proxy before this server speaks TLS (--tls-cert)"
+                log.warning(text, _name(sock))
 
 
 def _is_loopback(host: str) -> bool:

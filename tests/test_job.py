@@ -18,6 +18,7 @@ from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
 from aipod.config import Config
+from aipod.identity import Identities
 from aipod.job.job import Answer, Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
@@ -178,7 +179,9 @@ class Story:
 
     def service(self) -> AI:
         """The server's object, without a server."""
-        return AI(Config(), Description("Class", {}, False), self.pool, self.spool, self.versions, self.nursery)
+        return AI(
+            Config(), Identities(), Description("Class", {}, False), self.pool, self.spool, self.versions, self.nursery
+        )
 
     def run(self, job: Job, terms: Terms) -> None:
         self.nursery.start_soon(run_job, job, Place(self.pool, "v"), self.versions, terms)

@@ -6,6 +6,7 @@ click takes each from the command line, else from AIPOD_<NAME>, else from its de
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 import tomllib
@@ -32,7 +33,7 @@ _BYTES = {
 
 _DEFAULTS = Config()
 # Settings of `call` that are no part of `Config`; one file may serve both commands.
-CALL_SETTINGS = ("to", "version", "upstream", "meta", "timeout", "output", "ticket")
+CALL_SETTINGS = ("token", "to", "version", "upstream", "meta", "timeout", "output", "ticket")
 # What of `Config` says how a client connects, and how long it tries.
 _CONNECTION = ("tls", "tls_ca", "tls_cert", "tls_key", "silence", "connect_timeout", "attempts", "reconnect")
 
@@ -67,6 +68,12 @@ to_option = click.option(
 upstream_option = click.option(
     "--upstream", default="", envvar="AIPOD_UPSTREAM", help="Which servers, for a proxy that asks (header x-upstream)."
 )
+# Not the token itself: who lists the machine's processes would see it.
+token_option = click.option(
+    "--token",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the token that says who calls; or the token is in AIPOD_TOKEN.",
+)
 meta_option = click.option("--meta", multiple=True, metavar="K=V", envvar="AIPOD_META", help="Call metadata.")
 output_option = click.option(
     "-o",
@@ -89,7 +96,7 @@ def server_options(*more: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         function = config_options((*_CONNECTION, *more))(function)
-        return to_option(upstream_option(meta_option(function)))
+        return to_option(upstream_option(token_option(meta_option(function))))
 
     return decorate
 
@@ -107,10 +114,20 @@ def take_server(options: dict[str, Any]) -> Server:
     """The server from what the options of `server_options` are. Raises click.UsageError."""
     rest = dict(options)
     to, upstream, meta = rest.pop("to"), rest.pop("upstream"), rest.pop("meta")
+    rest["token"] = _token(rest["token"])
     metadata = [split_pair(pair, "--meta") for pair in meta]
     if upstream:
         metadata.append(("x-upstream", upstream))
     return Server(to, make_config(rest), metadata)
+
+
+def _token(path: Path | None) -> str:
+    if path is None:
+        return os.environ.get("AIPOD_TOKEN", "").strip()
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise click.UsageError(f"--token {path}: {exc}") from exc
 
 
 def repeat_server(context: click.Context) -> str:
@@ -118,7 +135,7 @@ def repeat_server(context: click.Context) -> str:
     words: list[str] = []
     for param in context.command.params:
         name = str(param.name)
-        if name not in ("to", "upstream", "meta", *_CONNECTION):
+        if name not in ("to", "upstream", "meta", "token", *_CONNECTION):
             continue
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             value = context.params[name]

@@ -23,7 +23,7 @@ log = logging.getLogger("aipod.server")
 AT_ONCE = 1.0
 
 OPTIONS = (
-    "bind", "insecure", "reuse_port", "spool", "data", "runner", "instances", "max_instances", "concurrency",
+    "bind", "insecure", "tokens", "reuse_port", "spool", "data", "runner", "instances", "max_instances", "concurrency",
     "idle", "preload", "max_jobs", "max_queued", "drain", "tick", "cancel_grace", "load_timeout", "max_payload",
     "max_kwargs", "max_message", "reserve", "upload_stall", "upload_ttl", "grace", "ttl", "tls_cert", "tls_key",
     "tls_ca", "max_connections", "max_streams", "stream_window", "max_window", "connection_window", "max_frame",

@@ -69,7 +69,7 @@ class Attempt:
             Raw if request.rpc == "chaos" else StreamInput,
             Raw,
             deadline=request.deadline,
-            metadata=[*request.metadata, *course.headers],
+            metadata=[*link.identity(request.metadata), *course.headers],
         )
 
     def _spool(self, source: Source | None) -> str:
@@ -348,7 +348,7 @@ async def ask(
         Cardinality.STREAM_STREAM,
         Raw,
         Raw,
-        metadata=[*metadata, *lead_to(job_id(ticket), misses)],
+        metadata=[*link.identity(metadata), *lead_to(job_id(ticket), misses)],
     )
     state: State | None = None
     async with stream:

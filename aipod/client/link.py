@@ -58,6 +58,13 @@ class Link:
             self._channel = Channel(self.target, self.config)
         return self._channel
 
+    def identity(self, metadata: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """`metadata` with what says who calls; where it says so itself, as it is."""
+        token = self.config.token
+        if not token or any(name == "authorization" for name, _ in metadata):
+            return list(metadata)
+        return [*metadata, ("authorization", f"Bearer {token}")]
+
     # The spool
 
     def spool(self, upstream: str) -> str:

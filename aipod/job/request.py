@@ -14,6 +14,7 @@ from typing import Any
 from aipod.codec import MAX_RELEASED, TICKET_MAX, TICKET_MIN, job_id, parse_kwargs, stated_size
 from aipod.config import KIB
 from aipod.errors import Refused
+from aipod.identity import ANYONE, Caller
 from aipod.methods import misfit
 from aipod.results import INLINE
 from aipod.versions import check_version
@@ -45,6 +46,7 @@ class Request:
     metadata: Mapping[str, str]
     fingerprint: str = ""  # what must be the same whenever a ticket comes with a request; of an own client's only
     attempt: int = 0  # how often the method was started before this process had the job
+    owner: str = ""  # the name of who began the job; empty where the server does not ask
 
     @property
     def plain(self) -> bool:
@@ -58,6 +60,8 @@ class Request:
         if self.open is not None:
             fields |= {"print": self.fingerprint, "epoch": self.open.epoch}
             fields["metadata"] = dict(self.metadata)
+        if self.owner:
+            fields["owner"] = self.owner
         return fields
 
     def take_first(self) -> Raw:
@@ -96,6 +100,7 @@ def stored_request(job_id: str, fields: Mapping[str, Any], kwargs: bytes | None)
         metadata=fields["metadata"],
         fingerprint=fields["print"],
         attempt=fields.get("attempt", 0),
+        owner=fields.get("owner", ""),
     )
 
 
@@ -112,7 +117,13 @@ def parse_attach(message: Raw | StreamInput, headers: Mapping[str, str]) -> tupl
 
 
 def parse_request(
-    rpc: str, message: Raw | StreamInput, headers: Mapping[str, str], methods: Mapping[str, Any], name: str, limit: int
+    rpc: str,
+    message: Raw | StreamInput,
+    headers: Mapping[str, str],
+    methods: Mapping[str, Any],
+    name: str,
+    limit: int,
+    caller: Caller = ANYONE,
 ) -> Request:
     """Check the first message of a call of `rpc`. `name` is the served class's. Raises `Refused`."""
     if isinstance(message, StreamInput):
@@ -127,6 +138,7 @@ def parse_request(
     kwargs = parse_kwargs(packed, limit)
     size = _declared_size(kwargs, first.open)
     version = _version(named_version, kwargs)
+    caller.check(method, version)
     kwargs = {key: value for key, value in kwargs.items() if not key.startswith(_OWN)}
     if first.open is None or first.open.op == Op.RUN:  # one that was created has once fitted
         _check_fit(method, methods[method], kwargs)
@@ -141,6 +153,7 @@ def parse_request(
         first=first,
         metadata={name: value for name, value in headers.items() if not name.startswith(":") and not _is_secret(name)},
         fingerprint="" if first.open is None else _fingerprint(method, version, text, size, first.open.source.hex()),
+        owner=caller.name,
     )
 
 

@@ -18,6 +18,7 @@ from aipod import codec
 from aipod.codec import PONG, Compressor
 from aipod.config import Config
 from aipod.errors import AipodError, Refused, job_failed, leaves
+from aipod.identity import Caller, Identities
 from aipod.job.job import Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request, has_large_kwargs, parse_attach, parse_request
@@ -52,9 +53,17 @@ class AI:
     """
 
     def __init__(
-        self, config: Config, description: Description, pool: Pool, spool: Spool, versions: Versions, jobs: trio.Nursery
+        self,
+        config: Config,
+        identities: Identities,
+        description: Description,
+        pool: Pool,
+        spool: Spool,
+        versions: Versions,
+        jobs: trio.Nursery,
     ) -> None:
         self._config = config
+        self._identities = identities
         self._description = description
         self._pool = pool
         self._spool = spool
@@ -75,6 +84,7 @@ class AI:
             nursery.start_soon(self._jobs.heed)
             nursery.start_soon(self._forgetter.run)
             nursery.start_soon(self._shortage.run)
+            nursery.start_soon(self._identities.watch)
 
     async def adopt(self, job_ids: list[str]) -> None:
         """Go on with jobs whose process has died, as many as there is room for.
@@ -182,6 +192,7 @@ class AI:
     async def _view(
         self, rpc: str, call: Call, writer: Writer, trailers: dict[str, str], scope: trio.CancelScope
     ) -> None:
+        caller = self._identities.identify(call.headers.get("authorization", ""), call.certificate)
         viewer = Viewer(writer, self._config.tick)
         timeout = call.timeout
         scope.deadline = trio.current_time() + timeout if timeout is not None else float("inf")
@@ -190,13 +201,13 @@ class AI:
                 nursery.start_soon(viewer.beat)
                 first = await self._first(call)
                 if is_builtin(rpc, call.headers.get("x-func-name", "")):
-                    await self._builtin(first, call, viewer, writer)
+                    await self._builtin(first, caller, call, viewer, writer)
                 elif (attach := parse_attach(first, call.headers)) is not None:
-                    await self._own(None, None, *attach, call, viewer, writer, scope.deadline)
+                    await self._own(None, None, *attach, caller, call, viewer, writer, scope.deadline)
                 else:
                     large = has_large_kwargs(first, self._config.kwargs_limit)
                     async with self._room_for_kwargs(large) as give_back:
-                        request = await self._open(rpc, first, call, self._parsing if large else None)
+                        request = await self._open(rpc, first, caller, call, self._parsing if large else None)
                         del first  # what came of the kwargs
 
                         def stored() -> None:
@@ -210,7 +221,7 @@ class AI:
                         stored()
                     if request.open is not None:
                         who = request.job_id, request.open
-                        await self._own(request, found, *who, call, viewer, writer, scope.deadline)
+                        await self._own(request, found, *who, caller, call, viewer, writer, scope.deadline)
                     else:
                         await self._plain(request, entry, call, viewer, writer, trailers, scope)
                 nursery.cancel_scope.cancel()
@@ -250,14 +261,14 @@ class AI:
             yield stack.close
 
     async def _open(
-        self, rpc: str, first: Raw | StreamInput, call: Call, limiter: trio.CapacityLimiter | None
+        self, rpc: str, first: Raw | StreamInput, caller: Caller, call: Call, limiter: trio.CapacityLimiter | None
     ) -> Request:
         """Check what is asked for; every refusal that needs no payload is made here."""
         # In a thread: 16 MiB of JSON take a while.
         request = await trio.to_thread.run_sync(
             parse_request,
             *(rpc, first, call.headers, self._description.methods, self._description.name),
-            self._config.kwargs_limit,
+            *(self._config.kwargs_limit, caller),
             limiter=limiter,
         )
         if self.draining and request.plain:
@@ -265,9 +276,12 @@ class AI:
         check_limit(request.size or 0, self._config.max_payload)
         return request
 
-    async def _builtin(self, first: Raw | StreamInput, call: Call, viewer: Viewer, writer: Writer) -> None:
+    async def _builtin(
+        self, first: Raw | StreamInput, caller: Caller, call: Call, viewer: Viewer, writer: Writer
+    ) -> None:
         """Answer for the server itself: no job, so nothing is stored."""
-        answer = await trio.to_thread.run_sync(answer_of, call.headers["x-func-name"], self._spool, self._description)
+        asked = call.headers["x-func-name"], self._spool, self._description, caller
+        answer = await trio.to_thread.run_sync(answer_of, *asked)
         viewer.stop()
         if isinstance(first, StreamInput) or first.open is None:
             await writer.send(Raw(data=Compressor(self._config.level).frame(answer.inline or b"")))
@@ -285,18 +299,21 @@ class AI:
         found: Job | Told | None,
         job_id: str,
         open_: Open,
+        caller: Caller,
         call: Call,
         viewer: Viewer,
         writer: Writer,
         deadline: float,
     ) -> None:
         """Watch the job, `found` or looked for; bring its payload where it is this call's to bring; send its answer."""
+        if request is None:
+            await self._jobs.check_owner(job_id, caller)
         if open_.released:
             released = [codec.job_id(ticket) for ticket in open_.released]
             if open_.op == Op.RELEASE:  # its own may be among them: it is not kept for longer than the others then
-                await self._forgetter.release(released)
+                await self._forgetter.release(released, caller)
             else:
-                self._nursery.start_soon(self._forgetter.release, released)
+                self._nursery.start_soon(self._forgetter.release, released, caller)
         if open_.op in (Op.CANCEL, Op.RELEASE):
             told = await self._jobs.end(job_id, release=open_.op == Op.RELEASE)
             await writer.send(Raw(data=PONG, state=told.state()))

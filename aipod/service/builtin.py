@@ -8,6 +8,7 @@ from typing import Any
 
 from aipod.codec import digest
 from aipod.errors import Refused
+from aipod.identity import Caller
 from aipod.job.job import Answer
 from aipod.runner import Description
 from aipod.spool import Spool
@@ -16,10 +17,11 @@ from aipod.spool import Spool
 MAX_LISTED = 1000
 
 
-def _jobs(spool: Spool) -> list[dict[str, Any]]:
-    """What there is in the spool, newest first: id, method, version, phase, attempt, progress, message. No tickets.
+def _jobs(spool: Spool, caller: Caller) -> list[dict[str, Any]]:
+    """What is the caller's in the spool, newest first: id, method, version, phase, attempt, progress, message.
 
-    `received`: durable bytes of the payload; `size`: all that were announced, None where nobody has said how many.
+    No tickets. `received`: durable bytes of the payload; `size`: all that were announced, None where nobody has said
+    how many.
     """
     listed = []
     for look in spool.newest(MAX_LISTED):
@@ -27,7 +29,7 @@ def _jobs(spool: Spool) -> list[dict[str, Any]]:
             fields, live = look.read(), look.live()
         except (Refused, OSError):
             continue  # one that is damaged must not hide the others
-        if "method" in fields:
+        if "method" in fields and caller.owns(fields):
             told = {name: fields[name] for name in ("method", "version")}
             told |= {"phase": fields.get("phase", "RECEIVING"), "attempt": fields.get("attempt", 0)}
             told |= {"received": fields.get("offset", 0), "size": fields.get("size")}
@@ -40,9 +42,9 @@ def _methods(description: Description) -> dict[str, Any]:
     return {"class": description.name, "async": description.is_async, "methods": dict(description.methods)}
 
 
-_METHODS: dict[str, Callable[[Spool, Description], Any]] = {
-    "aipod.jobs": lambda spool, _: _jobs(spool),
-    "aipod.methods": lambda _, description: _methods(description),
+_METHODS: dict[str, Callable[[Spool, Description, Caller], Any]] = {
+    "aipod.jobs": lambda spool, _, caller: _jobs(spool, caller),
+    "aipod.methods": lambda _, description, __: _methods(description),
 }
 
 
@@ -51,9 +53,9 @@ def is_builtin(rpc: str, method: str) -> bool:
     return rpc == "chaos" and method.startswith("aipod.")
 
 
-def answer_of(method: str, spool: Spool, description: Description) -> Answer:
+def answer_of(method: str, spool: Spool, description: Description, caller: Caller) -> Answer:
     """What the method returns. Blocks. Raises `Refused(UNKNOWN_METHOD)`."""
     if method not in _METHODS:
         raise Refused("UNKNOWN_METHOD", f"the server has no method {method[:80]!r}; it has: {', '.join(_METHODS)}")
-    data = json.dumps(_METHODS[method](spool, description)).encode()
+    data = json.dumps(_METHODS[method](spool, description, caller)).encode()
     return Answer("json", data, len(data), digest(data))

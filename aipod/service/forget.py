@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import trio
 
+from aipod.identity import ANYONE, Caller
 from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, Job, Told
 from aipod.spool import ENDED, Entry, Spool
 from aipod.wire.ai import Op, Open
@@ -58,10 +59,10 @@ class Forgetter:
         if watched.small and (self._answered.pop(job_id, None) is not None or sent):
             self._answered[job_id] = self._clock() + KEEP_ANSWERED
 
-    async def release(self, job_ids: list[str]) -> None:
-        """Forget the answers of ended jobs. This is a trio-flavored async function."""
+    async def release(self, job_ids: list[str], caller: Caller = ANYONE) -> None:
+        """Forget the answers of ended jobs that are the caller's. This is a trio-flavored async function."""
         for job_id in job_ids:
-            if await trio.to_thread.run_sync(self._release, job_id):
+            if await trio.to_thread.run_sync(self._release, job_id, caller):
                 self._answered.pop(job_id, None)
                 self._released.setdefault(job_id, self._clock() + KEEP_RELEASED)
 
@@ -89,10 +90,11 @@ class Forgetter:
             del waiting[job_id]
         return due
 
-    def _release(self, job_id: str) -> bool:
+    def _release(self, job_id: str, caller: Caller = ANYONE) -> bool:
         try:
             with self._spool.holding(job_id) as entry:
-                if entry is None or entry.read().get("phase") not in ENDED:
+                fields = {} if entry is None else entry.read()
+                if entry is None or fields.get("phase") not in ENDED or not caller.owns(fields):
                     return False
                 forget_answer(entry)
                 return True

@@ -24,6 +24,7 @@ import trio
 
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
+from aipod.identity import Caller
 from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
 from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
@@ -135,6 +136,12 @@ class Jobs:
             if told.ended:
                 told.over.set()
             return told
+
+    async def check_owner(self, job_id: str, caller: Caller) -> None:
+        """Raises `Refused(PERMISSION_DENIED)` for another name's job. This is a trio-flavored async function."""
+        if caller.name:
+            fields, _, _ = await trio.to_thread.run_sync(self._read, self._spool.look(job_id))
+            caller.check_owner(fields)
 
     async def follow(self, told: Told) -> None:
         """Keep `told` up to date until the job has ended or is somebody's to take. This is a trio-flavored function."""
@@ -409,6 +416,7 @@ class Jobs:
             raise Refused("WRONG_SPOOL", "that job lives in another spool", {"spool": self._spool.id})
 
     def _check_same(self, request: Request, fields: Mapping[str, Any]) -> None:
+        Caller(request.owner).check_owner(fields)
         if fields.get("fenced"):
             if request.open is not None and request.open.op == Op.RESUME:
                 raise self._not_started()

@@ -12,7 +12,7 @@ from aipod.codec import PONG
 from aipod.job.job import Watched
 from aipod.service.status import Ending
 from aipod.transport import bridge
-from aipod.transport.server import request_timeout, send_message
+from aipod.transport.server import peer_certificate, request_timeout, send_message
 from aipod.wire.ai import Raw, State, StreamInput
 
 
@@ -26,6 +26,11 @@ class Call:
         self.headers: Mapping[str, str] = {
             name: value for name, value in (stream.metadata or {}).items() if isinstance(value, str)
         }
+
+    @property
+    def certificate(self) -> Mapping[str, Any] | None:
+        """The caller's, which its connection has verified; None without mTLS."""
+        return peer_certificate(self._stream)
 
     async def start(self) -> None:
         """Send the initial metadata. First of all, or nginx may never tell a client that its upstream has died."""

@@ -37,6 +37,7 @@ _TOMBSTONE = (
     "settled",
     "fenced",
     "print",
+    "owner",
     "method",
     "version",
     "epoch",

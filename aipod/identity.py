@@ -1,0 +1,229 @@
+"""Who calls, and what they may do: bearer tokens from a file, or the name in a verified certificate.
+
+The file is TOML, a table for each name. It has hashes only: who reads it cannot call.
+
+    [alice]
+    sha256 = "…"                       # of the token, in hex; `aipod token` makes both
+    methods = ["predict", "log"]       # left out: all
+    versions = ["3", "4"]              # left out: all
+
+A token is 32 random bytes, so a plain hash of it cannot be searched for; each is compared in constant time. The name is
+bound to the jobs that it begins: a ticket does not cross names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import logging
+import math
+import os
+import re
+import secrets
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from aipod.config import MIB
+from aipod.errors import Refused, UsageError
+
+log = logging.getLogger("aipod.identity")
+
+# Each call compares all of them: 1000 take 0.2 ms.
+MAX_NAMES = 1000
+MAX_FILE = 1 * MIB
+# Seconds between two looks at the file: a token that was taken out is good for no longer.
+LOOK = 1.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z")
+_HASH = re.compile(r"[0-9a-f]{64}\Z")
+_KEYS = {"sha256", "methods", "versions"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Caller:
+    """Who makes a call. `name` is empty where the server does not ask; None allows every method, or version."""
+
+    name: str = ""
+    methods: frozenset[str] | None = None
+    versions: frozenset[str] | None = None
+
+    def check(self, method: str, version: str) -> None:
+        """Raises `Refused(PERMISSION_DENIED)` where this caller may not run `method` of `version`."""
+        for what, asked, allowed in (("method", method, self.methods), ("version", version, self.versions)):
+            if allowed is not None and asked not in allowed:
+                may = ", ".join(sorted(allowed)) or "none"
+                raise Refused("PERMISSION_DENIED", f"{self.name} may not use {what} {asked!r}; it may use: {may}")
+
+    def owns(self, fields: Mapping[str, Any]) -> bool:
+        """Whether the job with this journal is this caller's: begun under its name, or by somebody without one."""
+        return not self.name or fields.get("owner", "") in ("", self.name)
+
+    def check_owner(self, fields: Mapping[str, Any]) -> None:
+        """Raises `Refused(PERMISSION_DENIED)` where the job with this journal is another name's."""
+        if not self.owns(fields):
+            raise Refused("PERMISSION_DENIED", f"this job is not {self.name}'s: a ticket is good for one name only")
+
+
+ANYONE = Caller()
+
+
+class TokensError(UsageError):
+    """The file of tokens cannot be used; the text says why."""
+
+
+def new_token() -> str:
+    """A fresh token."""
+    return "aipod_" + secrets.token_urlsafe(32)
+
+
+def hash_of(token: str) -> str:
+    """What the file has of a token."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def parse_tokens(text: str) -> dict[str, Caller]:
+    """The callers by the hashes of their tokens. Raises `TokensError`."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise TokensError(f"it is no TOML: {exc}") from None
+    if len(tables) > MAX_NAMES:
+        raise TokensError(f"it has {len(tables)} names; at most {MAX_NAMES}")
+    callers: dict[str, Caller] = {}
+    for name, table in tables.items():
+        if not _NAME.match(name):
+            raise TokensError(f"{name!r} is no name; use letters, digits and . _ @ -, at most 64")
+        if not isinstance(table, dict) or not set(table) <= _KEYS or not isinstance(table.get("sha256"), str):
+            raise TokensError(f'[{name}] needs sha256 = "…" and may have methods and versions, nothing else')
+        if not _HASH.match(table["sha256"]):
+            raise TokensError(f"[{name}] sha256 is not 64 hexadecimal digits, as `aipod token` writes it")
+        if table["sha256"] in callers:
+            raise TokensError(f"[{name}] has the token of [{callers[table['sha256']].name}]")
+        callers[table["sha256"]] = Caller(name, _names(name, table, "methods"), _names(name, table, "versions"))
+    return callers
+
+
+def _names(name: str, table: Mapping[str, Any], key: str) -> frozenset[str] | None:
+    listed = table.get(key)
+    if listed is None:
+        return None
+    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+        raise TokensError(f'[{name}] {key} is not a list of names: {key} = ["a", "b"]')
+    return frozenset(listed)
+
+
+class Identities:
+    """Knows callers by what they send. The mutable state is the file's callers, replaced whole when the file changes.
+
+    `path`: the file of tokens, or empty; `certificates`: without tokens, the name is that of the certificate, which the
+    connection has verified. With neither, everybody is `ANYONE`.
+    """
+
+    def __init__(self, path: str = "", *, certificates: bool = False) -> None:
+        """Reads the file. Raises `TokensError`."""
+        # Absolute: a model on the loop may call chdir.
+        self._path = Path(path).expanduser().absolute() if path else None
+        self._certificates = certificates
+        self._seen: tuple[int, ...] = ()
+        self._callers: dict[str, Caller] = {}
+        if self._path is not None:
+            self._read()
+
+    def identify(self, authorization: str, certificate: Mapping[str, Any] | None) -> Caller:
+        """Who sends this header and has this certificate. Raises `Refused(UNAUTHENTICATED)`."""
+        if self._path is not None:
+            return self._by_token(authorization)
+        if self._certificates:
+            return Caller(_name_in(certificate or {}))
+        return ANYONE
+
+    def _by_token(self, authorization: str) -> Caller:
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Refused("UNAUTHENTICATED", "this server wants a token: header authorization: Bearer … (--token)")
+        told = hash_of(token.strip())
+        found = None
+        for known, caller in self._callers.items():  # all of them, however early one fits
+            if hmac.compare_digest(known, told):
+                found = caller
+        if found is None:
+            raise Refused("UNAUTHENTICATED", "this server does not know the token")
+        return found
+
+    async def watch(self) -> None:
+        """Read the file again whenever it changes. This is a trio-flavored async function; it never returns.
+
+        A file that cannot be used is an error in the log, and who was known before stays it.
+        """
+        said = ""
+        while True:
+            await trio.sleep(LOOK if self._path is not None else math.inf)
+            try:
+                if await trio.to_thread.run_sync(self._read):
+                    said = ""
+                    log.info("%s has changed: it has %d names", self._path, len(self._callers))
+            except TokensError as exc:
+                if exc.message != said:
+                    log.error("%s; who was known stays known", exc.message)
+                said = exc.message
+
+    def _read(self) -> bool:
+        """Whether the file has changed, and is read now. Blocks."""
+        assert self._path is not None
+        try:
+            found = os.stat(self._path)
+            seen = found.st_ino, found.st_mtime_ns, found.st_size
+            if seen == self._seen:
+                return False
+            self._seen = seen
+            with self._path.open("rb") as file:
+                raw = file.read(MAX_FILE + 1)
+            if len(raw) > MAX_FILE:
+                raise TokensError(f"it has more than {MAX_FILE} bytes")
+            self._callers = parse_tokens(raw.decode())
+        except (OSError, UnicodeDecodeError, TokensError) as exc:
+            raise TokensError(f"cannot use the tokens in {str(self._path)!r}: {exc}") from None
+        return True
+
+
+def _name_in(certificate: Mapping[str, Any]) -> str:
+    """The common name of a certificate as `ssl.SSLSocket.getpeercert` tells it, or else its first alternative name."""
+    for relative in certificate.get("subject", ()):
+        for key, value in relative:
+            if key == "commonName" and value:
+                return str(value)
+    for _, value in certificate.get("subjectAltName", ()):
+        return str(value)
+    raise Refused("UNAUTHENTICATED", "the certificate has neither a common name nor an alternative one")
+
+
+def add_token(path: Path, name: str, methods: Collection[str], versions: Collection[str]) -> str:
+    """Append a table for `name` to the file, which is made where there is none; the token. Raises `TokensError`."""
+    token = new_token()
+    lines = [f'["{name}"]', f'sha256 = "{hash_of(token)}"']
+    for key, listed in (("methods", methods), ("versions", versions)):
+        if listed:
+            lines.append(f"{key} = [{', '.join(_quoted(item) for item in listed)}]")
+    try:
+        before = path.read_text() if path.exists() else ""
+        text = before + ("\n" if before else "") + "\n".join(lines) + "\n"
+        parse_tokens(text)
+        fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, UnicodeDecodeError, TokensError) as exc:
+        raise TokensError(f"cannot add {name!r} to {str(path)!r}: {exc}") from None
+    return token
+
+
+def _quoted(text: str) -> str:
+    if not text.isprintable():
+        raise TokensError(f"{text!r} is no name")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

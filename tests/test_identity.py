@@ -1,0 +1,298 @@
+"""Tokens and certificates: who gets in, what a name may do, and that a ticket does not cross names."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import aipod
+from aipod.config import Config, ConfigError
+from aipod.errors import Refused
+from aipod.identity import ANYONE, MAX_NAMES, Caller, Identities, TokensError, add_token, hash_of, parse_tokens
+from tests import stranger
+from tests.conftest import ROOT, Serve, Served, run, wait_until
+from tests.test_tls import Files, make_files
+
+MODEL = "aipod.examples.basics:Echo"
+BAD_FILES = {
+    "no TOML": "[alice",
+    "no table": 'alice = "x"',
+    "no hash": "[alice]",
+    "a short hash": '[alice]\nsha256 = "00"',
+    "a token for a hash": '[alice]\nsha256 = "aipod_token"',
+    "another key": f'[alice]\nsha256 = "{hash_of("x")}"\nmethod = ["predict"]',
+    "no list": f'[alice]\nsha256 = "{hash_of("x")}"\nmethods = "predict"',
+    "no names in it": f'[alice]\nsha256 = "{hash_of("x")}"\nversions = [3]',
+    "a bad name": f'["a b"]\nsha256 = "{hash_of("x")}"',
+    "one token for two": f'[a]\nsha256 = "{hash_of("x")}"\n[b]\nsha256 = "{hash_of("x")}"',
+    "too many": "".join(f'[n{number}]\nsha256 = "{hash_of(str(number))}"\n' for number in range(MAX_NAMES + 1)),
+}
+
+
+ALICE = Caller("alice", frozenset({"predict", "echo"}), frozenset({"3"}))
+
+
+@dataclasses.dataclass
+class Tokens:
+    """A file of tokens, and the tokens."""
+
+    path: Path
+    alice: str  # predict and echo of version 3
+    bob: str  # everything
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.toml"
+    alice = add_token(path, "alice", ["predict", "echo"], ["3"])
+    return Tokens(path, alice, add_token(path, "bob", [], []))
+
+
+# --- the file
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_cannot_be_meant(name: str) -> None:
+    with pytest.raises(TokensError):
+        parse_tokens(BAD_FILES[name])
+
+
+def test_what_was_added_is_known(tokens: Tokens) -> None:
+    known = Identities(str(tokens.path))
+    assert known.identify(f"Bearer {tokens.alice}", None) == ALICE
+    assert known.identify(f"bearer  {tokens.bob} ", None) == Caller("bob")
+    assert tokens.path.stat().st_mode & 0o777 == 0o600
+    assert tokens.alice not in tokens.path.read_text()
+    with pytest.raises(TokensError, match="cannot add 'alice'"):
+        add_token(tokens.path, "alice", [], [])
+    with pytest.raises(TokensError, match="cannot add"):
+        add_token(tokens.path, 'x"]\n["y', [], [])
+    assert os.listdir(tokens.path.parent) == ["tokens.toml"]
+
+
+@pytest.mark.parametrize("said", ["", "Bearer", "Bearer ", "Basic YTpi", "Bearer x", "Bearer \udcff", "{alice}"])
+def test_who_is_not_known(tokens: Tokens, said: str) -> None:
+    with pytest.raises(Refused) as caught:
+        Identities(str(tokens.path)).identify(said.format(alice=tokens.alice), None)
+    assert caught.value.reason == "UNAUTHENTICATED"
+
+
+def test_names_in_certificates() -> None:
+    known = Identities(certificates=True)
+    alternative = (("DNS", "other"),)
+    common = {"subject": ((("countryName", "DE"),), (("commonName", "scanner"),)), "subjectAltName": alternative}
+    assert known.identify("", common) == Caller("scanner")
+    assert known.identify("", {"subject": (), "subjectAltName": alternative}) == Caller("other")
+    for nameless in (None, {}):
+        with pytest.raises(Refused, match="neither a common name"):
+            known.identify("", nameless)
+    assert Identities().identify("Bearer x", common) is ANYONE
+
+
+def test_jobs_without_a_name_are_open_to_who_has_the_ticket() -> None:
+    assert Caller("a").owns({})
+    assert Caller("a").owns({"owner": "a"})
+    assert not Caller("a").owns({"owner": "b"})
+    assert ANYONE.owns({"owner": "b"})
+
+
+def test_a_token_is_shown_nowhere() -> None:
+    assert "secret" not in repr(Config(token="secret"))
+    with pytest.raises(ConfigError) as caught:
+        Config(token="secret word")
+    assert "secret" not in str(caught.value)
+
+
+# --- a server that asks
+
+
+@pytest.fixture
+def asking(serve: Serve, tokens: Tokens) -> Served:
+    return serve(MODEL, "--tokens", str(tokens.path))
+
+
+def client(served: Served, token: str) -> aipod.Client:
+    return aipod.Client(served.address, config=Config(token=token, attempts=1))
+
+
+def refusal(served: Served, token: str, method: str, **options: Any) -> Refused:
+    async def main() -> None:
+        async with client(served, token) as caller:
+            await caller.chaos(b"x", metadata=[("x-func-name", method)], **options)
+
+    with pytest.raises(Refused) as caught:
+        run(main)
+    return caught.value
+
+
+def test_who_gets_in_and_what_they_may_do(asking: Served, tokens: Tokens) -> None:
+    assert refusal(asking, "", "predict").reason == "UNAUTHENTICATED"
+    assert refusal(asking, "x", "predict").reason == "UNAUTHENTICATED"
+    assert refusal(asking, tokens.alice, "sleep", version="3").message == (
+        "alice may not use method 'sleep'; it may use: echo, predict"
+    )
+    assert refusal(asking, tokens.alice, "predict", version="4").reason == "PERMISSION_DENIED"
+    assert refusal(asking, tokens.alice, "predict").message == "alice may not use version 'default'; it may use: 3"
+
+    async def main() -> None:
+        async with client(asking, tokens.alice) as alice:
+            assert len(await alice.predict(b"x", version="3")) == 64
+        async with client(asking, tokens.bob) as bob:
+            assert len(await bob.predict(b"x")) == 64
+            # What the caller says of itself is not said twice.
+            with pytest.raises(Refused, match="does not know the token"):
+                await bob.predict(b"x", metadata=[("authorization", "Bearer other")])
+
+    run(main)
+    assert tokens.alice not in asking.log_text()
+    assert hash_of(tokens.alice) not in asking.log_text()
+
+
+def test_a_stock_client(asking: Served, tokens: Tokens) -> None:
+    """It gets the two gRPC statuses; health is answered without a token."""
+
+    def ask(token: str, method: str) -> stranger.Reply:
+        return stranger.ask(asking.address, method, version="3", metadata=[("authorization", f"Bearer {token}")])
+
+    assert ask("x", "predict").code is grpc.StatusCode.UNAUTHENTICATED
+    assert ask("x", "predict").messages == [], "not even a heartbeat"
+    denied = ask(tokens.alice, "sleep")
+    assert (denied.code, denied.info.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+    assert ask(tokens.alice, "predict").code is grpc.StatusCode.OK
+    health = [sys.executable, "-m", "aipod", "health", "--to", asking.address]
+    assert subprocess.run(health, cwd=ROOT, capture_output=True, text=True).stdout == "SERVING\n"
+
+
+def test_a_ticket_does_not_cross_names(asking: Served, tokens: Tokens) -> None:
+    """Mutants seen: no look at the owner before ATTACH, CANCEL and RELEASE; in lists."""
+
+    async def main() -> None:
+        async with client(asking, tokens.bob) as bob, client(asking, tokens.alice) as alice:
+            job = await bob.submit("predict", b"x", version="3")
+            theirs = alice.attach(job.ticket)
+            for use in (theirs.wait, theirs.cancel, theirs.release):
+                with pytest.raises(Refused, match="this job is not alice's") as caught:
+                    await use()
+                assert caught.value.reason == "PERMISSION_DENIED"
+            listing = [("x-func-name", "aipod.jobs")]
+            assert [entry["id"] for entry in await bob.chaos(metadata=listing)] == [job.id]
+            assert await alice.chaos(metadata=listing) == []
+            assert len(await job.wait()) == 64
+            assert len(await bob.attach(job.ticket).wait()) == 64, "as often as it is asked"
+
+    run(main)
+
+
+def test_a_request_with_another_names_ticket(asking: Served, tokens: Tokens, tmp_path: Path) -> None:
+    """RUN and RESUME, and `open.released`. Mutants seen: no look at the owner in either."""
+    file = tmp_path / "ticket"
+
+    async def main() -> None:
+        async with client(asking, tokens.bob) as bob:
+            job = await bob.submit("predict", b"x", version="3", ticket_file=file)
+        async with client(asking, tokens.alice) as alice:
+            with pytest.raises(Refused, match="this job is not alice's"):
+                await alice.predict(b"x", version="3", ticket_file=file)
+            # As of a client that says that it has bob's answer.
+            mine = await alice.submit("predict", b"x", version="3")
+            await mine.wait()
+        opening = stranger.Open(ticket=mine.ticket, op=4, released=[job.ticket])  # RELEASE
+        metadata = [("x-job-id", mine.id), ("authorization", f"Bearer {tokens.alice}")]
+        reply = stranger.ask_sync(asking.address, "chaos", [stranger.Raw(open=opening)], metadata=metadata)
+        assert reply.code is grpc.StatusCode.OK
+        async with client(asking, tokens.bob) as bob:
+            assert len(await bob.attach(job.ticket).wait()) == 64
+
+    run(main)
+
+
+def test_a_token_that_is_taken_back_and_a_file_that_breaks(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    carol = add_token(path, "carol", [], [])
+    served = serve(MODEL, "--tokens", str(path))
+
+    async def main() -> int:
+        async with client(served, carol) as caller:
+            return len(await caller.predict(b"x"))
+
+    assert run(main) == 64
+    path.write_text("[broken")
+    wait_until(lambda: "who was known stays known" in served.log_text())
+    assert run(main) == 64
+    path.unlink()
+    dave = add_token(path, "dave", [], [])
+    wait_until(lambda: "has changed: it has 1 names" in served.log_text())
+    assert refusal(served, carol, "predict").reason == "UNAUTHENTICATED"
+    carol = dave
+    assert run(main) == 64
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return make_files(tmp_path_factory.mktemp("tls"))
+
+
+def test_the_name_in_a_certificate_owns_its_jobs(serve: Serve, files: Files) -> None:
+    served = serve(MODEL, "--tls-cert", files.server, "--tls-ca", files.ca)
+    config = Config(tls=True, tls_ca=files.ca, tls_cert=files.client, attempts=1)
+
+    async def main() -> str:
+        async with aipod.Client(served.address, config=config) as caller:
+            job = await caller.submit("predict", b"x")
+            assert len(await job.wait()) == 64
+            return job.id
+
+    journal = (served.spool / run(main) / "state").read_text()
+    assert re.search('"owner": ?"client@example.org"', journal)
+
+
+# --- the command line
+
+
+def aipod_command(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command: Sequence[str] = [sys.executable, "-m", "aipod", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **(env or {})})
+
+
+def test_a_token_made_and_used_on_the_command_line(serve: Serve, tmp_path: Path) -> None:
+    path, mine = str(tmp_path / "tokens.toml"), tmp_path / "mine"
+    made = aipod_command("token", "erin", "--tokens", path, "--method", "predict")
+    assert made.returncode == 0
+    mine.write_text(made.stdout)
+    served = serve(MODEL, "--tokens", path)
+    call = ("call", "--to", served.address)
+    assert len(aipod_command(*call, "predict", "--token", str(mine)).stdout) == 67
+    assert len(aipod_command(*call, "predict", env={"AIPOD_TOKEN": made.stdout}).stdout) == 67
+    denied = aipod_command(*call, "sleep", "--token", str(mine))
+    assert (denied.returncode, denied.stderr) == (
+        1,
+        "aipod: PERMISSION_DENIED: erin may not use method 'sleep'; it may use: predict\n",
+    )
+    without = aipod_command(*call, "predict")
+    assert without.returncode == 1
+    assert without.stderr.startswith("aipod: UNAUTHENTICATED: ")
+    assert "--token" in without.stderr
+
+
+def test_a_file_of_tokens_that_cannot_be_used(tmp_path: Path) -> None:
+    for text in (None, "[alice"):
+        path = tmp_path / "tokens.toml"
+        if text is not None:
+            path.write_text(text)
+        ended = aipod_command("serve", MODEL, "--tokens", str(path), "--bind", "127.0.0.1:0", "--spool", "tmp")
+        assert ended.returncode == 2
+        assert ended.stderr.startswith(f"aipod: USAGE: cannot use the tokens in {str(path)!r}")
+
+
+def test_tokens_let_a_server_listen_anywhere(serve: Serve, tokens: Tokens) -> None:
+    served = serve(MODEL, "--tokens", str(tokens.path), bind="0.0.0.0:0")
+    assert "tokens come unencrypted" in served.log_text()
