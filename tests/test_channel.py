@@ -91,6 +91,27 @@ def test_a_response_that_has_arrived_whole_is_read_though_the_connection_has_end
     run(main)
 
 
+def test_binary_values_that_come_joined_are_values_by_themselves() -> None:
+    """Mutant seen: they are refused. Stock grpclib raises binascii.Error."""
+
+    def answer(h2: H2Connection, stream: int) -> None:
+        h2.send_headers(stream, [*HEADERS, ("x-bin", "AA,AAA")])
+        h2.send_headers(stream, [("grpc-status", "0"), ("y-bin", "AA==,AAEC")], end_stream=True)
+
+    async def main() -> None:
+        async with peer(answer) as channel:
+            async with new_call(channel) as stream:
+                await stream.send_message(Raw(), end=True)
+                assert await stream.recv_message() is None
+                await read_status(stream)
+                assert stream.initial_metadata is not None
+                assert stream.initial_metadata.getall("x-bin") == [b"\0", b"\0\0"]
+                assert stream.trailing_metadata is not None
+                assert stream.trailing_metadata.getall("y-bin") == [b"\0", b"\0\1\2"]
+
+    run(main)
+
+
 @pytest.mark.parametrize("how", ["GOAWAY", "REFUSED_STREAM"])
 def test_a_call_that_was_not_processed_says_so_though_the_connection_ends_behind_it(how: str) -> None:
     def refuse(h2: H2Connection, stream: int) -> None:

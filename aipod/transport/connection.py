@@ -41,7 +41,7 @@ from h2.stream import H2Stream as BaseH2Stream
 from hyperframe.frame import Frame, GoAwayFrame
 
 from aipod.config import KIB, MIB, Config
-from aipod.transport.headers import Headers, response_is_readable, trailers_are_readable
+from aipod.transport.headers import Headers, apart, response_is_readable, trailers_are_readable
 from aipod.transport.stream import SMALL, H2Stream
 from aipod.transport.turns import Turns
 from aipod.transport.window import Budget
@@ -326,14 +326,15 @@ class Processor(base.EventsProcessor):
         stream = cast(H2Stream | None, self.streams.get(event.stream_id or 0))
         if stream is not None:
             stream.inbox.encoding = dict(cast(Headers, event.headers)).get("grpc-encoding", "identity")
-        self._take_headers(super().process_response_received, event, response_is_readable(event.headers))
+        self._take_headers(super().process_response_received, event, response_is_readable)
 
     def process_trailers_received(self, event: TrailersReceived) -> None:
-        self._take_headers(super().process_trailers_received, event, trailers_are_readable(event.headers))
+        self._take_headers(super().process_trailers_received, event, trailers_are_readable)
 
-    def _take_headers(self, take: Callable[[Any], None], event: Any, readable: bool) -> None:
+    def _take_headers(self, take: Callable[[Any], None], event: Any, readable: Callable[[Headers], bool]) -> None:
         stream = self.streams.get(event.stream_id)
-        if readable or stream is None:
+        event.headers = apart(event.headers)
+        if stream is None or readable(event.headers):
             take(event)
             return
         self.reset_stream(event.stream_id, "the peer has sent headers that are malformed")

@@ -26,7 +26,7 @@ from h2.exceptions import StreamClosedError
 from aipod.config import Config
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
-from aipod.transport.headers import Headers, Problem, check_headers, parse_timeout
+from aipod.transport.headers import Headers, Problem, apart, check_headers, parse_timeout
 from aipod.transport.protocol import REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import server_context
@@ -56,10 +56,19 @@ class Handler(grpclib.server.Handler):
         self._server = server
 
     def accept(self, stream: Any, headers: Headers, release_stream: Callable[[], Any]) -> None:
+        try:
+            self._accept(stream, apart(headers), release_stream)
+        except Exception:
+            # It would end the connection, with its other calls.
+            log.exception("a request that could not be taken")
+            stream.reset_now(ErrorCodes.INTERNAL_ERROR)
+            release_stream()
+
+    def _accept(self, stream: H2Stream, headers: Headers, release_stream: Callable[[], Any]) -> None:
         streams = self.protocol.processor.streams
         problem = check_headers(headers)
         reset = problem.reset if problem is not None else None
-        if reset is None and not self._note_length(stream.id, dict(headers).get("content-length")):
+        if problem is None and not self._note_length(stream, dict(headers).get("content-length")):
             reset = ErrorCodes.PROTOCOL_ERROR
         limit = self._server.settings.stream_limit
         # A stream is over for its peer before its handler is: it may open the next one.
@@ -102,6 +111,8 @@ class Handler(grpclib.server.Handler):
         self._tasks[stream] = task
 
         def done(task: Any) -> None:
+            if stream.owes_an_end and not task.cancelled():  # grpclib keeps what it could not tell to itself
+                log.error("the handler of a request ended without a status")
             # Also for a task that was cancelled before its first step, whose own `finally` never runs: its window
             # would be lost to the connection.
             self._ended(stream, task, release_stream, None if task.cancelled() else task.exception())
@@ -125,9 +136,6 @@ class Handler(grpclib.server.Handler):
         call.metadata = decode_metadata(headers)
 
         def ended(error: Exception | None) -> None:
-            # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
-            whole = call._send_trailing_metadata_done
-            stream.reset_now(ErrorCodes.NO_ERROR if whole else ErrorCodes.INTERNAL_ERROR)
             self._ended(stream, scope, release_stream, error)
 
         scope = self._tasks[stream] = self._server.spawner.start(_serve, handler, call, on_end=ended)
@@ -137,15 +145,18 @@ class Handler(grpclib.server.Handler):
     ) -> None:
         self._tasks.pop(stream, None)
         self._cancelled.discard(task)
+        # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
+        stream.reset_now(ErrorCodes.INTERNAL_ERROR if stream.owes_an_end else ErrorCodes.NO_ERROR)
         release_stream()
         if error is not None:
             log.error("a request handler failed", exc_info=error)
 
-    def _note_length(self, stream_id: int, length: str | None) -> bool:
+    def _note_length(self, opened: H2Stream, length: str | None) -> bool:
         """Have DATA compared with content-length; False where the request has ended and it says otherwise."""
         if length is None:
             return True
-        stream = self.protocol.h2.streams[stream_id]
+        assert opened.id is not None
+        stream = self.protocol.h2.streams[opened.id]
         stream._expected_content_length = int(length)
         return stream.state_machine.state in RECEIVING or int(length) == 0
 
@@ -177,8 +188,6 @@ async def _reply(stream: H2Stream, problem: Problem) -> None:
     headers += [("grpc-message", encode_grpc_message(problem.message)), *problem.headers]
     try:
         await stream.send_headers(headers, end_stream=True)
-        if stream.closable:
-            stream.reset_nowait()
     except PEER_GONE:
         log.debug("the peer of a bad request was gone before it was answered")
 
