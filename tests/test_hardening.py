@@ -28,6 +28,7 @@ import pytest
 from h2.errors import ErrorCodes
 
 from aipod.codec import Compressor
+from aipod.transport.headers import MAX_REFUSAL
 from aipod.wire.ai import Raw
 from tests.conftest import ROOT, Serve, Served, cpu_seconds, left_in, wait_until
 from tests.test_transport import HEADERS, REQUEST, Answer, Peer, descriptors, honest, memory, prefixed, raw_frame
@@ -465,6 +466,34 @@ def test_requests_with_many_headers_are_refused_and_slowed(served: Served) -> No
     assert statuses == {"8"}
     assert beside.longest < LATE
     assert memory(served) - before < 20
+
+
+@pytest.mark.parametrize(
+    ("extra", "status"),
+    [
+        ((":path", "/x" + "%" * 15_000), 12),
+        (("x" + "%" * 7_000 + "-bin", "*"), 3),
+        (("\xfc" * 7_000 + "-bin", "*"), 3),
+        (("x" * 15_000, "a "), 3),
+        (("x-func-name", "%" * 15_000), 12),
+    ],
+)
+def test_what_a_peer_has_sent_comes_back_as_a_short_text(peer: Peer, extra: tuple[str, str], status: int) -> None:
+    """It is coded for the wire in Python: the first of these cost the server 0.1 s."""
+    answer = peer.call(extra)
+    assert answer.status == status
+    assert 0 < len(answer.headers["grpc-message"]) <= 6 * MAX_REFUSAL
+
+
+def test_methods_that_are_not_there_are_refused_and_slowed(serve: Serve) -> None:
+    """A request that is refused counts as `REFUSED` frames. Mutant seen: those for unknown methods as none."""
+    served = serve("Async", "--frame-rate", "100")
+    with Peer(served) as peer:
+        began = time.monotonic()
+        for _ in range(8):
+            assert peer.call((":path", "/no.Such/method")).status == 12
+        # 8 * 50 of them; 100 are let through at once, then 100 a second, and what the last one owes nobody waits for.
+        assert time.monotonic() - began > 1.5, "more than they may be"
 
 
 def test_much_credit_beside_a_thousand_calls(served: Served) -> None:

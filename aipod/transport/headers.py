@@ -23,6 +23,9 @@ _OF_CONNECTION = {"connection", "proxy-connection", "keep-alive", "transfer-enco
 
 # They are kept for as long as their call.
 MAX_HEADERS = 100
+# Characters of a problem's text that are sent. It may quote what the peer has sent: 15,000 times `%` came back as 45
+# KB, which cost 0.1 s of Huffman coding.
+MAX_REFUSAL = 200
 
 Headers = list[tuple[str, str]]
 

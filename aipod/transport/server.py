@@ -26,7 +26,7 @@ from h2.exceptions import StreamClosedError
 from aipod.config import Config
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
-from aipod.transport.headers import Headers, Problem, apart, check_headers, parse_timeout
+from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
 from aipod.transport.protocol import REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import server_context
@@ -66,9 +66,14 @@ class Handler(grpclib.server.Handler):
 
     def _accept(self, stream: H2Stream, headers: Headers, release_stream: Callable[[], Any]) -> None:
         streams = self.protocol.processor.streams
+        seen = dict(headers)
+        handler = self.mapping.get(seen.get(":path", ""))
         problem = check_headers(headers)
+        if problem is None and handler is None:
+            # grpclib's own answer has no content-type, which a strict client takes for no gRPC at all.
+            problem = Problem(Status.UNIMPLEMENTED, f"there is no method {seen[':path']}")
         reset = problem.reset if problem is not None else None
-        if problem is None and not self._note_length(stream, dict(headers).get("content-length")):
+        if problem is None and not self._note_length(stream, seen.get("content-length")):
             reset = ErrorCodes.PROTOCOL_ERROR
         limit = self._server.settings.stream_limit
         # A stream is over for its peer before its handler is: it may open the next one.
@@ -85,11 +90,6 @@ class Handler(grpclib.server.Handler):
                 log.debug("a stream was reset by its peer before it could be refused")
             release_stream()
             return
-        seen = dict(headers)
-        handler = self.mapping.get(seen.get(":path", ""))
-        if problem is None and handler is None:
-            # grpclib's own answer has no content-type, which a strict client takes for no gRPC at all.
-            problem = Problem(Status.UNIMPLEMENTED, f"there is no method {seen.get(':path')}")
         if problem is not None:
             self._start(stream, release_stream, _reply(stream, problem))
             return
@@ -185,7 +185,7 @@ async def _reply(stream: H2Stream, problem: Problem) -> None:
     """A trailers-only response."""
     headers = [(":status", str(problem.http)), ("content-type", "application/grpc")]
     headers += [("grpc-status", str(problem.status.value))]
-    headers += [("grpc-message", encode_grpc_message(problem.message)), *problem.headers]
+    headers += [("grpc-message", encode_grpc_message(problem.message[:MAX_REFUSAL])), *problem.headers]
     try:
         await stream.send_headers(headers, end_stream=True)
     except PEER_GONE:
