@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -44,14 +45,18 @@ class Service:
         raise asyncio.CancelledError
 
 
+def call(channel: Channel, path: str) -> Any:
+    return channel.request(path, Cardinality.STREAM_STREAM, Raw, Raw)
+
+
 @contextlib.asynccontextmanager
-async def channel_to_server() -> AsyncIterator[Channel]:
+async def channel_to_server() -> AsyncIterator[tuple[Channel, Server]]:
     server = Server([Service()], Config())
     with socket.create_server(("127.0.0.1", 0)) as sock:
         await server.listen([sock])
         channel = Channel(f"127.0.0.1:{sock.getsockname()[1]}", Config())
         try:
-            yield channel
+            yield channel, server
         finally:
             await channel.aclose()
             server.stop_listening()
@@ -64,16 +69,13 @@ def test_a_request_that_cannot_be_served_ends_and_its_connection_goes_on(
 ) -> None:
     """Mutants seen: the exception leaves `accept`; a handler of grpclib's that says nothing is released, no more."""
 
-    def call(channel: Channel, path: str) -> Any:
-        return channel.request(path, Cardinality.STREAM_STREAM, Raw, Raw)
-
     async def whole_call(channel: Channel, path: str) -> None:
         async with call(channel, path) as stream:
             await stream.send_message(Raw())
             await stream.recv_message()
 
     async def main() -> None:
-        async with channel_to_server() as channel, call(channel, "/t/well") as other:
+        async with channel_to_server() as (channel, _), call(channel, "/t/well") as other:
             await open_call(other)
             await other.send_message(Raw(data=b"before"))
             assert (await other.recv_message()).data == b"before"
@@ -95,6 +97,34 @@ def test_a_request_that_cannot_be_served_ends_and_its_connection_goes_on(
             "/t/no-spawner": ["a request that could not be taken"],
         }[path]
     )
+
+
+def test_only_a_connection_without_a_call_makes_room_and_it_may_have_a_second() -> None:
+    """Mutants seen: those with calls make room too; those that came just now do."""
+
+    async def main() -> None:
+        async with channel_to_server() as (channel, server):
+            async with call(channel, "/t/well") as stream:
+                await open_call(stream)
+                await stream.send_message(Raw(data=b"begun"))
+                assert (await stream.recv_message()).data == b"begun"
+                [protocol] = server.protocols
+                protocol.last_busy = 0.0
+                assert not server._make_room()
+                await stream.end()
+                await read_status(stream)
+            while protocol.processor.streams:
+                await asyncio.sleep(0)
+            protocol.last_busy = time.monotonic() + 600  # whatever the machine does meanwhile
+            assert not server._make_room()
+            protocol.last_busy = 0.0
+            while not server._make_room():  # what was written last has not been acknowledged yet
+                await asyncio.sleep(0)
+            assert server.protocols == set()
+            await protocol.ended.wait()
+            assert not channel.connected
+
+    run(main)
 
 
 @pytest.mark.parametrize(

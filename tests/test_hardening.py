@@ -725,6 +725,54 @@ def test_more_silent_sockets_than_connections(serve: Serve) -> None:
     wait_until(lambda: descriptors(served) <= before)
 
 
+def lets_in(served: Served) -> bool:
+    """Whether a new connection is served."""
+    with Bare(served) as bare:
+        return answers_pings(bare)
+
+
+def answers_pings(bare: Bare) -> bool:
+    bare.send(raw_frame(PING, 0, 0, b"are you?"))
+    return any(kind == PING and flags & ACK and body == b"are you?" for kind, flags, _, body in bare.frames())
+
+
+def test_the_connection_that_is_idle_longest_makes_room_for_a_new_one(serve: Serve) -> None:
+    """Peers that have said hello and no more would keep everybody out. Those with a call stay, and those idle for less.
+
+    Mutants seen: the newest one goes; nobody does.
+    """
+    served = serve("Async", "--max-connections", "4")
+    with Peer(served) as busy, contextlib.ExitStack() as stack:
+        stream = busy.open(data=REQUEST[:4], end=False)
+        idle = []
+        for _ in range(3):
+            idle.append(stack.enter_context(Bare(served)))
+            assert answers_pings(idle[-1])
+        wait_until(lambda: lets_in(served))
+        assert idle[0].ending() == ErrorCodes.NO_ERROR
+        assert all(answers_pings(bare) for bare in idle[1:])
+        busy.h2.send_data(stream, REQUEST[4:], end_stream=True)
+        busy.flush()
+        assert busy.answer(stream).status == 0
+
+
+def test_a_connection_whose_answer_is_on_its_way_makes_no_room(serve: Serve) -> None:
+    """The call is over for the server, which has written all of it. Mutant seen: only its streams are looked at."""
+    served = serve("Plain", "--max-connections", "1")
+    with Peer(served, receive_buffer=32 * KIB) as peer:
+        wide(peer)
+        stream = peer.open(("x-func-name", "file"), data=request(b'{"length": 2097152}'))
+        peer.until(lambda: len(peer.answers[stream].data) > 1000)
+        wait_until(lambda: not jobs(served))
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            assert not lets_in(served)
+            time.sleep(0.05)
+        answer = peer.answer(stream)
+        assert (answer.status, len(answer.result)) == (0, 2 * MIB)
+        wait_until(lambda: lets_in(served))
+
+
 def test_a_handshake_in_drops_is_none(serve: Serve) -> None:
     served = serve("Async", "--handshake-timeout", "1")
     with silent(served) as sock:

@@ -118,6 +118,11 @@ class H2Connection(base.Connection):
     def alive(self) -> bool:
         return hasattr(self, "_transport")
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that the peer's system has not acknowledged."""
+        return self._socket.waiting
+
     # Receiving
 
     def arrived(self, size: int) -> None:
@@ -263,10 +268,16 @@ class _Socket:
         Not those that ours has taken: it takes no more until a third of its buffer is free, which has up to 4 MiB, and
         a peer that reads slowly, but steadily, would look like one that does not read.
         """
+        return self._written - self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that were written, and that the peer's system has not acknowledged."""
         queued = bytes(4)
-        with contextlib.suppress(OSError):  # not every system tells it of every socket
+        # Not every system tells it of every socket; with TLS the socket may be closed a moment before its connection.
+        with contextlib.suppress(OSError, ValueError):
             queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
-        return self._written - self.get_write_buffer_size() - int.from_bytes(queued, sys.byteorder)
+        return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def write(self, data: Any) -> None:
         if not self._closed:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import socket
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
@@ -35,6 +36,10 @@ log = logging.getLogger("aipod.transport")
 
 # Connections that wait to be accepted: hundreds may come at once, and asyncio would listen anew with 100.
 BACKLOG = 1024
+
+# Seconds that a new connection has for its first call before it may have to make room: else peers that come at the same
+# moment would push each other out.
+_SETTLING = 1.0
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
@@ -93,6 +98,7 @@ class Handler(grpclib.server.Handler):
         if problem is not None:
             self._start(stream, release_stream, _reply(stream, problem))
             return
+        self.protocol.last_busy = time.monotonic()
         stream.inbox.encoding = seen.get("grpc-encoding", "identity")
         stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
         if isinstance(handler, TrioHandler):
@@ -200,6 +206,7 @@ class Server(grpclib.server.Server):
         self.spawner = spawner
         self.settings = config
         self.protocols: set[ServerProtocol] = set()
+        self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
         self._listeners: list[asyncio.AbstractServer] = []
         self._stopped = False
 
@@ -221,9 +228,36 @@ class Server(grpclib.server.Server):
     def _protocol_factory(self) -> H2Protocol:
         if self._stopped:  # accepted in the moment in which its listener was closed: asyncio would stumble over it
             raise ConnectionAbortedError("the server listens no more")
+        limit = self.settings.max_connections
+        if limit and len(self.protocols) + len(self._arriving) >= limit and not self._make_room():
+            log.info("a connection was refused: there are %d already (--max-connections)", limit)
+            raise ConnectionAbortedError("there are enough connections")
         handler = Handler(self)
-        handler.protocol = ServerProtocol(handler, self)
-        return handler.protocol
+        handler.protocol = protocol = ServerProtocol(handler, self)
+        # asyncio's own for this connection: it ends when the handshake is over, or has failed.
+        task = asyncio.current_task()
+        assert task is not None
+        self._arriving[protocol] = task
+        task.add_done_callback(lambda task: self.arrived(protocol))
+        return protocol
+
+    def arrived(self, protocol: ServerProtocol) -> None:
+        """Its handshake is over."""
+        self._arriving.pop(protocol, None)
+
+    def _make_room(self) -> bool:
+        """End the connection that has been idle longest, or whose handshake has; False where none has been for long."""
+        settled = time.monotonic() - _SETTLING
+        quiet = [protocol for protocol in (*self.protocols, *self._arriving) if protocol.last_busy < settled]
+        for protocol in sorted(quiet, key=lambda protocol: protocol.last_busy):
+            if protocol in self._arriving:
+                self._arriving.pop(protocol).cancel()
+                return True
+            if protocol.is_idle:
+                self.protocols.discard(protocol)
+                protocol.make_room()
+                return True
+        return False
 
     def stop_listening(self) -> None:
         """Accept no more connections, and tell the open ones to bring no more requests (GOAWAY)."""
@@ -249,13 +283,20 @@ class ServerProtocol(H2Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._server.arrived(self)
         if self._server._stopped:
             self.connection.abort("its handshake was over when the server listened no more")
             return
         self._server.protocols.add(self)
-        limit = self._server.settings.max_connections
-        if limit and len(self._server.protocols) > limit:
-            self.connection.abort(f"there are {limit} connections already (--max-connections)")
+
+    def make_room(self) -> None:
+        """Say that nothing more is taken (GOAWAY) and close, without waiting for the peer to do so.
+
+        For an idle connection: nothing is lost with it, and what it asks for meanwhile it may ask for again.
+        """
+        log.info("a connection makes room for a new one (--max-connections)")
+        self.connection.goaway(self.h2.highest_inbound_stream_id)
+        self.transport.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._server.protocols.discard(self)
