@@ -104,8 +104,12 @@ class Config:
 
     # Transport
     max_streams: int = _setting(1000, "Calls at once per connection; 0 is none.", low=0, high=100_000)
-    # Every nginx upstream connection has one call, so this is also how many calls nginx can bring at once.
-    max_connections: int = _setting(1000, "Connections at once; 0 is none.", low=0)
+    # Every nginx upstream connection has one call, so this is also how many calls nginx can bring at once. Handshakes
+    # of TLS count. One more than that ends the one that has been idle longest (for a second at least): peers that ask
+    # for nothing keep nobody out.
+    max_connections: int = _setting(
+        1000, "Connections at once; one that is idle makes room for a new one; 0 is none.", low=0
+    )
     # What a stream holds before anything is known about it, times the streams of a connection.
     stream_window: int = _setting(256 * KIB, "HTTP/2 window that a stream begins with.", low=64 * KIB, high=1 * GIB)
     # 1 Gbit/s at a round trip of 130 ms.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import signal
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 from grpclib.client import Stream
@@ -21,7 +24,7 @@ from aipod.config import MIB, Config
 from aipod.transport.channel import Channel, open_call, read_status, reset, send_message
 from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import Raw
-from tests.conftest import run
+from tests.conftest import Serve, run
 
 Behave = Callable[[H2Connection, int], None]
 HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
@@ -87,6 +90,27 @@ def test_a_response_that_has_arrived_whole_is_read_though_the_connection_has_end
                 assert await stream.recv_message() == Raw(data=b"answer", last=True)
                 assert await stream.recv_message() is None
                 await read_status(stream)
+
+    run(main)
+
+
+def test_binary_values_that_come_joined_are_values_by_themselves() -> None:
+    """Mutant seen: they are refused. Stock grpclib raises binascii.Error."""
+
+    def answer(h2: H2Connection, stream: int) -> None:
+        h2.send_headers(stream, [*HEADERS, ("x-bin", "AA,AAA")])
+        h2.send_headers(stream, [("grpc-status", "0"), ("y-bin", "AA==,AAEC")], end_stream=True)
+
+    async def main() -> None:
+        async with peer(answer) as channel:
+            async with new_call(channel) as stream:
+                await stream.send_message(Raw(), end=True)
+                assert await stream.recv_message() is None
+                await read_status(stream)
+                assert stream.initial_metadata is not None
+                assert stream.initial_metadata.getall("x-bin") == [b"\0", b"\0\0"]
+                assert stream.trailing_metadata is not None
+                assert stream.trailing_metadata.getall("y-bin") == [b"\0", b"\0\1\2"]
 
     run(main)
 
@@ -205,3 +229,34 @@ def test_senders_wait_for_a_peer_that_does_not_read() -> None:
             await ended.wait()
 
     run(main)
+
+
+def test_a_server_that_has_stopped_is_found_by_ping(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Silence alone would be borne for ten minutes. The call goes on when the server does.
+
+    Mutant seen: a PING is sent, but nobody waits for its answer.
+    """
+    served = serve("tests.models_lifecycle:Work")
+    mark, until = tmp_path / "mark", tmp_path / "until"
+    config = Config(ping_interval=0.2, ping_timeout=2, silence=600)
+
+    async def main() -> None:
+        async with aipod.Client(served.address, config=config) as client:
+            call = asyncio.create_task(client.predict(mark=str(mark), until=str(until)))
+            while not mark.exists():
+                await asyncio.sleep(0.02)
+            protocol = client._link.channel()._latest
+            assert protocol is not None
+            served.process.send_signal(signal.SIGSTOP)
+            try:
+                await protocol.ended.wait()
+            finally:
+                served.process.send_signal(signal.SIGCONT)
+            until.touch()
+            assert await call == "done"
+
+    with caplog.at_level(logging.INFO, logger="aipod.transport"):
+        run(main)
+    assert "connection aborted: no answer to PING" in caplog.messages

@@ -8,6 +8,7 @@ import asyncio
 import collections
 import dataclasses
 import inspect
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,14 +25,17 @@ import h2.settings
 import h2.stream
 import h2.windows
 import pytest
+from grpclib.const import Cardinality, Handler
+from grpclib.health.v1.health_pb2 import HealthCheckRequest
 from h2.config import H2Configuration
 from h2.events import ConnectionTerminated, StreamReset
+from h2.exceptions import InvalidBodyLengthError
 from hyperframe.frame import GoAwayFrame
 
 from aipod.config import Config
 from aipod.transport.connection import H2
 from aipod.transport.protocol import configuration
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
 base = grpclib.protocol
 
@@ -211,6 +215,64 @@ def test_a_stream_of_h2_has_what_frames_are_accounted_in() -> None:
     assert stream._inbound_window_manager.current_window_size == 65535
     assert (stream.outbound_flow_control_window, client.outbound_flow_control_window) == (65535, 65535)
     assert client.state_machine.state is h2.connection.ConnectionState.CLIENT_OPEN
+
+
+def test_a_stream_of_h2_has_what_a_content_length_is_kept_in() -> None:
+    """And the method that reads it can be replaced on the stream itself."""
+    client = h2.connection.H2Connection(H2Configuration(client_side=True))
+    server = h2.connection.H2Connection(H2Configuration(client_side=False))
+    client.initiate_connection()
+    request = [(":method", "POST"), (":path", "/"), (":scheme", "http"), (":authority", "x"), ("content-length", "5")]
+    client.send_headers(1, request)
+    client.send_headers(3, request)
+    seen = []
+    begin = server._begin_new_stream
+
+    def begin_new_stream(stream_id: int, allowed_ids: Any) -> Any:
+        stream = begin(stream_id, allowed_ids)
+        if stream_id == 3:
+            vars(stream)["_initialize_content_length"] = seen.append
+        return stream
+
+    vars(server)["_begin_new_stream"] = begin_new_stream
+    server.receive_data(client.data_to_send())
+    assert [server.streams[number]._expected_content_length for number in (1, 3)] == [5, None]
+    assert len(seen) == 1
+    server.streams[3]._track_content_length(1000, True)
+    server.streams[3]._expected_content_length = 1002
+    server.streams[3]._track_content_length(2, True)
+    with pytest.raises(InvalidBodyLengthError):
+        server.streams[3]._track_content_length(1, False)
+
+
+def test_calls_of_grpclib_have_their_stream_and_a_wrapper() -> None:
+    """Stock grpclib on both sides."""
+
+    class Service:
+        def __mapping__(self) -> dict[str, Any]:
+            return {"/t/t": Handler(self.serve, Cardinality.STREAM_STREAM, HealthCheckRequest, HealthCheckRequest)}
+
+        async def serve(self, stream: grpclib.server.Stream[Any, Any]) -> None:
+            assert isinstance(stream._stream, base.Stream)
+            await stream.send_message(HealthCheckRequest(service="served"))
+
+    async def main() -> None:
+        server = grpclib.server.Server([Service()])
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            await server.start(sock=sock)
+            channel = grpclib.client.Channel("127.0.0.1", sock.getsockname()[1])
+            kinds = (HealthCheckRequest, HealthCheckRequest)
+            async with channel.request("/t/t", Cardinality.STREAM_STREAM, *kinds) as call:
+                assert isinstance(call._wrapper, grpclib.utils.Wrapper)
+                await call.send_request()
+                assert isinstance(call._stream, base.Stream)
+                await call.end()
+                assert (await call.recv_message()).service == "served"
+            channel.close()
+            server.close()
+            await server.wait_closed()
+
+    run(main)
 
 
 def test_trio_asyncio_has_what_the_bridge_uses() -> None:

@@ -28,6 +28,7 @@ import pytest
 from h2.errors import ErrorCodes
 
 from aipod.codec import Compressor
+from aipod.transport.headers import MAX_REFUSAL
 from aipod.wire.ai import Raw
 from tests.conftest import ROOT, Serve, Served, cpu_seconds, left_in, wait_until
 from tests.test_transport import HEADERS, REQUEST, Answer, Peer, descriptors, honest, memory, prefixed, raw_frame
@@ -369,6 +370,9 @@ MALFORMED = -1  # answered by RST_STREAM(PROTOCOL_ERROR): it is no HTTP request
         ([("x-bin", "A,A")], "", 3),
         ([("x-bin", "\xff")], "", 3),
         ([("x-bin", "QQ==,QQ==")], "", 0),  # two values in one
+        ([("x-bin", "AA,AAA")], "", 0),
+        ([("x", "gr\xfc"), ("content-length", "x")], "", 3),
+        ([("content-length", "x"), ("x", "gr\xfc")], "", 3),
         ([("grpc-timeout", "0n")], "", 4),
         ([("grpc-timeout", "00000000H")], "", 4),
         ([("grpc-timeout", "9" * 400 + "S")], "", 3),
@@ -389,7 +393,10 @@ MALFORMED = -1  # answered by RST_STREAM(PROTOCOL_ERROR): it is no HTTP request
     ],
 )
 def test_bad_headers_are_answered_and_cost_no_other_call(peer: Peer, extra: Pairs, drop: str, expected: int) -> None:
-    """Stock grpclib leaves several of them without any answer, and ends at a value that is not ASCII."""
+    """Stock grpclib leaves several of them without any answer, and ends at a value that is not ASCII.
+
+    Mutant seen: content-length is read where an earlier header was refused already.
+    """
     other = peer.open(data=REQUEST[:4], end=False)
     answer = peer.call(*extra, drop=drop)
     if expected == MALFORMED:
@@ -399,6 +406,12 @@ def test_bad_headers_are_answered_and_cost_no_other_call(peer: Peer, extra: Pair
     peer.h2.send_data(other, REQUEST[4:], end_stream=True)
     peer.flush()
     assert peer.answer(other).status == 0
+
+
+def test_headers_of_a_call_that_grpclib_serves(peer: Peer) -> None:
+    """Mutant seen: joined values are taken apart only for methods of our own; the others have no answer."""
+    for extra, status in ((("x-bin", "AA,AAA"), 0), (("x-bin", "A,AA"), 3), (("x", "gr\xfc"), 3)):
+        assert peer.call((":path", "/grpc.health.v1.Health/Check"), extra, data=prefixed(b"")).status == status
 
 
 @pytest.mark.parametrize("value", ["1", "1000000", "x", "-1"])
@@ -453,6 +466,34 @@ def test_requests_with_many_headers_are_refused_and_slowed(served: Served) -> No
     assert statuses == {"8"}
     assert beside.longest < LATE
     assert memory(served) - before < 20
+
+
+@pytest.mark.parametrize(
+    ("extra", "status"),
+    [
+        ((":path", "/x" + "%" * 15_000), 12),
+        (("x" + "%" * 7_000 + "-bin", "*"), 3),
+        (("\xfc" * 7_000 + "-bin", "*"), 3),
+        (("x" * 15_000, "a "), 3),
+        (("x-func-name", "%" * 15_000), 12),
+    ],
+)
+def test_what_a_peer_has_sent_comes_back_as_a_short_text(peer: Peer, extra: tuple[str, str], status: int) -> None:
+    """It is coded for the wire in Python: the first of these cost the server 0.1 s."""
+    answer = peer.call(extra)
+    assert answer.status == status
+    assert 0 < len(answer.headers["grpc-message"]) <= 6 * MAX_REFUSAL
+
+
+def test_methods_that_are_not_there_are_refused_and_slowed(serve: Serve) -> None:
+    """A request that is refused counts as `REFUSED` frames. Mutant seen: those for unknown methods as none."""
+    served = serve("Async", "--frame-rate", "100")
+    with Peer(served) as peer:
+        began = time.monotonic()
+        for _ in range(8):
+            assert peer.call((":path", "/no.Such/method")).status == 12
+        # 8 * 50 of them; 100 are let through at once, then 100 a second, and what the last one owes nobody waits for.
+        assert time.monotonic() - began > 1.5, "more than they may be"
 
 
 def test_much_credit_beside_a_thousand_calls(served: Served) -> None:
@@ -717,6 +758,54 @@ def test_more_silent_sockets_than_connections(serve: Serve) -> None:
         with Peer(served) as peer:
             honest(peer)
     wait_until(lambda: descriptors(served) <= before)
+
+
+def lets_in(served: Served) -> bool:
+    """Whether a new connection is served."""
+    with Bare(served) as bare:
+        return answers_pings(bare)
+
+
+def answers_pings(bare: Bare) -> bool:
+    bare.send(raw_frame(PING, 0, 0, b"are you?"))
+    return any(kind == PING and flags & ACK and body == b"are you?" for kind, flags, _, body in bare.frames())
+
+
+def test_the_connection_that_is_idle_longest_makes_room_for_a_new_one(serve: Serve) -> None:
+    """Peers that have said hello and no more would keep everybody out. Those with a call stay, and those idle for less.
+
+    Mutants seen: the newest one goes; nobody does.
+    """
+    served = serve("Async", "--max-connections", "4")
+    with Peer(served) as busy, contextlib.ExitStack() as stack:
+        stream = busy.open(data=REQUEST[:4], end=False)
+        idle = []
+        for _ in range(3):
+            idle.append(stack.enter_context(Bare(served)))
+            assert answers_pings(idle[-1])
+        wait_until(lambda: lets_in(served))
+        assert idle[0].ending() == ErrorCodes.NO_ERROR
+        assert all(answers_pings(bare) for bare in idle[1:])
+        busy.h2.send_data(stream, REQUEST[4:], end_stream=True)
+        busy.flush()
+        assert busy.answer(stream).status == 0
+
+
+def test_a_connection_whose_answer_is_on_its_way_makes_no_room(serve: Serve) -> None:
+    """The call is over for the server, which has written all of it. Mutant seen: only its streams are looked at."""
+    served = serve("Plain", "--max-connections", "1")
+    with Peer(served, receive_buffer=32 * KIB) as peer:
+        wide(peer)
+        stream = peer.open(("x-func-name", "file"), data=request(b'{"length": 2097152}'))
+        peer.until(lambda: len(peer.answers[stream].data) > 1000)
+        wait_until(lambda: not jobs(served))
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            assert not lets_in(served)
+            time.sleep(0.05)
+        answer = peer.answer(stream)
+        assert (answer.status, len(answer.result)) == (0, 2 * MIB)
+        wait_until(lambda: lets_in(served))
 
 
 def test_a_handshake_in_drops_is_none(serve: Serve) -> None:

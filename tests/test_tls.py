@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import select
 import signal
 import socket
 import ssl
@@ -22,7 +24,8 @@ from aipod.config import Config
 from aipod.transport.channel import Channel, open_call, read_status
 from aipod.transport.tls import TLSError, client_context, server_context
 from aipod.wire.ai import Raw
-from tests.conftest import ROOT, Serve, Served, run
+from tests.conftest import ROOT, Serve, Served, run, wait_until
+from tests.test_transport import descriptors
 
 MIB = 1024 * 1024
 
@@ -205,6 +208,29 @@ def test_a_handshake_that_never_ends_is_given_up(serve: Serve, files: Files) -> 
     with socket.create_connection(("127.0.0.1", served.port)) as sock:
         sock.settimeout(20)
         assert sock.recv(1) == b""
+
+
+def test_handshakes_count_as_connections_and_make_room(serve: Serve, files: Files) -> None:
+    """Else silent sockets would have all descriptors that jobs need, until their handshakes are given up.
+
+    Mutants seen: a connection counts when its handshake is over; handshakes make no room.
+    """
+    served = serve("Plain", "--tls-cert", files.server, "--max-connections", "5", "--handshake-timeout", "600")
+    assert echo(served, b"x", config(tls_ca=files.ca)) == b"x"
+    before = descriptors(served)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port))) for _ in range(30)]
+        wait_until(lambda: len(select.select(socks, [], [], 0)[0]) == 25)  # closed
+        wait_until(lambda: descriptors(served) <= before + 5)
+
+        def is_served() -> bool:
+            with contextlib.suppress(aipod.Unreachable):
+                return echo(served, b"x", config(tls_ca=files.ca)) == b"x"
+            return False
+
+        wait_until(is_served)
+        assert len(select.select(socks, [], [], 0)[0]) == 26
+    wait_until(lambda: descriptors(served) <= before)
 
 
 def test_health_and_call_speak_tls(serve: Serve, files: Files) -> None:

@@ -55,5 +55,5 @@ def ending_of(exc: BaseException) -> Ending:
 
 def _cut(text: str) -> str:
     """The beginning of `text` that takes at most `MAX_TEXT` bytes as a header."""
-    whole = re.sub("%.?\\Z", "", encode_grpc_message(text)[:MAX_TEXT])
+    whole = re.sub("%.?\\Z", "", encode_grpc_message(text[:MAX_TEXT])[:MAX_TEXT])
     return unquote(whole, errors="ignore")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import grpclib.client
+from google.protobuf.message import DecodeError
+from grpclib.const import Status
 from grpclib.encoding.proto import ProtoStatusDetailsCodec
 from grpclib.exceptions import ProtocolError, StreamTerminatedError
 from h2.errors import ErrorCodes
@@ -27,6 +30,16 @@ MOVES = 10
 _GOODBYE = 1.0
 
 
+class _Details(ProtoStatusDetailsCodec):
+    """What a status says besides its text; nothing where that cannot be read."""
+
+    def decode(self, status: Status, message: str | None, data: bytes) -> Sequence[Any]:
+        try:
+            return super().decode(status, message, data)
+        except DecodeError:
+            return []
+
+
 class Channel(grpclib.client.Channel):
     """A connection to one address, made when it is first needed. asyncio-flavored. Raises TLSError."""
 
@@ -40,7 +53,7 @@ class Channel(grpclib.client.Channel):
             port,
             path=path,
             codec=Codec(config),
-            status_details_codec=ProtoStatusDetailsCodec(),
+            status_details_codec=_Details(),
             config=grpc,
             ssl=client_context(config),
         )

@@ -43,7 +43,7 @@ from h2.stream import H2Stream as BaseH2Stream
 from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
 
 from aipod.config import KIB, MIB, Config
-from aipod.transport.headers import Headers, response_is_readable, trailers_are_readable
+from aipod.transport.headers import Headers, apart, response_is_readable, trailers_are_readable
 from aipod.transport.limits import Bucket
 from aipod.transport.stream import SMALL, H2Stream
 from aipod.transport.turns import Turns
@@ -147,6 +147,11 @@ class H2Connection(base.Connection):
     @property
     def alive(self) -> bool:
         return hasattr(self, "_transport")
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that the peer's system has not acknowledged."""
+        return self._socket.waiting
 
     # Receiving
 
@@ -298,10 +303,16 @@ class _Socket:
         Not those that ours has taken: it takes no more until a third of its buffer is free, which has up to 4 MiB, and
         a peer that reads slowly, but steadily, would look like one that does not read.
         """
+        return self._written - self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that were written, and that the peer's system has not acknowledged."""
         queued = bytes(4)
-        with contextlib.suppress(OSError):  # not every system tells it of every socket
+        # Not every system tells it of every socket; with TLS the socket may be closed a moment before its connection.
+        with contextlib.suppress(OSError, ValueError):
             queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
-        return self._written - self.get_write_buffer_size() - int.from_bytes(queued, sys.byteorder)
+        return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def write(self, data: Any) -> None:
         if not self._closed:
@@ -361,14 +372,15 @@ class Processor(base.EventsProcessor):
         stream = cast(H2Stream | None, self.streams.get(event.stream_id or 0))
         if stream is not None:
             stream.inbox.encoding = dict(cast(Headers, event.headers)).get("grpc-encoding", "identity")
-        self._take_headers(super().process_response_received, event, response_is_readable(event.headers))
+        self._take_headers(super().process_response_received, event, response_is_readable)
 
     def process_trailers_received(self, event: TrailersReceived) -> None:
-        self._take_headers(super().process_trailers_received, event, trailers_are_readable(event.headers))
+        self._take_headers(super().process_trailers_received, event, trailers_are_readable)
 
-    def _take_headers(self, take: Callable[[Any], None], event: Any, readable: bool) -> None:
+    def _take_headers(self, take: Callable[[Any], None], event: Any, readable: Callable[[Headers], bool]) -> None:
         stream = self.streams.get(event.stream_id)
-        if readable or stream is None:
+        event.headers = apart(event.headers)
+        if stream is None or readable(event.headers):
             take(event)
             return
         self.reset_stream(event.stream_id, "the peer has sent headers that are malformed")

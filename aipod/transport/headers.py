@@ -12,7 +12,7 @@ from h2.errors import ErrorCodes
 # https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: TimeoutValue is at most 8 digits.
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])\Z")
 _UNIT = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-# A value of a header whose name ends in -bin, padded or not; several come joined by commas.
+# A value of a header whose name ends in -bin, padded or not.
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}\Z")
 _ENCODINGS = ("identity", "gzip", "deflate")
 _NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+\Z")
@@ -23,6 +23,9 @@ _OF_CONNECTION = {"connection", "proxy-connection", "keep-alive", "transfer-enco
 
 # They are kept for as long as their call.
 MAX_HEADERS = 100
+# Characters of a problem's text that are sent. It may quote what the peer has sent: 15,000 times `%` came back as 45
+# KB, which cost 0.1 s of Huffman coding.
+MAX_REFUSAL = 200
 
 Headers = list[tuple[str, str]]
 
@@ -44,8 +47,18 @@ def parse_timeout(value: str) -> float:
     return int(match[1]) * _UNIT[match[2]]
 
 
+def apart(headers: Iterable[tuple[Any, Any]]) -> Headers:
+    """`headers` with each value of those whose names end in -bin by itself: several may come joined by commas.
+
+    grpclib decodes such a value as if it were one, which fails, or gives nonsense.
+    """
+    return [
+        (name, part) for name, value in headers for part in (value.split(",") if name.endswith("-bin") else (value,))
+    ]
+
+
 def check_headers(headers: Sequence[tuple[str, str]]) -> Problem | None:
-    """Why a request cannot be served, or None."""
+    """Why a request cannot be served, or None; its headers are `apart`."""
     if len(headers) > MAX_HEADERS:
         return Problem(Status.RESOURCE_EXHAUSTED, f"more than {MAX_HEADERS} headers")
     seen: dict[str, str] = {}
@@ -116,18 +129,17 @@ def _malformed(headers: Sequence[tuple[str, str]], seen: dict[str, str]) -> str 
     return None
 
 
-def response_is_readable(headers: Iterable[tuple[Any, Any]]) -> bool:
-    """Whether grpclib can read the headers of a response."""
-    pairs = list(headers)
-    return any(name == ":status" for name, _ in pairs) and all(_is_base64(*pair) for pair in pairs)
+def response_is_readable(headers: Headers) -> bool:
+    """Whether grpclib can read the headers of a response, which are `apart`."""
+    return any(name == ":status" for name, _ in headers) and all(_is_base64(*pair) for pair in headers)
 
 
-def trailers_are_readable(headers: Iterable[tuple[Any, Any]]) -> bool:
-    """Whether grpclib can read trailers; they have no pseudo-headers (RFC 9113 section 8.1)."""
+def trailers_are_readable(headers: Headers) -> bool:
+    """Whether grpclib can read trailers, `apart`; they have no pseudo-headers (RFC 9113 section 8.1)."""
     return all(not name.startswith(":") and _is_base64(name, value) for name, value in headers)
 
 
 def _is_base64(name: str, value: str) -> bool:
     if not name.endswith("-bin"):
         return True
-    return all(_BASE64.match(part) and len(part.rstrip("=")) % 4 != 1 for part in value.split(","))
+    return _BASE64.match(value) is not None and len(value.rstrip("=")) % 4 != 1

@@ -150,6 +150,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self.greeted = asyncio.Event()  # the peer's SETTINGS have come; or nothing more will
         self.ended = asyncio.Event()  # the socket is closed
         self._watch: asyncio.TimerHandle | None = None
+        self.last_busy = time.monotonic()  # when there was a call, as far as is known
         self._measuring = False  # a PING that measures a round trip is under way
         self._next_ping = self._pause = 0.0
 
@@ -168,7 +169,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self.connection.initialize()
         self.processor = Processor(self.handler, self.connection)
         self._reader = FrameReader(self, self.settings.max_frame, preface=not client)
-        self._began = self._last_busy = time.monotonic()
+        self._began = time.monotonic()
         self._watch_again()
         tls = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
@@ -390,14 +391,14 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         now, settings = time.monotonic(), self.settings
         age = now - self._began
         if self.processor.streams:
-            self._last_busy = now
+            self.last_busy = now
         if not self.greeted.is_set() and age > settings.handshake_timeout:
             self.connection.abort(f"no HTTP/2 SETTINGS within {settings.handshake_timeout:g} s")
         elif self.connection.check_stall(now):
             self.connection.abort("the peer does not read")
         elif 0 < settings.max_age < age - settings.max_age_grace:
             self.connection.abort("its calls have not ended within max_age and max_age_grace")
-        elif 0 < settings.max_age < age or 0 < settings.max_idle < now - self._last_busy:
+        elif 0 < settings.max_age < age or 0 < settings.max_idle < now - self.last_busy:
             self.drain()
         if not self.connection.alive:
             return
@@ -413,6 +414,11 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
             self.processor.draining = True
             self.connection.goaway(self.h2.highest_inbound_stream_id)
             self.processor.close_if_drained()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no call, and the peer's system has taken all that it was sent."""
+        return not self.processor.streams and not self.connection.waiting
 
     def connection_lost(self, exc: BaseException | None) -> None:
         for timer in (self._watch, self._resting):

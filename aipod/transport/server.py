@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import socket
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from h2.exceptions import StreamClosedError
 from aipod.config import Config
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
-from aipod.transport.headers import Headers, Problem, check_headers, parse_timeout
+from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
 from aipod.transport.protocol import REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import server_context
@@ -35,6 +36,10 @@ log = logging.getLogger("aipod.transport")
 
 # Connections that wait to be accepted: hundreds may come at once, and asyncio would listen anew with 100.
 BACKLOG = 1024
+
+# Seconds that a new connection has for its first call before it may have to make room: else peers that come at the same
+# moment would push each other out.
+_SETTLING = 1.0
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
@@ -56,10 +61,24 @@ class Handler(grpclib.server.Handler):
         self._server = server
 
     def accept(self, stream: Any, headers: Headers, release_stream: Callable[[], Any]) -> None:
+        try:
+            self._accept(stream, apart(headers), release_stream)
+        except Exception:
+            # It would end the connection, with its other calls.
+            log.exception("a request that could not be taken")
+            stream.reset_now(ErrorCodes.INTERNAL_ERROR)
+            release_stream()
+
+    def _accept(self, stream: H2Stream, headers: Headers, release_stream: Callable[[], Any]) -> None:
         streams = self.protocol.processor.streams
+        seen = dict(headers)
+        handler = self.mapping.get(seen.get(":path", ""))
         problem = check_headers(headers)
+        if problem is None and handler is None:
+            # grpclib's own answer has no content-type, which a strict client takes for no gRPC at all.
+            problem = Problem(Status.UNIMPLEMENTED, f"there is no method {seen[':path']}")
         reset = problem.reset if problem is not None else None
-        if reset is None and not self._note_length(stream.id, dict(headers).get("content-length")):
+        if problem is None and not self._note_length(stream, seen.get("content-length")):
             reset = ErrorCodes.PROTOCOL_ERROR
         limit = self._server.settings.stream_limit
         # A stream is over for its peer before its handler is: it may open the next one.
@@ -76,14 +95,10 @@ class Handler(grpclib.server.Handler):
                 log.debug("a stream was reset by its peer before it could be refused")
             release_stream()
             return
-        seen = dict(headers)
-        handler = self.mapping.get(seen.get(":path", ""))
-        if problem is None and handler is None:
-            # grpclib's own answer has no content-type, which a strict client takes for no gRPC at all.
-            problem = Problem(Status.UNIMPLEMENTED, f"there is no method {seen.get(':path')}")
         if problem is not None:
             self._start(stream, release_stream, _reply(stream, problem))
             return
+        self.protocol.last_busy = time.monotonic()
         stream.inbox.encoding = seen.get("grpc-encoding", "identity")
         stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
         if isinstance(handler, TrioHandler):
@@ -102,6 +117,8 @@ class Handler(grpclib.server.Handler):
         self._tasks[stream] = task
 
         def done(task: Any) -> None:
+            if stream.owes_an_end and not task.cancelled():  # grpclib keeps what it could not tell to itself
+                log.error("the handler of a request ended without a status")
             # Also for a task that was cancelled before its first step, whose own `finally` never runs: its window
             # would be lost to the connection.
             self._ended(stream, task, release_stream, None if task.cancelled() else task.exception())
@@ -125,9 +142,6 @@ class Handler(grpclib.server.Handler):
         call.metadata = decode_metadata(headers)
 
         def ended(error: Exception | None) -> None:
-            # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
-            whole = call._send_trailing_metadata_done
-            stream.reset_now(ErrorCodes.NO_ERROR if whole else ErrorCodes.INTERNAL_ERROR)
             self._ended(stream, scope, release_stream, error)
 
         scope = self._tasks[stream] = self._server.spawner.start(_serve, handler, call, on_end=ended)
@@ -137,15 +151,18 @@ class Handler(grpclib.server.Handler):
     ) -> None:
         self._tasks.pop(stream, None)
         self._cancelled.discard(task)
+        # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
+        stream.reset_now(ErrorCodes.INTERNAL_ERROR if stream.owes_an_end else ErrorCodes.NO_ERROR)
         release_stream()
         if error is not None:
             log.error("a request handler failed", exc_info=error)
 
-    def _note_length(self, stream_id: int, length: str | None) -> bool:
+    def _note_length(self, opened: H2Stream, length: str | None) -> bool:
         """Have DATA compared with content-length; False where the request has ended and it says otherwise."""
         if length is None:
             return True
-        stream = self.protocol.h2.streams[stream_id]
+        assert opened.id is not None
+        stream = self.protocol.h2.streams[opened.id]
         stream._expected_content_length = int(length)
         return stream.state_machine.state in RECEIVING or int(length) == 0
 
@@ -174,11 +191,9 @@ async def _reply(stream: H2Stream, problem: Problem) -> None:
     """A trailers-only response."""
     headers = [(":status", str(problem.http)), ("content-type", "application/grpc")]
     headers += [("grpc-status", str(problem.status.value))]
-    headers += [("grpc-message", encode_grpc_message(problem.message)), *problem.headers]
+    headers += [("grpc-message", encode_grpc_message(problem.message[:MAX_REFUSAL])), *problem.headers]
     try:
         await stream.send_headers(headers, end_stream=True)
-        if stream.closable:
-            stream.reset_nowait()
     except PEER_GONE:
         log.debug("the peer of a bad request was gone before it was answered")
 
@@ -191,6 +206,7 @@ class Server(grpclib.server.Server):
         self.spawner = spawner
         self.settings = config
         self.protocols: set[ServerProtocol] = set()
+        self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
         self._listeners: list[asyncio.AbstractServer] = []
         self._stopped = False
 
@@ -212,9 +228,36 @@ class Server(grpclib.server.Server):
     def _protocol_factory(self) -> H2Protocol:
         if self._stopped:  # accepted in the moment in which its listener was closed: asyncio would stumble over it
             raise ConnectionAbortedError("the server listens no more")
+        limit = self.settings.max_connections
+        if limit and len(self.protocols) + len(self._arriving) >= limit and not self._make_room():
+            log.info("a connection was refused: there are %d already (--max-connections)", limit)
+            raise ConnectionAbortedError("there are enough connections")
         handler = Handler(self)
-        handler.protocol = ServerProtocol(handler, self)
-        return handler.protocol
+        handler.protocol = protocol = ServerProtocol(handler, self)
+        # asyncio's own for this connection: it ends when the handshake is over, or has failed.
+        task = asyncio.current_task()
+        assert task is not None
+        self._arriving[protocol] = task
+        task.add_done_callback(lambda task: self.arrived(protocol))
+        return protocol
+
+    def arrived(self, protocol: ServerProtocol) -> None:
+        """Its handshake is over."""
+        self._arriving.pop(protocol, None)
+
+    def _make_room(self) -> bool:
+        """End the connection that has been idle longest, or whose handshake has; False where none has been for long."""
+        settled = time.monotonic() - _SETTLING
+        quiet = [protocol for protocol in (*self.protocols, *self._arriving) if protocol.last_busy < settled]
+        for protocol in sorted(quiet, key=lambda protocol: protocol.last_busy):
+            if protocol in self._arriving:
+                self._arriving.pop(protocol).cancel()
+                return True
+            if protocol.is_idle:
+                self.protocols.discard(protocol)
+                protocol.make_room()
+                return True
+        return False
 
     def stop_listening(self) -> None:
         """Accept no more connections, and tell the open ones to bring no more requests (GOAWAY)."""
@@ -240,13 +283,20 @@ class ServerProtocol(H2Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._server.arrived(self)
         if self._server._stopped:
             self.connection.abort("its handshake was over when the server listened no more")
             return
         self._server.protocols.add(self)
-        limit = self._server.settings.max_connections
-        if limit and len(self._server.protocols) > limit:
-            self.connection.abort(f"there are {limit} connections already (--max-connections)")
+
+    def make_room(self) -> None:
+        """Say that nothing more is taken (GOAWAY) and close, without waiting for the peer to do so.
+
+        For an idle connection: nothing is lost with it, and what it asks for meanwhile it may ask for again.
+        """
+        log.info("a connection makes room for a new one (--max-connections)")
+        self.connection.goaway(self.h2.highest_inbound_stream_id)
+        self.transport.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._server.protocols.discard(self)

@@ -229,6 +229,12 @@ class H2Stream(base.Stream):
         if stream is None or stream.outbound_flow_control_window > 0:  # new settings wake too
             self.blocked_since = None
 
+    @property
+    def owes_an_end(self) -> bool:
+        """Whether the peer still waits for this side to end."""
+        stream = self._h2_connection.streams.get(self.id or 0)
+        return self.connection.alive and stream is not None and stream.state_machine.state in SENDING
+
     def stall(self) -> None:
         """End the stream, and a sender's wait for the window."""
         self.stalled = True

@@ -1,0 +1,159 @@
+"""How requests get in, and that whatever goes wrong there costs the request alone: a server in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import grpclib.const
+import pytest
+from grpclib.const import Cardinality
+from grpclib.exceptions import StreamTerminatedError
+
+from aipod.config import Config
+from aipod.transport.channel import Channel, open_call, read_status
+from aipod.transport.headers import apart, check_headers, response_is_readable, trailers_are_readable
+from aipod.transport.server import Server, TrioHandler
+from aipod.wire.ai import Raw
+from tests.conftest import run
+from tests.test_transport import HEADERS
+
+
+class Service:
+    """What grpclib takes for a service; asyncio-flavored but for what there is no spawner for."""
+
+    def __mapping__(self) -> Mapping[str, Any]:
+        kinds = (Cardinality.STREAM_STREAM, Raw, Raw)
+        return {
+            "/t/well": grpclib.const.Handler(self.well, *kinds),
+            "/t/cancels": grpclib.const.Handler(self.cancels, *kinds),
+            "/t/no-handler": object(),  # grpclib stumbles before it can answer, and says nothing
+            "/t/no-spawner": TrioHandler(self.well, *kinds),
+        }
+
+    async def well(self, stream: Any) -> None:
+        while (message := await stream.recv_message()) is not None:
+            await stream.send_message(message)
+
+    async def cancels(self, stream: Any) -> None:
+        await stream.recv_message()
+        raise asyncio.CancelledError
+
+
+def call(channel: Channel, path: str) -> Any:
+    return channel.request(path, Cardinality.STREAM_STREAM, Raw, Raw)
+
+
+@contextlib.asynccontextmanager
+async def channel_to_server() -> AsyncIterator[tuple[Channel, Server]]:
+    server = Server([Service()], Config())
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        await server.listen([sock])
+        channel = Channel(f"127.0.0.1:{sock.getsockname()[1]}", Config())
+        try:
+            yield channel, server
+        finally:
+            await channel.aclose()
+            server.stop_listening()
+            server.abort()
+
+
+@pytest.mark.parametrize("path", ["/t/cancels", "/t/no-handler", "/t/no-spawner"])
+def test_a_request_that_cannot_be_served_ends_and_its_connection_goes_on(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mutants seen: the exception leaves `accept`; a handler of grpclib's that says nothing is released, no more."""
+
+    async def whole_call(channel: Channel, path: str) -> None:
+        async with call(channel, path) as stream:
+            await stream.send_message(Raw())
+            await stream.recv_message()
+
+    async def main() -> None:
+        async with channel_to_server() as (channel, _), call(channel, "/t/well") as other:
+            await open_call(other)
+            await other.send_message(Raw(data=b"before"))
+            assert (await other.recv_message()).data == b"before"
+            with pytest.raises(StreamTerminatedError, match="error_code: 2"):
+                await whole_call(channel, path)
+            await other.send_message(Raw(data=b"after"), end=True)
+            assert (await other.recv_message()).data == b"after"
+            assert await other.recv_message() is None
+            await read_status(other)
+
+    with caplog.at_level(logging.ERROR, logger="aipod"):
+        run(main)
+    said = [record.getMessage() for record in caplog.records if record.name == "aipod.transport"]
+    assert (
+        said
+        == {
+            "/t/cancels": [],
+            "/t/no-handler": ["the handler of a request ended without a status"],
+            "/t/no-spawner": ["a request that could not be taken"],
+        }[path]
+    )
+
+
+def test_only_a_connection_without_a_call_makes_room_and_it_may_have_a_second() -> None:
+    """Mutants seen: those with calls make room too; those that came just now do."""
+
+    async def main() -> None:
+        async with channel_to_server() as (channel, server):
+            async with call(channel, "/t/well") as stream:
+                await open_call(stream)
+                await stream.send_message(Raw(data=b"begun"))
+                assert (await stream.recv_message()).data == b"begun"
+                [protocol] = server.protocols
+                protocol.last_busy = 0.0
+                assert not server._make_room()
+                await stream.end()
+                await read_status(stream)
+            while protocol.processor.streams:
+                await asyncio.sleep(0)
+            protocol.last_busy = time.monotonic() + 600  # whatever the machine does meanwhile
+            assert not server._make_room()
+            protocol.last_busy = 0.0
+            while not server._make_room():  # what was written last has not been acknowledged yet
+                await asyncio.sleep(0)
+            assert server.protocols == set()
+            await protocol.ended.wait()
+            assert not channel.connected
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("value", "values"),
+    [
+        ("AAEC", ["AAEC"]),
+        ("", [""]),
+        ("AA,AAA", ["AA", "AAA"]),
+        ("QQ==,Qg,", ["QQ==", "Qg", ""]),
+    ],
+)
+def test_binary_values_that_come_joined_are_values_by_themselves(value: str, values: list[str]) -> None:
+    """https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: joined by commas, padded or not."""
+    assert apart([("x-bin", value), ("x", "a,b")]) == [*(("x-bin", part) for part in values), ("x", "a,b")]
+    assert check_headers(apart([*HEADERS, ("x-bin", value)])) is None
+    assert response_is_readable(apart([(":status", "200"), ("x-bin", value)]))
+    assert trailers_are_readable(apart([("x-bin", value)]))
+
+
+@pytest.mark.parametrize("value", ["A", "AA,A", "A,AAA", "AA, AA", "A=A", "\xff", "***"])
+def test_what_is_not_base64_in_one_of_its_parts_is_refused(value: str) -> None:
+    problem = check_headers(apart([*HEADERS, ("x-bin", value)]))
+    assert problem is not None
+    assert problem.reset is None
+    assert not response_is_readable(apart([(":status", "200"), ("x-bin", value)]))
+    assert not trailers_are_readable(apart([("x-bin", value)]))
+
+
+def test_values_that_come_joined_count_each() -> None:
+    problem = check_headers(apart([*HEADERS, ("x-bin", "," * 100)]))
+    assert problem is not None
+    assert problem.message == "more than 100 headers"
