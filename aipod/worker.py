@@ -15,6 +15,7 @@ and `_hold`.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import fcntl
 import functools
@@ -126,7 +127,7 @@ def _hold(path: str) -> int:
 
 
 class Link:
-    """The socket to the server: written to by several threads; read by the main one, and looked at in its runs."""
+    """The socket to the server: written to by several threads; read by the main one, and looked at by all of a run."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -135,6 +136,7 @@ class Link:
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._looked = 0.0
+        self.runs = 0  # that are over
         # The server takes the end of this socket for the end of the worker: nothing that the model starts may hold it.
         sock.set_inheritable(False)
         os.register_at_fork(after_in_child=sock.close)
@@ -154,20 +156,31 @@ class Link:
             self._buffer += data
         return frame
 
-    def is_cancelled(self) -> bool:
-        """Whether the server has asked for the end of the run, or is gone. Does not wait; for any thread.
+    def end_run(self) -> None:
+        """The run is over: its threads that go on find it cancelled, and take nothing of what comes from now on."""
+        with self._looking:
+            self.runs += 1
 
-        Not by a thread that listens: a run would begin with the wait until that has handed it over.
+    def is_cancelled(self, run: int) -> bool:
+        """Whether the server has asked for the end of the run, or is gone, or the run is over; `run`: what `runs` was.
+
+        Does not wait; for any thread. Not by a thread that listens: a run would begin with the wait until that has
+        handed it over.
         """
         if time.monotonic() - self._looked < ASK_EVERY or not self._looking.acquire(blocking=False):
             return False
         try:
-            data = self._sock.recv(1 << 16, socket.MSG_DONTWAIT)
-            self._buffer += data
+            if run != self.runs:
+                return True
+            gone = False
+            with contextlib.suppress(BlockingIOError):  # but `receive` may have read more than the task
+                data = self._sock.recv(1 << 16, socket.MSG_DONTWAIT)
+                self._buffer += data
+                gone = not data
             frames = list(iter(lambda: unpack(self._buffer), None))
             self._frames.extend(frame for frame in frames if frame[0]["op"] != "cancel")
-            return not data or any(frame[0]["op"] == "cancel" for frame in frames)
-        except OSError:  # nothing has come; or this is a child of the model's, which has no socket
+            return gone or any(frame[0]["op"] == "cancel" for frame in frames)
+        except OSError:  # this is a child of the model's, which has no socket
             return False
         finally:
             self._looked = time.monotonic()
@@ -273,7 +286,7 @@ class Worker:
             new_version=Path(head["new_version"]),
             timeout=head["timeout"],
             report=functools.partial(self._reporter.report, head["job_id"]),
-            asked=self._link.is_cancelled,
+            asked=functools.partial(self._link.is_cancelled, self._link.runs),
         )
 
     def run(self) -> None:
@@ -285,6 +298,7 @@ class Worker:
             self._reporter.begin(task["job_id"])
             head, blob = self._run_one(task, kwargs_json)
             self._reporter.end()
+            self._link.end_run()
             # Before the server knows, so that the name which it writes down for the next run is held from then on.
             os.rename(self._lock, task["next_lock"])
             self._lock = task["next_lock"]

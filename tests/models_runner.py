@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def give(context: Context, path: Path, kind: str) -> Any:
     }[kind]
 
 
+def straggle(context: Context, data: Path) -> None:
+    """Leave threads behind that ask until they hear that they are not wanted."""
+
+    def ask() -> None:
+        while not context.cancelled:
+            time.sleep(0)
+        (data / "heard").touch()
+
+    for _ in range(3):
+        threading.Thread(target=ask, daemon=True).start()
+
+
 class Plain(aipod.Model):
     def load(self) -> None:
         (self.data_dir / "loaded").write_text(self.version)
@@ -60,6 +73,9 @@ class Plain(aipod.Model):
 
     def talk(self, context: Context, path: Path) -> str:
         return talk(context)
+
+    def straggle(self, context: Context, path: Path) -> None:
+        straggle(context, self.data_dir)
 
     def boom(self, context: Context, path: Path) -> None:
         raise KeyError("no such word")
@@ -111,6 +127,9 @@ class Trio(aipod.Model):
 
     async def talk(self, context: Context, path: Path) -> str:
         return talk(context)
+
+    async def straggle(self, context: Context, path: Path) -> None:
+        straggle(context, self.data_dir)
 
     async def boom(self, context: Context, path: Path) -> None:
         raise KeyError("no such word")
@@ -174,6 +193,10 @@ class Asyncio(aipod.Model):
     @aipod.method(flavor="asyncio")
     async def talk(self, context: Context, path: Path) -> str:
         return talk(context)
+
+    @aipod.method(flavor="asyncio")
+    async def straggle(self, context: Context, path: Path) -> None:
+        straggle(context, self.data_dir)
 
     @aipod.method(flavor="asyncio")
     async def boom(self, context: Context, path: Path) -> None:

@@ -177,6 +177,25 @@ async def test_cancel_stops_the_method_and_returns_when_it_has_ended(its: Fixtur
     await runner.shutdown()
 
 
+async def test_a_thread_that_outlives_its_run_hears_of_that_and_takes_nothing_from_the_next(its: Fixture) -> None:
+    """Mutants seen: its looks read the next run's task, or its cancel."""
+    runner = its.make()
+    await runner.start()
+    for turn in range(10):
+        await runner.run(its.task("straggle"), ignore)
+        if turn % 2:
+            assert await runner.run(its.task("give", kind="bytes"), ignore) == Result("bytes", b"\xff\x00")
+            continue
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run, its.task("forever"), ignore)
+            await its.appears("running")
+            nursery.cancel_scope.cancel()
+        assert not runner.broken
+        (its.data / "running").unlink()
+    await its.appears("heard")
+    await runner.shutdown()
+
+
 async def test_a_run_that_is_cancelled_before_it_starts_does_not_start(its: Fixture) -> None:
     runner = its.make()
     await runner.start()
