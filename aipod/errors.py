@@ -129,7 +129,7 @@ class Refused(AipodError):
 
 
 class JobFailed(AipodError):
-    """The job ended without a result. `metadata` says more where there is more (`type`, `exit`)."""
+    """The job ended without a result. `metadata` says more where there is more (`type`, `signal`, `exit`)."""
 
 
 class ModelError(JobFailed):

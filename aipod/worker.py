@@ -54,6 +54,7 @@ ASK_EVERY = 0.01
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"  # the time is where the line arrives
 # Has the worker write the stacks of all its threads to stderr, also while the model holds the GIL.
 TELL_STACKS = signal.SIGQUIT
+WHILE_LOADING = "while it loaded"
 
 
 def pack(head: dict[str, Any], blob: bytes = b"") -> bytes:
@@ -341,6 +342,14 @@ def failure(reason: str, exc: BaseException) -> dict[str, Any]:
     return {"event": "error", "reason": reason, **explain(exc)}
 
 
+def load_failure(exc: BaseException) -> dict[str, Any]:
+    """Why there is no instance, as the `error` event. No method has run, so it must not sound as if one had."""
+    told = failure("LOAD_FAILED", exc)
+    if isinstance(exc, LoadError):
+        return {**told, "type": ""}  # the text says it all
+    return {**told, "message": f"{WHILE_LOADING}: {told['message']}"}
+
+
 def _set_up_logging() -> None:
     """What the model logs goes to stderr, which the server reads; not where it sets up logging by itself."""
     logging.lastResort = logging.StreamHandler()
@@ -375,11 +384,8 @@ def main() -> None:
         instance.data_dir = Path(head["data_dir"])
         for hook in ("load", "warm_up"):
             getattr(instance, hook, lambda: None)()
-    except LoadError as exc:
-        link.send({**failure("LOAD_FAILED", exc), "type": ""})  # the text says it all
-        return
     except BaseException as exc:
-        link.send(failure("MODEL_ERROR", exc))
+        link.send(load_failure(exc))
         return
     if not hasattr(instance, "close"):
         instance.close = lambda: None

@@ -230,6 +230,15 @@ class PlainFails(aipod.Model):
     def chaos(self, context: Context, path: Path) -> None: ...
 
 
+class PlainDies(aipod.Model):
+    def load(self) -> None:
+        if (self.data_dir / "how").read_text() == "kill":
+            os.kill(os.getpid(), 9)
+        os._exit(7)
+
+    def chaos(self, context: Context, path: Path) -> None: ...
+
+
 class TrioFails(aipod.Model):
     async def load(self) -> None:
         raise OSError("no weights here")

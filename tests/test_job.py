@@ -353,7 +353,11 @@ async def test_a_stop_that_comes_while_the_answer_is_stored_is_too_late(story: S
     assert (story.versions.data_dir("v") / "data").read_text() == "new"
 
 
-async def test_a_worker_that_died_before_the_run_is_replaced_but_not_for_ever(story: Story, model: Model) -> None:
+@pytest.mark.parametrize("restartable", [False, True])
+async def test_a_worker_that_died_before_the_run_is_replaced_but_not_for_ever(
+    story: Story, model: Model, restartable: bool
+) -> None:
+    """Mutant seen: what was never started is an interrupted run, and begun once more, again and again."""
     deaths = 1
 
     async def load() -> None:
@@ -366,8 +370,10 @@ async def test_a_worker_that_died_before_the_run_is_replaced_but_not_for_ever(st
     assert job.state().attempt == 1
     model.runners[-1].crash()
     deaths = 99
-    job = await story.begin()
-    assert await story.end(job) == Phase.FAILED
+    job = await story.begin(open_=OWN, restartable=restartable)
+    with trio.fail_after(10):
+        await job.over.wait()
+    assert (job.phase, job.handed_over) == (Phase.FAILED, False)
     assert job.error is not None
     assert job.error.reason == "WORKER_CRASHED"
     assert len(model.runners) == 2 + MAX_BROKEN

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from aipod.errors import JobFailed, ModelError
+from aipod.errors import JobFailed
 from aipod.pool import LOADS, PROBE, Pool, Waiter, open_pool
 from aipod.restarts import LONGEST_PAUSE, VERSIONS, Restarts
 from aipod.runner import Runner, RunnerBroken, Task
@@ -283,12 +283,12 @@ async def test_a_load_that_fails_is_told_to_its_job_and_the_next_one_tries_again
             try:
                 await use(pool, "v")
                 outcomes.append("ran")
-            except ModelError as exc:
-                outcomes.append(exc.metadata["type"])
+            except JobFailed as exc:
+                outcomes.append(f"{exc.reason} {exc.metadata['type']}")
 
         for _ in range(4):
             nursery.start_soon(job)
-    assert outcomes == ["OSError", "OSError", "ran", "ran"]
+    assert outcomes == ["LOAD_FAILED OSError", "LOAD_FAILED OSError", "ran", "ran"]
     assert [runner.verbs[-1] for _, runner in models.made] == ["start", "start", "shutdown"]
 
 
@@ -304,7 +304,7 @@ async def test_when_no_instance_can_run_the_pool_says_so_and_tries_by_itself(aut
 
         async def fail(version: str, times: int) -> None:
             for _ in range(times):
-                with pytest.raises(ModelError):
+                with pytest.raises(JobFailed, match="while it loaded"):
                     await use(pool, version)
 
         models.load = fails
@@ -339,7 +339,7 @@ async def test_an_instance_that_runs_is_reason_enough_to_be_ready(autojump_clock
         await use(pool, "good")
         models.load = fails
         for _ in range(5):
-            with pytest.raises(ModelError):
+            with pytest.raises(JobFailed, match="while it loaded"):
                 await use(pool, "bad")
     assert told == []
 
@@ -572,7 +572,7 @@ async def test_what_does_not_load_beforehand_is_an_error_and_leaves_nothing(auto
 
     models = Models(load=fail)
     async with open_pool(models, shared=False, per_version=3, total=9) as pool:
-        with pytest.RaisesGroup(ModelError):
+        with pytest.RaisesGroup(pytest.RaisesExc(JobFailed, match="while it loaded")):
             await pool.preload("v")
         models.load = lambda: trio.sleep(LOAD)
         await use(pool, "v")

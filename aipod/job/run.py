@@ -259,7 +259,7 @@ def _measure(entry: Entry, result: Result) -> Answer:
 
 def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
     """Whether the run was interrupted, and its method may be started once more."""
-    interrupted = failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
+    interrupted = job.started and failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
     return interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
 
 

@@ -18,7 +18,7 @@ import trio
 from aipod import worker
 from aipod.errors import JobFailed, job_failed, refused_when_exhausted
 from aipod.results import Result
-from aipod.runner import Description, Report, RunnerBroken, Task
+from aipod.runner import Description, Report, RunnerBroken, Task, failed
 from aipod.runner.output import Output
 from aipod.spool import Spool
 
@@ -66,6 +66,7 @@ class ProcessRunner:
         self._output: Output | None = None
         self._stream: trio.SocketStream | None = None
         self._tether = -1  # write end of the pipe whose end the worker cannot survive
+        self._loaded = False
         self._broken = False
         self._unread = False  # the worker has ended with something of ours unread
 
@@ -82,8 +83,9 @@ class ProcessRunner:
                 await self._send(self._hello)
                 event, _ = await self._receive()
                 if event["event"] == "ready":
+                    self._loaded = True
                     return Description.of(event)
-                raise job_failed(event["reason"], event["message"], {"type": event["type"], "trace": event["trace"]})
+                raise failed(event)
             raise job_failed("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -180,8 +182,7 @@ class ProcessRunner:
             self._runs += 1
             if event["event"] == "done":
                 return Result(event["kind"], blob if event["inline"] else None)
-            metadata: dict[str, str] = {name: event[name] for name in ("type", "trace") if name in event}
-            raise job_failed(event["reason"], event["message"], metadata)
+            raise failed(event)
 
     async def _stop(self, report: Report, *, ask: bool) -> None:
         """Three steps: ask, SIGTERM, SIGKILL. Returns when the method has ended; the worker lives on if it obeyed.
@@ -257,7 +258,7 @@ class ProcessRunner:
             raise await self._crashed() from None
 
     async def _receive(self) -> tuple[dict[str, Any], bytes]:
-        """The next frame. Cancelled: what has arrived is kept. Raises `JobFailed(WORKER_CRASHED)`."""
+        """The next frame. Cancelled: what has arrived is kept. Raises `JobFailed` (see `_crashed`)."""
         assert self._stream is not None
         while (frame := worker.unpack(self._buffer)) is None:
             try:
@@ -273,13 +274,18 @@ class ProcessRunner:
         return frame
 
     async def _crashed(self) -> JobFailed:
-        """What to say about a worker that closed its socket: it is ending, or made to end."""
+        """What to say about a worker that closed its socket: it is ending, or made to end.
+
+        WORKER_CRASHED, or LOAD_FAILED where it had no instance yet: no method was running.
+        """
         self._broken = True
         with trio.move_on_after(self._grace):
             await self.wait()
         self._signal(signal.SIGKILL)
         status = await self.wait()
         text, metadata = explain_exit(status)
+        if not self._loaded:
+            return job_failed("LOAD_FAILED", f"the worker process {text} {worker.WHILE_LOADING}", metadata)
         return job_failed("WORKER_CRASHED", f"the worker process {text}", metadata)
 
 

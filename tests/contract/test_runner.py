@@ -217,10 +217,12 @@ async def test_a_runner_that_was_shut_down_is_broken(its: Fixture) -> None:
 
 
 async def test_a_load_that_fails(its: Fixture) -> None:
-    runner = its.make("Fails")
-    with pytest.raises(ModelError, match="no weights here") as caught:
-        await runner.start()
+    """No method has run, and none has raised. Mutant seen: it is MODEL_ERROR."""
+    with pytest.raises(JobFailed, match=r"^while it loaded: no weights here$") as caught:
+        await its.make("Fails").start()
+    assert (type(caught.value), caught.value.reason) == (JobFailed, "LOAD_FAILED")
     assert caught.value.metadata["type"] == "OSError"
+    assert "models_runner.py" in caught.value.metadata["trace"]
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(its: Fixture) -> None:
@@ -261,6 +263,25 @@ async def test_a_crash_is_told_and_the_runner_is_broken(process: Fixture) -> Non
     assert await runner.wait() == -9
     with pytest.raises(RunnerBroken):
         await runner.run(process.task("talk"), ignore)
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "metadata"),
+    [
+        ("kill", "was killed by SIGKILL (out of memory?) while it loaded", {"signal": "SIGKILL"}),
+        ("exit", "exited with status 7 while it loaded", {"exit": "7"}),
+    ],
+)
+async def test_a_crash_in_load_interrupts_no_method(
+    process: Fixture, how: str, text: str, metadata: dict[str, str]
+) -> None:
+    """Mutant seen: it is WORKER_CRASHED, and to the caller `Interrupted`."""
+    (process.data / "how").write_text(how)
+    with pytest.raises(JobFailed) as caught:
+        await process.make("Dies").start()
+    error = caught.value
+    assert (type(error), error.reason, error.message) == (JobFailed, "LOAD_FAILED", f"the worker process {text}")
+    assert error.metadata == metadata
 
 
 async def test_a_crash_is_seen_and_cleaned_up_though_the_model_has_forked(process: Fixture) -> None:
