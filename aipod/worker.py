@@ -114,7 +114,7 @@ def _tether(pipe: int) -> None:
 
 
 def _hold(path: str) -> int:
-    """flock the worker's own lock file for as long as this process lives; the descriptor is close-on-exec.
+    """flock the worker's own lock file for as long as this process lives; no process that it starts may hold it.
 
     At the end of each run the file gets another name (`Worker.run`): who finds the name free, or gone, knows that the
     run is over, though this process may live on.
@@ -123,8 +123,15 @@ def _hold(path: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
+            # One in a session of its own lives on when server and worker are killed: the run would never be over.
+            os.register_at_fork(after_in_child=functools.partial(_let_go, fd))
             return fd
         os.close(fd)  # a sweep took it for a dead worker's, between the two calls, and unlinked it
+
+
+def _let_go(fd: int) -> None:
+    with contextlib.suppress(OSError):  # the model has closed it
+        os.close(fd)
 
 
 class Link:

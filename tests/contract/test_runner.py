@@ -366,6 +366,35 @@ async def test_a_worker_s_lock_tells_of_one_run(process: Fixture) -> None:
     await runner.shutdown()
 
 
+async def test_what_a_model_has_forked_does_not_hold_the_worker_s_lock(process: Fixture) -> None:
+    """I7: else the run is not over for those who recover it, for as long as that process lives.
+
+    Mutant seen: only what the worker executes lets go of it.
+    """
+    before = set(children(os.getpid()))
+    runner = process.make()
+    await runner.start()
+    (worker,) = set(children(os.getpid())) - before
+    lock = process.job / "lock"
+    os.link(process.spool.worker_lock(runner.lock_name), lock)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def run() -> None:
+            with pytest.raises(JobFailed, match="SIGKILL"):
+                await runner.run(process.task("detach"), ignore)
+
+        await process.appears("running")
+        assert is_locked(lock)
+        os.kill(worker, signal.SIGKILL)
+    left = int((process.data / "running").read_text())
+    try:
+        assert alive(left)
+        assert not is_locked(lock)
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
 async def test_runners_leak_no_descriptor(process: Fixture) -> None:
     before = os.listdir("/proc/self/fd")
     for method in ("talk", "crash"):
