@@ -181,7 +181,7 @@ class Pool:
     async def _start(self, instance: Instance) -> None:
         try:
             await self._load(instance)
-        except JobFailed:
+        except Exception:  # Refused too: there may be no process to be had
             able = self._restarts.able
             self._restarts.not_loaded(instance.version, others=any(one.ready for one in self._instances))
             if able and not self._restarts.able:
@@ -215,9 +215,13 @@ class Pool:
         while not self._restarts.able:
             await trio.sleep(PROBE)
             for version in self._restarts.suspects:
-                with contextlib.suppress(JobFailed, Refused):
+                try:
                     async with self.lease(version, Waiter(version)):
                         break
+                except (JobFailed, Refused) as exc:
+                    log.warning("version %s cannot be loaded yet: %s: %s", version, exc.reason, exc)
+                except Exception as exc:  # whatever it is: nobody asked, and all that runs would end with the server
+                    log.error("version %s cannot be loaded yet: a bug of aipod", version, exc_info=exc)
 
     async def _wake(self, version: str) -> None:
         """Assign once an instance of `version` may be started."""

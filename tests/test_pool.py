@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 from collections.abc import Awaitable, Callable
@@ -13,10 +14,10 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from aipod.errors import JobFailed
+from aipod.errors import JobFailed, Refused
 from aipod.pool import LOADS, PROBE, Pool, Waiter, open_pool
 from aipod.restarts import LONGEST_PAUSE, VERSIONS, Restarts
-from aipod.runner import Runner, RunnerBroken, Task
+from aipod.runner import Description, Runner, RunnerBroken, Task
 from aipod.runner.fake import FakeRunner
 
 LOAD, CLOSE = 5.0, 3.0  # seconds
@@ -329,6 +330,45 @@ async def test_when_no_instance_can_run_the_pool_says_so_and_tries_by_itself(aut
         assert told == [False, True, False]
         began = trio.current_time()
     assert trio.current_time() == began  # leaving does not wait for the next try
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Refused("OVERLOADED", "no process"), OSError(errno.EACCES, "no"), ExceptionGroup("in a nursery", [OSError()])],
+    ids=lambda error: type(error).__name__,
+)
+async def test_whatever_keeps_an_instance_from_starting_counts_and_ends_nobody_else(
+    autojump_clock: MockClock, error: Exception
+) -> None:
+    """Also where nobody asked. Mutants seen: only what a model raises is counted; what a try by itself meets that is
+    neither `JobFailed` nor `Refused` ends the pool, and what runs in it."""
+    made, told, broken = list[FakeRunner](), list[bool](), True
+
+    class Unstartable(FakeRunner):
+        async def start(self) -> Description:
+            if broken:
+                raise error
+            return await super().start()
+
+    def make(version: str) -> Runner:
+        made.append(Unstartable({}))
+        return made[-1]
+
+    restarts = Restarts(lambda version: True, told.append)
+    async with open_pool(make, shared=False, per_version=1, total=2, restarts=restarts) as pool:
+        for _ in range(3):
+            with pytest.raises(type(error)):
+                async with pool.lease("v", Waiter("v")):
+                    pass
+        assert told == [False]
+        assert restarts.due("v") > trio.current_time()
+        tries = len(made)
+        await trio.sleep(3 * (PROBE + LONGEST_PAUSE))
+        assert len(made) > tries + 1
+        assert told == [False]
+        broken = False
+        await trio.sleep(PROBE + LONGEST_PAUSE)
+    assert told == [False, True]
 
 
 async def test_an_instance_that_runs_is_reason_enough_to_be_ready(autojump_clock: MockClock) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import outcome
 import trio
 
 from aipod import worker
-from aipod.errors import JobFailed, job_failed, refused_when_exhausted
+from aipod.errors import JobFailed, Refused, job_failed, refused_when_exhausted
 from aipod.results import Result
 from aipod.runner import Description, Report, RunnerBroken, Task, failed
 from aipod.runner.output import Output
@@ -100,7 +102,7 @@ class ProcessRunner:
         return description
 
     async def _spawn(self) -> Output:
-        with refused_when_exhausted(), contextlib.ExitStack() as stack, contextlib.ExitStack() as on_error:
+        with _startable(), contextlib.ExitStack() as stack, contextlib.ExitStack() as on_error:
             ours, theirs = socket.socketpair()
             stack.enter_context(theirs)
             on_error.enter_context(ours)
@@ -287,6 +289,21 @@ class ProcessRunner:
         if not self._loaded:
             return job_failed("LOAD_FAILED", f"the worker process {text} {worker.WHILE_LOADING}", metadata)
         return job_failed("WORKER_CRASHED", f"the worker process {text}", metadata)
+
+
+@contextlib.contextmanager
+def _startable() -> Iterator[None]:
+    """Turn what the system says when it starts no process into what a job can be told: `Refused`, `JobFailed`."""
+    try:
+        with refused_when_exhausted():
+            yield
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.ENOMEM):
+            text = f"the server cannot start another process: {exc.strerror}; try again later"
+            raise Refused("OVERLOADED", text) from None
+        # The interpreter was replaced, say. Its path is for the server's log only.
+        text = f"the server cannot start a worker process: {exc.strerror}; start the server anew"
+        raise job_failed("LOAD_FAILED", text, {"trace": str(exc)}) from exc
 
 
 def _python_path() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -14,12 +15,12 @@ import pytest
 import trio
 import trio.testing
 
-from aipod.errors import JobFailed, ModelError
+from aipod.errors import AipodError, JobFailed, ModelError
 from aipod.results import Result
 from aipod.runner import Runner, RunnerBroken, Task
 from aipod.runner.fake import FakeRunner
 from aipod.runner.loop import LoopRunner
-from aipod.runner.process import ProcessRunner
+from aipod.runner.process import ProcessRunner, _startable
 from aipod.spool import Spool
 from aipod.spool.locks import is_locked
 from aipod.transport import bridge
@@ -393,6 +394,32 @@ async def test_what_a_model_has_forked_does_not_hold_the_worker_s_lock(process: 
         assert not is_locked(lock)
     finally:
         os.kill(left, signal.SIGKILL)
+
+
+async def test_an_interpreter_that_is_gone_is_no_bug_and_leaves_nothing(
+    process: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was is for the server's log only. Mutant seen: the OSError is told as it came."""
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    with pytest.raises(JobFailed, match="cannot start a worker process: No such file or directory; ") as caught:
+        await process.make().start()
+    assert caught.value.reason == "LOAD_FAILED"
+    assert "python" in caught.value.metadata["trace"]
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        *((getattr(errno, name), "OVERLOADED") for name in ("EAGAIN", "ENOMEM", "EMFILE")),
+        (errno.EACCES, "LOAD_FAILED"),
+    ],
+)
+def test_what_keeps_a_process_from_starting_may_pass_or_not(number: int, reason: str) -> None:
+    with pytest.raises(AipodError) as caught, _startable():
+        raise OSError(number, os.strerror(number))
+    assert caught.value.reason == reason
 
 
 async def test_runners_leak_no_descriptor(process: Fixture) -> None:
