@@ -66,6 +66,7 @@ async def line_up(nursery: trio.Nursery, *jobs: Callable[[], Awaitable[object]])
 
 
 async def test_first_come_first_served_on_one_instance_and_everybody_knows_the_place(autojump_clock: MockClock) -> None:
+    """Nobody is before the one for which the instance loads. Mutant seen: all that came later are."""
     models, ended, waiters = Models(), list[tuple[int, float]](), [Waiter("v") for _ in range(5)]
     began = trio.current_time()
     async with open_pool(models, shared=False, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
@@ -74,7 +75,7 @@ async def test_first_come_first_served_on_one_instance_and_everybody_knows_the_p
             ended.append((number, await use(pool, "v", 1, waiters[number]) - began))
 
         await line_up(nursery, *(lambda n=n: job(n) for n in range(5)))
-        assert [pool.place(waiter) for waiter in waiters[1:]] == [0, 1, 2, 3]
+        assert [pool.place(waiter) for waiter in waiters] == [0, 0, 1, 2, 3]
         await trio.sleep(LOAD + 2.5)
         assert [pool.place(waiter) for waiter in waiters[3:]] == [0, 1]
     assert ended == [(n, LOAD + 1 + n) for n in range(5)]
@@ -458,14 +459,116 @@ async def test_a_job_that_is_cancelled_in_the_moment_in_which_it_is_given_an_ins
             await use(pool, "v")
 
 
-async def test_a_start_that_is_cancelled_makes_room_for_the_next(autojump_clock: MockClock) -> None:
-    models = Models()
-    async with open_pool(models, shared=True, per_version=1, total=1) as pool, trio.open_nursery() as nursery:
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_load_goes_on_for_the_next_when_its_job_has_left(autojump_clock: MockClock, shared: bool) -> None:
+    """Callers that wait for less than a load takes would else never see its end. Mutants seen: the load ends with its
+    job; who comes next starts another; nobody is told of a load that is over."""
+    models = Models(shared=shared)
+    async with open_pool(models, shared=shared, per_version=1, total=1) as pool:
         began = trio.current_time()
-        with trio.move_on_after(LOAD / 2):
+        for _ in range(2):
+            with trio.move_on_after(LOAD / 2 - 0.5) as scope:
+                await use(pool, "v")
+            assert scope.cancelled_caught
+        async with trio.open_nursery() as nursery:
+            first = Waiter("v")
+            await line_up(nursery, lambda: use(pool, "v", 1, first), lambda: use(pool, "v"))
+            assert pool.place(first) == 0
+        assert trio.current_time() == began + LOAD + (1 if shared else 2)
+    assert [runner.verbs for _, runner in models.made] == [["start", "run sleep", "run sleep", "shutdown"]]
+
+
+async def test_who_comes_next_hears_of_the_load_that_was_begun_for_another(autojump_clock: MockClock) -> None:
+    """Though there may be more instances. Mutant seen: it begins one of its own."""
+
+    async def fail() -> None:
+        await trio.sleep(LOAD)
+        raise OSError("no weights here")
+
+    models = Models(load=fail)
+    async with open_pool(models, shared=False, per_version=2, total=9) as pool:
+        with trio.move_on_after(1):
             await use(pool, "v")
-        await line_up(nursery, lambda: use(pool, "v"))
-    assert trio.current_time() == began + LOAD / 2 + LOAD + 1 + CLOSE
+        with pytest.raises(JobFailed, match="no weights here"):
+            await use(pool, "v")
+        assert (trio.current_time(), models.versions) == (LOAD, ["v"])
+
+
+async def test_a_load_that_nobody_waits_for_makes_room_for_another_version(autojump_clock: MockClock) -> None:
+    """At once. Mutant seen: it is waited for."""
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=1) as pool:
+        with trio.move_on_after(1):
+            await use(pool, "a")
+        assert await use(pool, "b") == 1 + LOAD + 1
+    assert [(version, runner.verbs) for version, runner in models.made] == [
+        ("a", ["start"]),
+        ("b", ["start", "run sleep", "shutdown"]),
+    ]
+
+
+async def test_what_has_loaded_for_nobody_is_idle_from_then_on(autojump_clock: MockClock) -> None:
+    """Mutant seen: it is closed while it loads, or too early after that."""
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=9, idle=LOAD - 1) as pool:
+        with trio.move_on_after(0.5):
+            await use(pool, "v")
+        await trio.sleep(2 * LOAD - 1.6)
+        assert models.made[0][1].verbs == ["start"]
+        await trio.sleep(0.2)
+        assert models.made[0][1].verbs == ["start", "shutdown"]
+
+
+async def test_a_load_that_nobody_waits_for_and_that_fails_counts(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        await trio.sleep(LOAD)
+        raise OSError("no weights here")
+
+    models, restarts = Models(load=fail), Restarts(lambda version: True, lambda able: None)
+    async with open_pool(models, shared=False, per_version=1, total=1, restarts=restarts) as pool:
+        for _ in range(3):
+            with trio.move_on_after(1):
+                await use(pool, "v")
+            await trio.sleep(LOAD)
+        assert not restarts.able
+        assert caplog.text.count("did not load: while it loaded: no weights here") == 3
+    assert models.versions == ["v"] * 3
+
+
+async def test_leaving_the_pool_ends_loads_under_way(autojump_clock: MockClock) -> None:
+    models = Models()
+    async with open_pool(models, shared=False, per_version=1, total=2) as pool:
+        with trio.move_on_after(1):
+            await use(pool, "v")
+    assert trio.current_time() == 1
+    assert [runner.verbs for _, runner in models.made] == [["start"]]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_load_whose_data_is_replaced_while_nobody_waits_for_it_is_given_up(
+    autojump_clock: MockClock, shared: bool
+) -> None:
+    """What was looked at is let go of. Mutant seen: its descriptor is not."""
+
+    class Look:
+        replaced = closed = False
+
+        def __init__(self, version: str) -> None:
+            looks.append(self)
+
+        def close(self) -> None:
+            self.closed = True
+
+    models, looks = Models(shared=shared), list[Look]()
+    async with open_pool(models, Look, shared=shared, per_version=1, total=9) as pool:
+        with trio.move_on_after(1):
+            await use(pool, "v")
+        looks[0].replaced = True
+        assert await use(pool, "v") == 1 + LOAD + 1
+    assert [runner.verbs for _, runner in models.made] == [["start"], ["start", "run sleep", "shutdown"]]
+    assert [look.closed for look in looks] == [True, True]
 
 
 async def test_a_crash_ends_its_own_job_and_the_instance_is_replaced(autojump_clock: MockClock) -> None:
