@@ -5,7 +5,7 @@ Loads one instance of a class, then runs one job after the other. Speaks with it
 
     server: load {model, version, data_dir, lock, path}      worker: ready {description} | error {reason, message}
             (or look: the same without an instance)
-    server: run {...} + kwargs JSON                          worker: report {progress, message, log} ...
+    server: run {...} + kwargs JSON                          worker: report {progress, message} ...
     server: cancel                                           worker: done {kind} + result | error {...}
     server: close                                            worker: exits
 
@@ -46,8 +46,7 @@ HEAD = struct.Struct(">II")
 MAX_FRAME = 512 * 1024 * 1024
 # Reports are sent at most this often: a heartbeat shows only the newest of a second anyway.
 REPORT_EVERY = 0.1
-# Log text that waits to be sent; beyond it the oldest is dropped, so that a model that logs in a loop stays small.
-MAX_PENDING_LOG = 256 * 1024
+MAX_LINE = 256 * 1024  # characters of a text that a model logs; what comes before them is dropped
 LOOK_EVERY = 1.0  # seconds
 # Seconds between two looks whether the server has asked for the end: methods may ask in their innermost loops.
 ASK_EVERY = 0.01
@@ -195,47 +194,20 @@ class Link:
             self._looking.release()
 
 
-class Pending:
-    """What a method has reported since it was last asked for: its newest progress, and log text up to a bound."""
-
-    def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
-        self._said: dict[str, Any] = {}
-        self._log: deque[str] = deque()
-        self._size = 0
-        self._dropped = False
-
-    def add(self, progress: float | None, message: str | None, log: str | None) -> None:
-        if progress is not None:
-            self._said = {"progress": progress, "message": message or ""}
-        if log is not None:
-            self._log.append(log[-MAX_PENDING_LOG:])
-            self._size += len(self._log[-1]) + 1
-            while self._size > MAX_PENDING_LOG and len(self._log) > 1:
-                self._size -= len(self._log.popleft()) + 1
-                self._dropped = True
-
-    def take(self) -> dict[str, Any]:
-        """What there is, as the fields of a report; empty where there is nothing."""
-        pending = self._said
-        if self._log:
-            pending["log"] = "\n".join(["[lines were dropped]"] * self._dropped + [*self._log]) + "\n"
-        self._clear()
-        return pending
-
-
 class Reporter:
-    """Sends what a running method reports, coalesced, from a thread of its own: a report never waits for the server."""
+    """What a running method reports. Progress is sent, coalesced, from a thread: it never waits for the server.
 
-    def __init__(self, link: Link) -> None:
+    The log goes where prints go, to `output`: at once, so that a crash does not take it along, and in their order.
+    """
+
+    def __init__(self, link: Link, output: int) -> None:
         self._link = link
+        self._output = output
         self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards the pending report
-        self._sending = threading.Lock()  # a report is never sent after the `done` that ends its run
-        self._pending = Pending()
+        self._lock = threading.RLock()  # guards what follows; a signal handler of the model's may log as well
         self._job = ""
+        self._progress: dict[str, Any] = {}
+        self._sending = threading.Lock()  # a report is never sent after the `done` that ends its run
         threading.Thread(target=self._run, daemon=True, name="aipod-reporter").start()
 
     def begin(self, job_id: str) -> None:
@@ -253,15 +225,25 @@ class Reporter:
         with self._lock:
             if job_id != self._job:
                 return
-            self._pending.add(progress, message, log)
-        self._wake.set()
+            if log is not None:
+                self._write(log)
+            if progress is not None:
+                self._progress = {"progress": progress, "message": message or ""}
+                self._wake.set()
+
+    def _write(self, text: str) -> None:
+        # A newline before it too: what was printed without one is not the beginning of this line. Empty ones vanish.
+        data = memoryview(f"\n{text[-MAX_LINE:]}\n".encode("utf-8", "backslashreplace"))
+        with contextlib.suppress(OSError):  # the model has closed it
+            while data:
+                data = data[os.write(self._output, data) :]
 
     def flush(self) -> None:
         with self._sending:
             with self._lock:
-                pending = self._pending.take()
-            if pending:
-                self._link.send({"event": "report", **pending})
+                progress, self._progress = self._progress, {}
+            if progress:
+                self._link.send({"event": "report", **progress})
 
     def _run(self) -> None:
         pause = threading.Event()
@@ -278,11 +260,11 @@ class Reporter:
 class Worker:
     """One instance and the job it runs, all in the main thread."""
 
-    def __init__(self, link: Link, instance: Any, lock: str) -> None:
+    def __init__(self, link: Link, output: int, instance: Any, lock: str) -> None:
         self._link = link
         self._lock = lock  # the name that the lock file has now
         self._instance = instance
-        self._reporter = Reporter(link)
+        self._reporter = Reporter(link, output)
 
     def _make_context(self, head: dict[str, Any]) -> Context:
         return Context(
@@ -368,6 +350,7 @@ def main() -> None:
     gc.freeze()  # what is imported here stays: to look for garbage in it is a tenth of what a worker's start costs
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     os.set_inheritable(int(sys.argv[2]), False)
+    output = os.dup(sys.stderr.fileno())  # whatever the model makes of its stdout and stderr
     _tether(int(sys.argv[2]))
     frame = link.receive()
     if frame is None:
@@ -396,7 +379,7 @@ def main() -> None:
         return
     if not hasattr(instance, "close"):
         instance.close = lambda: None
-    worker = Worker(link, instance, head["lock"])
+    worker = Worker(link, output, instance, head["lock"])
     link.send({"event": "ready", **description})
     worker.run()
     os.close(lock)

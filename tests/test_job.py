@@ -18,7 +18,7 @@ from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
 from aipod.config import Config
-from aipod.job.job import Answer, Job, Keep, Told
+from aipod.job.job import LOG_IS_LONG, MAX_PENDING_LOG, Answer, Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, Terms, run_job, settle_later
@@ -29,7 +29,7 @@ from aipod.runner.fake import FakeRunner
 from aipod.server import _sweep
 from aipod.service.ai import AI, Place, Viewer
 from aipod.service.viewer import Call, Writer
-from aipod.spool import Entry, Journal, Spool, Sweeper, Words
+from aipod.spool import MAX_LOG, Entry, Journal, Spool, Sweeper, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
@@ -66,6 +66,33 @@ def request(open_: Open | None = None) -> Request:
 
 def fake_job(open_: Open | None = None) -> Job:
     return Job(request(open_), cast(Entry, NoEntry()), "spool")
+
+
+async def test_a_long_log_goes_on_when_the_run_is_over() -> None:
+    """So that there is room for what comes last. Mutants seen: that is dropped; the log stops without a word."""
+
+    class Log(NoEntry):
+        text = ""
+
+        def append_log(self, text: str) -> None:
+            self.text += text
+            self.log_size = len(self.text)
+
+    entry = Log()
+    job = Job(request(), cast(Entry, entry), "spool")
+    for n in range(40):
+        for _ in range(30):
+            job.report(None, None, f"{n}".ljust(50_000))
+        await job.save_log()
+    long = entry.text
+    assert long.endswith(LOG_IS_LONG)
+    assert long.count(LOG_IS_LONG) == 1
+    assert long.startswith("0  ")
+    job.report(None, None, "the last word")
+    await job.save_log(last=True)
+    assert entry.text.startswith(long)
+    assert entry.text.endswith("39".ljust(50_000) + "\nthe last word\n")
+    assert MAX_LOG - 3 * MAX_PENDING_LOG < len(entry.text) <= MAX_LOG
 
 
 async def test_a_plain_client_hears_a_pong_at_once_and_every_second(autojump_clock: MockClock) -> None:

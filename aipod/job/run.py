@@ -81,7 +81,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             with _going_on(job):
                 await trio.to_thread.run_sync(versions.discard, job.request.job_id)
             with _going_on(job):
-                await job.save_log()
+                await job.save_log(last=True)
             with _going_on(job):
                 if failure is not None and _is_worth_another(job, terms, failure):
                     failure, job.handed_over = None, True
@@ -211,7 +211,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         with trio.CancelScope(shield=True):
             if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
                 queue.retire()
-            await job.save_log()  # before: who reads DONE in another process reads the log for the last time
+            await job.save_log(last=True)  # before: who reads DONE in another process reads the log for the last time
             await trio.to_thread.run_sync(entry.store, answer.fields)
             job.answer = answer
     job.enter(Phase.DONE)

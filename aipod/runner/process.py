@@ -179,7 +179,7 @@ class ProcessRunner:
         while True:
             event, blob = await self._receive()
             if event["event"] == "report":
-                report(event.get("progress"), event.get("message"), event.get("log"))
+                report(event["progress"], event["message"], None)
                 continue
             self._runs += 1
             if event["event"] == "done":
