@@ -16,6 +16,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from aipod.client.failure import of_state
 from aipod.codec import PONG, digest
 from aipod.config import Config
 from aipod.job.job import LOG_IS_LONG, MAX_PENDING_LOG, Answer, Job, Keep, Told
@@ -883,6 +884,30 @@ async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:
     job.heed(Words(wanted=job.epoch + 1), 0, 1.0)
     assert (job.upload.cancel_called, job.superseded_by) == (True, job.epoch + 1)
     assert not job.scope.cancel_called
+
+
+@pytest.mark.parametrize("metadata", [{"type": "KeyError"}, {"signal": "SIGKILL"}])
+async def test_how_a_run_ended_is_told_by_every_process_alike(
+    story: Story, model: Model, metadata: dict[str, str]
+) -> None:
+    """To its own client: all but the traceback. Mutants seen: the journal, or the state, has the class only."""
+
+    async def train(context: Any, path: Path) -> None:
+        if "type" in metadata:
+            raise KeyError
+        model.runners[-1].crash()
+        await trio.sleep_forever()
+
+    model.train = train
+    job = await story.begin(open_=OWN)
+    with trio.fail_after(10):
+        await job.over.wait()
+    told = Told(story.spool.look(job.look.id), "", Keep())
+    told.learn(written(job), {})
+    assert told.error is not None
+    assert told.error.metadata == metadata
+    for watched in (job, told):
+        assert of_state(watched.state()).metadata == metadata
 
 
 async def test_who_watches_from_another_process_is_woken_by_news_only(tmp_path: Path) -> None:

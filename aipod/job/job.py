@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import trio
 
-from aipod.errors import JobFailed, job_failed
+from aipod.errors import TOLD, JobFailed, job_failed
 from aipod.job.request import Request
 from aipod.results import INLINE, Result
 from aipod.runner import Report, Task
@@ -110,8 +110,7 @@ def stored_error(fields: dict[str, Any]) -> JobFailed:
     """Why a job has no answer, as its journal tells."""
     if fields["phase"] == "RELEASED":
         return job_failed("RELEASED", "its answer was released")
-    kind = fields.get("type")
-    return job_failed(fields["reason"], fields["message"], {"type": kind} if kind else None)
+    return job_failed(fields["reason"], fields["message"], {name: fields[name] for name in TOLD if fields.get(name)})
 
 
 class Watched(abc.ABC):
@@ -174,8 +173,8 @@ class Watched(abc.ABC):
             state.size, state.digest = self.answer.size, self.answer.digest
             state.content_type = CONTENT_TYPES[self.answer.kind]
         if self.error is not None:
-            kind = self.error.metadata.get("type", "")
-            state.error = Error(type=kind, message=self.error.message, reason=self.error.reason)
+            told = {name: self.error.metadata.get(name, "") for name in TOLD}
+            state.error = Error(message=self.error.message, reason=self.error.reason, **told)
         return state
 
     async def read_log(self, offset: int) -> bytes:

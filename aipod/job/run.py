@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 import trio
 
 from aipod.codec import digest, new_hasher
-from aipod.errors import JobFailed, Refused, job_failed, leaves
+from aipod.errors import TOLD, JobFailed, Refused, job_failed, leaves
 from aipod.job.job import Answer, Job, Queue
 from aipod.job.upload import BULK
 from aipod.results import Result
@@ -314,8 +314,7 @@ def _store_failure(job: Job, error: JobFailed) -> bool:
 
 def _write_failure(job: Job, error: JobFailed) -> None:
     fields = {"phase": _phase_of(error).name, "reason": error.reason, "message": error.message}
-    if "type" in error.metadata:
-        fields["type"] = error.metadata["type"]
+    fields |= {name: error.metadata[name] for name in TOLD if name in error.metadata}
     job.entry.store(fields)
 
 
