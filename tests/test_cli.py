@@ -179,6 +179,7 @@ def test_flags_and_lists_come_from_the_environment_and_the_file(tmp_path: Path) 
         ((), 2, "USAGE: Missing argument 'MODULE:CLASS'"),
         ((MODEL, "--drain", "soon"), 2, "USAGE: Invalid value for '--drain': 'soon' is not a time; write 90"),
         ((MODEL, "--max-message", "big"), 2, "USAGE: Invalid value for '--max-message': 'big' is not a size"),
+        ((MODEL, "--preload", "a", "--preload", "b", "--max-instances", "1"), 2, "USAGE: preload = a, b takes 2 "),
         ((MODEL, "--instances", "0"), 2, "USAGE: instances = 0 is too small; it must be at least 1"),
         ((MODEL, "--no-such-option"), 2, "USAGE: No such option '--no-such-option'"),
         ((MODEL, "--config", "/no/such/file"), 2, "USAGE: Invalid value for '--config'"),
