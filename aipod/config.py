@@ -188,6 +188,13 @@ class Config:
             raise ConfigError("max_window must be at least stream_window")
         if self.token and not _TOKEN.match(self.token):
             raise ConfigError("token has characters that no header can have; it is one word, without spaces")
+        names, each = len(set(self.preload)), 1 if self.runner == "loop" else self.instances
+        if names > 1 and names * each > self.max_instances:  # of one version as many are loaded as there may be
+            raise ConfigError(
+                f"preload = {', '.join(self.preload)} takes {names * each} instances, max_instances = "
+                f"{self.max_instances}: what is loaded first would be closed for the others; name fewer versions, or "
+                f"set max_instances to at least {names * each}"
+            )
         if not self.bind:
             raise ConfigError("bind is empty; give at least one address, for example 127.0.0.1:50051")
 

@@ -131,8 +131,13 @@ class Refused(AipodError):
     """The server refused the request: this call did not run the method. SUPERSEDED: a newer one of the same job may."""
 
 
+# What is told of a `JobFailed`'s metadata to whoever asks for the outcome, now or later: the exception's class, and how
+# the worker ended.
+TOLD = ("type", "signal", "exit")
+
+
 class JobFailed(AipodError):
-    """The job ended without a result. `metadata` says more where there is more (`type`, `exit`)."""
+    """The job ended without a result. `metadata` says more where there is more (`type`, `signal`, `exit`)."""
 
 
 class ModelError(JobFailed):

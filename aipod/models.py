@@ -116,7 +116,10 @@ class Context:
 
     @property
     def cancelled(self) -> bool:
-        """True once nobody wants the result any more; a method that looks at it can stop early by raising."""
+        """True once nobody wants the result any more; a method that looks at it can stop early by raising.
+
+        Also once the run is over, for threads that it has left behind.
+        """
         if not self._cancelled.is_set() and self._asked():
             self._cancelled.set()
         return self._cancelled.is_set()

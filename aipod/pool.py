@@ -51,7 +51,11 @@ class _Fixed:
 
 @dataclasses.dataclass(eq=False)
 class Instance:
-    """One runner of a version and who uses it. A retired one gets no new jobs and ends when it is free."""
+    """One runner of a version and who uses it. A retired one gets no new jobs and ends when it is free.
+
+    It loads in a task of the pool's, so that a job which leaves meanwhile does not take the load with it: the next one
+    has only the rest to wait for.
+    """
 
     version: str
     runner: Runner
@@ -61,6 +65,9 @@ class Instance:
     free_since: float = 0.0  # by trio's clock
     retired: bool = False
     ready: bool = False
+    load: trio.CancelScope | None = None  # of the task that loads it, once there is one
+    loaded: trio.Event = dataclasses.field(default_factory=trio.Event)  # or not: then `failure` says why
+    failure: Exception | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -143,7 +150,9 @@ class Pool:
         return [instance for instance in self._instances if instance.users == 0 and instance.ready]
 
     def place(self, waiter: Waiter) -> int:
-        """How many jobs of the same version are before `waiter` in line."""
+        """How many jobs of the same version are before `waiter` in line; none once an instance is its own, or loads."""
+        if waiter.given.is_set():
+            return 0
         return sum(
             other.version == waiter.version for other in itertools.takewhile(lambda w: w is not waiter, self._line)
         )
@@ -152,13 +161,13 @@ class Pool:
     async def lease(self, version: str, waiter: Waiter) -> AsyncIterator[Lease]:
         """Wait in line for an instance of `version`, first come, first served, and start it where needed.
 
-        This is a trio-flavored async function. Cancelled in line: the place is given up. Raises `JobFailed` where the
-        instance does not load.
+        This is a trio-flavored async function. Cancelled in line: the place is given up; a load goes on, for who comes
+        next. Raises `JobFailed` and `Refused` where the instance does not load.
         """
         instance = await self._wait(waiter)
         try:
             if not instance.ready:
-                await self._start(instance)
+                await self._wait_loaded(instance)
             yield Lease(self, instance)
         finally:
             self._return(instance)
@@ -178,18 +187,36 @@ class Pool:
         assert waiter.instance is not None
         return waiter.instance
 
+    async def _wait_loaded(self, instance: Instance) -> None:
+        if instance.load is None:
+            instance.load = trio.CancelScope()
+            self._nursery.start_soon(self._start, instance)
+        await instance.loaded.wait()
+        if instance.failure is not None:
+            await trio.lowlevel.checkpoint_if_cancelled()  # of `preload`, which has heard of another's
+            raise instance.failure
+
     async def _start(self, instance: Instance) -> None:
+        assert instance.load is not None
         try:
-            await self._load(instance)
-        except JobFailed:
+            with instance.load:
+                await self._load(instance)
+                instance.ready = True
+        except Exception as exc:  # Refused too: there may be no process to be had
+            instance.failure = exc
             able = self._restarts.able
             self._restarts.not_loaded(instance.version, others=any(one.ready for one in self._instances))
             if able and not self._restarts.able:
                 self._timers.start_soon(self._probe)
-            raise
-        instance.ready = True
-        self._restarts.loaded(instance.version)
-        self._nursery.start_soon(self._watch, instance)
+            if not instance.users:
+                log.warning("version %s: what nobody waits for any more did not load: %s", instance.version, exc)
+        finally:
+            instance.loaded.set()
+        if instance.ready:
+            self._restarts.loaded(instance.version)
+            self._nursery.start_soon(self._watch, instance)
+        if not instance.users and instance in self._instances:
+            self._settle(instance)
         self._assign()
 
     async def _load(self, instance: Instance) -> None:
@@ -215,9 +242,13 @@ class Pool:
         while not self._restarts.able:
             await trio.sleep(PROBE)
             for version in self._restarts.suspects:
-                with contextlib.suppress(JobFailed, Refused):
+                try:
                     async with self.lease(version, Waiter(version)):
                         break
+                except (JobFailed, Refused) as exc:
+                    log.warning("version %s cannot be loaded yet: %s: %s", version, exc.reason, exc)
+                except Exception as exc:  # whatever it is: nobody asked, and all that runs would end with the server
+                    log.error("version %s cannot be loaded yet: a bug of aipod", version, exc_info=exc)
 
     async def _wake(self, version: str) -> None:
         """Assign once an instance of `version` may be started."""
@@ -247,8 +278,8 @@ class Pool:
             elif not instance.retired and instance.data.replaced:
                 self._retire(instance)  # by another process, which cannot call `retire`
         mine = [instance for instance in self._instances if instance.version == version and not instance.retired]
-        for instance in sorted(mine, key=lambda one: -one.last_used):
-            if instance.ready and instance.users < self._at_once:
+        for instance in sorted(mine, key=lambda one: (not one.ready, -one.last_used)):
+            if instance.users < (self._at_once if instance.ready else 1):  # one that loads has who hears of its failure
                 return instance
         if len(mine) >= self._per_version:
             return None
@@ -266,21 +297,30 @@ class Pool:
         return instance
 
     def _evict(self) -> None:
-        """Begin to make room: close the instance that has been idle for longest, where there is one."""
-        if free := self._free():
-            self._shut(min(free, key=lambda one: one.last_used))
+        """Begin to make room: close the instance that nobody has wanted for longest, where there is one.
+
+        Also one that still loads: callers that come and go must not keep the others out for as long as loads take.
+        """
+        if unused := [instance for instance in self._instances if instance.users == 0]:
+            self._shut(min(unused, key=lambda one: one.last_used))
 
     def _return(self, instance: Instance) -> None:
         instance.users -= 1
         instance.last_used = next(self._clock)
+        instance.retired = instance.retired or (instance.ready and instance.runner.broken)
+        if instance.users == 0:
+            self._settle(instance)
+        self._assign()
+
+    def _settle(self, instance: Instance) -> None:
+        """Nobody uses the instance: it waits for the next job, or goes."""
         instance.free_since = trio.current_time()
-        instance.retired = instance.retired or instance.runner.broken
-        if instance.users == 0 and not instance.ready:
+        loading = instance.load is not None and not instance.loaded.is_set()
+        if not instance.ready and not loading:
             self._instances.remove(instance)  # it did not load, or nobody came to load it
             instance.data.close()
-        elif instance.users == 0 and instance.retired:
+        elif instance.retired:
             self._shut(instance)
-        self._assign()
 
     def learn(self, instance: Instance) -> None:
         """A run has ended by itself."""
@@ -300,26 +340,28 @@ class Pool:
         if instance.users == 0:
             self._shut(instance)
 
-    def _shut(self, instance: Instance) -> None:
+    def _shut(self, instance: Instance, nursery: trio.Nursery | None = None) -> None:
         self._instances.remove(instance)
         self._closing.append(instance)
-        instance.data.close()
-        self._nursery.start_soon(self._close, instance)
+        (nursery or self._nursery).start_soon(self._close, instance)
 
     async def _close(self, instance: Instance) -> None:
         try:
-            await _shutdown(instance)
+            if instance.load is not None:
+                instance.load.cancel()
+                await instance.loaded.wait()
+            if instance.ready:
+                await _shutdown(instance)
         finally:
+            instance.data.close()
             self._closing.remove(instance)
             self._assign()
 
     async def release(self) -> None:
         """Shut all instances down, `close` hooks included. Nothing may be leased any more."""
         async with trio.open_nursery() as nursery:
-            for instance in self._instances:
-                instance.data.close()
-                nursery.start_soon(_shutdown, instance)
-            self._instances = []
+            for instance in list(self._instances):
+                self._shut(instance, nursery)
 
 
 async def _shutdown(instance: Instance) -> None:

@@ -5,7 +5,7 @@ Loads one instance of a class, then runs one job after the other. Speaks with it
 
     server: load {model, version, data_dir, lock, path}      worker: ready {description} | error {reason, message}
             (or look: the same without an instance)
-    server: run {...} + kwargs JSON                          worker: report {progress, message, log} ...
+    server: run {...} + kwargs JSON                          worker: report {progress, message} ...
     server: cancel                                           worker: done {kind} + result | error {...}
     server: close                                            worker: exits
 
@@ -15,6 +15,7 @@ and `_hold`.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import fcntl
 import functools
@@ -45,14 +46,14 @@ HEAD = struct.Struct(">II")
 MAX_FRAME = 512 * 1024 * 1024
 # Reports are sent at most this often: a heartbeat shows only the newest of a second anyway.
 REPORT_EVERY = 0.1
-# Log text that waits to be sent; beyond it the oldest is dropped, so that a model that logs in a loop stays small.
-MAX_PENDING_LOG = 256 * 1024
+MAX_LINE = 256 * 1024  # characters of a text that a model logs; what comes before them is dropped
 LOOK_EVERY = 1.0  # seconds
 # Seconds between two looks whether the server has asked for the end: methods may ask in their innermost loops.
 ASK_EVERY = 0.01
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"  # the time is where the line arrives
 # Has the worker write the stacks of all its threads to stderr, also while the model holds the GIL.
 TELL_STACKS = signal.SIGQUIT
+WHILE_LOADING = "while it loaded"
 
 
 def pack(head: dict[str, Any], blob: bytes = b"") -> bytes:
@@ -112,7 +113,7 @@ def _tether(pipe: int) -> None:
 
 
 def _hold(path: str) -> int:
-    """flock the worker's own lock file for as long as this process lives; the descriptor is close-on-exec.
+    """flock the worker's own lock file for as long as this process lives; no process that it starts may hold it.
 
     At the end of each run the file gets another name (`Worker.run`): who finds the name free, or gone, knows that the
     run is over, though this process may live on.
@@ -121,12 +122,19 @@ def _hold(path: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
+            # One in a session of its own lives on when server and worker are killed: the run would never be over.
+            os.register_at_fork(after_in_child=functools.partial(_let_go, fd))
             return fd
         os.close(fd)  # a sweep took it for a dead worker's, between the two calls, and unlinked it
 
 
+def _let_go(fd: int) -> None:
+    with contextlib.suppress(OSError):  # the model has closed it
+        os.close(fd)
+
+
 class Link:
-    """The socket to the server: written to by several threads; read by the main one, and looked at in its runs."""
+    """The socket to the server: written to by several threads; read by the main one, and looked at by all of a run."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -135,6 +143,7 @@ class Link:
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._looked = 0.0
+        self.runs = 0  # that are over
         # The server takes the end of this socket for the end of the worker: nothing that the model starts may hold it.
         sock.set_inheritable(False)
         os.register_at_fork(after_in_child=sock.close)
@@ -154,67 +163,51 @@ class Link:
             self._buffer += data
         return frame
 
-    def is_cancelled(self) -> bool:
-        """Whether the server has asked for the end of the run, or is gone. Does not wait; for any thread.
+    def end_run(self) -> None:
+        """The run is over: its threads that go on find it cancelled, and take nothing of what comes from now on."""
+        with self._looking:
+            self.runs += 1
 
-        Not by a thread that listens: a run would begin with the wait until that has handed it over.
+    def is_cancelled(self, run: int) -> bool:
+        """Whether the server has asked for the end of the run, or is gone, or the run is over; `run`: what `runs` was.
+
+        Does not wait; for any thread. Not by a thread that listens: a run would begin with the wait until that has
+        handed it over.
         """
         if time.monotonic() - self._looked < ASK_EVERY or not self._looking.acquire(blocking=False):
             return False
         try:
-            data = self._sock.recv(1 << 16, socket.MSG_DONTWAIT)
-            self._buffer += data
+            if run != self.runs:
+                return True
+            gone = False
+            with contextlib.suppress(BlockingIOError):  # but `receive` may have read more than the task
+                data = self._sock.recv(1 << 16, socket.MSG_DONTWAIT)
+                self._buffer += data
+                gone = not data
             frames = list(iter(lambda: unpack(self._buffer), None))
             self._frames.extend(frame for frame in frames if frame[0]["op"] != "cancel")
-            return not data or any(frame[0]["op"] == "cancel" for frame in frames)
-        except OSError:  # nothing has come; or this is a child of the model's, which has no socket
+            return gone or any(frame[0]["op"] == "cancel" for frame in frames)
+        except OSError:  # this is a child of the model's, which has no socket
             return False
         finally:
             self._looked = time.monotonic()
             self._looking.release()
 
 
-class Pending:
-    """What a method has reported since it was last asked for: its newest progress, and log text up to a bound."""
-
-    def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
-        self._said: dict[str, Any] = {}
-        self._log: deque[str] = deque()
-        self._size = 0
-        self._dropped = False
-
-    def add(self, progress: float | None, message: str | None, log: str | None) -> None:
-        if progress is not None:
-            self._said = {"progress": progress, "message": message or ""}
-        if log is not None:
-            self._log.append(log[-MAX_PENDING_LOG:])
-            self._size += len(self._log[-1]) + 1
-            while self._size > MAX_PENDING_LOG and len(self._log) > 1:
-                self._size -= len(self._log.popleft()) + 1
-                self._dropped = True
-
-    def take(self) -> dict[str, Any]:
-        """What there is, as the fields of a report; empty where there is nothing."""
-        pending = self._said
-        if self._log:
-            pending["log"] = "\n".join(["[lines were dropped]"] * self._dropped + [*self._log]) + "\n"
-        self._clear()
-        return pending
-
-
 class Reporter:
-    """Sends what a running method reports, coalesced, from a thread of its own: a report never waits for the server."""
+    """What a running method reports. Progress is sent, coalesced, from a thread: it never waits for the server.
 
-    def __init__(self, link: Link) -> None:
+    The log goes where prints go, to `output`: at once, so that a crash does not take it along, and in their order.
+    """
+
+    def __init__(self, link: Link, output: int) -> None:
         self._link = link
+        self._output = output
         self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards the pending report
-        self._sending = threading.Lock()  # a report is never sent after the `done` that ends its run
-        self._pending = Pending()
+        self._lock = threading.RLock()  # guards what follows; a signal handler of the model's may log as well
         self._job = ""
+        self._progress: dict[str, Any] = {}
+        self._sending = threading.Lock()  # a report is never sent after the `done` that ends its run
         threading.Thread(target=self._run, daemon=True, name="aipod-reporter").start()
 
     def begin(self, job_id: str) -> None:
@@ -232,15 +225,25 @@ class Reporter:
         with self._lock:
             if job_id != self._job:
                 return
-            self._pending.add(progress, message, log)
-        self._wake.set()
+            if log is not None:
+                self._write(log)
+            if progress is not None:
+                self._progress = {"progress": progress, "message": message or ""}
+                self._wake.set()
+
+    def _write(self, text: str) -> None:
+        # A newline before it too: what was printed without one is not the beginning of this line. Empty ones vanish.
+        data = memoryview(f"\n{text[-MAX_LINE:]}\n".encode("utf-8", "backslashreplace"))
+        with contextlib.suppress(OSError):  # the model has closed it
+            while data:
+                data = data[os.write(self._output, data) :]
 
     def flush(self) -> None:
         with self._sending:
             with self._lock:
-                pending = self._pending.take()
-            if pending:
-                self._link.send({"event": "report", **pending})
+                progress, self._progress = self._progress, {}
+            if progress:
+                self._link.send({"event": "report", **progress})
 
     def _run(self) -> None:
         pause = threading.Event()
@@ -257,11 +260,11 @@ class Reporter:
 class Worker:
     """One instance and the job it runs, all in the main thread."""
 
-    def __init__(self, link: Link, instance: Any, lock: str) -> None:
+    def __init__(self, link: Link, output: int, instance: Any, lock: str) -> None:
         self._link = link
         self._lock = lock  # the name that the lock file has now
         self._instance = instance
-        self._reporter = Reporter(link)
+        self._reporter = Reporter(link, output)
 
     def _make_context(self, head: dict[str, Any]) -> Context:
         return Context(
@@ -273,7 +276,7 @@ class Worker:
             new_version=Path(head["new_version"]),
             timeout=head["timeout"],
             report=functools.partial(self._reporter.report, head["job_id"]),
-            asked=self._link.is_cancelled,
+            asked=functools.partial(self._link.is_cancelled, self._link.runs),
         )
 
     def run(self) -> None:
@@ -285,6 +288,7 @@ class Worker:
             self._reporter.begin(task["job_id"])
             head, blob = self._run_one(task, kwargs_json)
             self._reporter.end()
+            self._link.end_run()
             # Before the server knows, so that the name which it writes down for the next run is held from then on.
             os.rename(self._lock, task["next_lock"])
             self._lock = task["next_lock"]
@@ -327,6 +331,14 @@ def failure(reason: str, exc: BaseException) -> dict[str, Any]:
     return {"event": "error", "reason": reason, **explain(exc)}
 
 
+def load_failure(exc: BaseException) -> dict[str, Any]:
+    """Why there is no instance, as the `error` event. No method has run, so it must not sound as if one had."""
+    told = failure("LOAD_FAILED", exc)
+    if isinstance(exc, LoadError):
+        return {**told, "type": ""}  # the text says it all
+    return {**told, "message": f"{WHILE_LOADING}: {told['message']}"}
+
+
 def _set_up_logging() -> None:
     """What the model logs goes to stderr, which the server reads; not where it sets up logging by itself."""
     logging.lastResort = logging.StreamHandler()
@@ -338,6 +350,7 @@ def main() -> None:
     gc.freeze()  # what is imported here stays: to look for garbage in it is a tenth of what a worker's start costs
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     os.set_inheritable(int(sys.argv[2]), False)
+    output = os.dup(sys.stderr.fileno())  # whatever the model makes of its stdout and stderr
     _tether(int(sys.argv[2]))
     frame = link.receive()
     if frame is None:
@@ -361,15 +374,12 @@ def main() -> None:
         instance.data_dir = Path(head["data_dir"])
         for hook in ("load", "warm_up"):
             getattr(instance, hook, lambda: None)()
-    except LoadError as exc:
-        link.send({**failure("LOAD_FAILED", exc), "type": ""})  # the text says it all
-        return
     except BaseException as exc:
-        link.send(failure("MODEL_ERROR", exc))
+        link.send(load_failure(exc))
         return
     if not hasattr(instance, "close"):
         instance.close = lambda: None
-    worker = Worker(link, instance, head["lock"])
+    worker = Worker(link, output, instance, head["lock"])
     link.send({"event": "ready", **description})
     worker.run()
     os.close(lock)

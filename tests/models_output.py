@@ -34,6 +34,19 @@ def say(child: bool) -> None:
 SAID = ["printed", "in two parts", "10 %", "20 %", "INFO model: logged 1"]
 
 
+def both(context: Context) -> None:
+    """Says what it says in two ways, in turn."""
+    for n in range(20):
+        context.log(f"logged {n}")
+        print(f"printed {n}")
+    print("half", end="")
+    context.log("two\nlines")
+    print(" a line", end="")
+
+
+BOTH = [f"{how} {n}" for n in range(20) for how in ("logged", "printed")]
+
+
 class Worker(aipod.Model):
     def load(self) -> None:
         print("loading")
@@ -43,7 +56,11 @@ class Worker(aipod.Model):
 
     def crash(self, context: Context, path: Path) -> None:
         print("last words")
+        context.log("and what is about to happen")
         ctypes.string_at(0)
+
+    def in_turn(self, context: Context, path: Path) -> None:
+        both(context)
 
     def later(self, context: Context, path: Path, *, until: str) -> None:
         """A thread prints once this is over."""
@@ -100,6 +117,9 @@ class Loop(aipod.Model):
         thread = threading.Thread(target=print, args=("from a thread",))
         thread.start()
         thread.join()
+
+    def in_turn(self, context: Context, path: Path) -> None:
+        both(context)
 
     def report(self, context: Context, path: Path, **kwargs: Any) -> str:
         return Worker.report(self, context, path, **kwargs)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def give(context: Context, path: Path, kind: str) -> Any:
     }[kind]
 
 
+def straggle(context: Context, data: Path) -> None:
+    """Leave threads behind that ask until they hear that they are not wanted."""
+
+    def ask() -> None:
+        while not context.cancelled:
+            time.sleep(0)
+        (data / "heard").touch()
+
+    for _ in range(3):
+        threading.Thread(target=ask, daemon=True).start()
+
+
 class Plain(aipod.Model):
     def load(self) -> None:
         (self.data_dir / "loaded").write_text(self.version)
@@ -60,6 +73,9 @@ class Plain(aipod.Model):
 
     def talk(self, context: Context, path: Path) -> str:
         return talk(context)
+
+    def straggle(self, context: Context, path: Path) -> None:
+        straggle(context, self.data_dir)
 
     def boom(self, context: Context, path: Path) -> None:
         raise KeyError("no such word")
@@ -96,6 +112,16 @@ class Plain(aipod.Model):
         say(self.data_dir / "running", str(pid))
         os.kill(os.getpid(), 9)
 
+    def detach(self, context: Context, path: Path) -> None:
+        """Leave a process behind that nobody ends who ends this one's group."""
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            say(self.data_dir / "running", str(os.getpid()))
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(60)
+
 
 class Trio(aipod.Model):
     async def load(self) -> None:
@@ -111,6 +137,9 @@ class Trio(aipod.Model):
 
     async def talk(self, context: Context, path: Path) -> str:
         return talk(context)
+
+    async def straggle(self, context: Context, path: Path) -> None:
+        straggle(context, self.data_dir)
 
     async def boom(self, context: Context, path: Path) -> None:
         raise KeyError("no such word")
@@ -176,6 +205,10 @@ class Asyncio(aipod.Model):
         return talk(context)
 
     @aipod.method(flavor="asyncio")
+    async def straggle(self, context: Context, path: Path) -> None:
+        straggle(context, self.data_dir)
+
+    @aipod.method(flavor="asyncio")
     async def boom(self, context: Context, path: Path) -> None:
         raise KeyError("no such word")
 
@@ -203,6 +236,15 @@ class Asyncio(aipod.Model):
 class PlainFails(aipod.Model):
     def load(self) -> None:
         raise OSError("no weights here")
+
+    def chaos(self, context: Context, path: Path) -> None: ...
+
+
+class PlainDies(aipod.Model):
+    def load(self) -> None:
+        if (self.data_dir / "how").read_text() == "kill":
+            os.kill(os.getpid(), 9)
+        os._exit(7)
 
     def chaos(self, context: Context, path: Path) -> None: ...
 

@@ -666,12 +666,15 @@ def test_the_payload_is_read_only(one: Served) -> None:
     assert plain(one.address, [X], name="vandal").message.startswith("PermissionError")
 
 
-@pytest.mark.parametrize(("model", "text"), [("LoadFails", "OSError: no weights"), ("LoadExits", "SystemExit: no lic")])
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [("LoadFails", "OSError: while it loaded: no weights"), ("LoadExits", "SystemExit: while it loaded: no lic")],
+)
 def test_a_class_that_does_not_load(tmp_path: Path, model: str, text: str) -> None:
     served = Served(f"tests.models_bad:{model}", tmp_path, (), "127.0.0.1:0")
     for _ in range(2):
         answer = plain(served.address)
-        assert answer.refusal == (INTERNAL, "MODEL_ERROR")
+        assert answer.refusal == (INTERNAL, "LOAD_FAILED")
         assert answer.message.startswith(text)
         error = own(served.address).state.error
         assert error is not None

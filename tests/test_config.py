@@ -63,6 +63,8 @@ def test_ranges(name: str, low: float, high: float | None) -> None:
         ({"bind": [1]}, "bind = .* is not a list of strings"),
         ({"bind": []}, "bind is empty"),
         ({"runner": "thread"}, "runner = 'thread' is not one of auto, process, loop"),
+        ({"preload": ["a", "b"], "max_instances": 1}, "a, b takes 2 instances, .* max_instances to at least 2"),
+        ({"preload": ["a", "b", "c"], "instances": 6}, "takes 18 instances, max_instances = 16: "),
         ({"stream_window": 128 * MIB}, "connection_window must be at least stream_window"),
         ({"tikc": 1}, "unknown setting 'tikc'; known ones: .*tick"),
     ],
@@ -70,6 +72,17 @@ def test_ranges(name: str, low: float, high: float | None) -> None:
 def test_what_cannot_be_meant_is_named(values: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Config.from_mapping(values)
+
+
+def test_what_is_preloaded_must_find_room_beside_each_other() -> None:
+    """Of one version as many instances are loaded as there may be; one named twice is loaded once."""
+    for values in (
+        {"preload": ["a", "b"], "max_instances": 2},
+        {"preload": ["a", "a"], "max_instances": 1},
+        {"preload": ["a"], "max_instances": 1, "instances": 4},
+        {"preload": ["a", "b"], "max_instances": 2, "instances": 4, "runner": "loop"},
+    ):
+        assert Config.from_mapping(values).preload == tuple(values["preload"])
 
 
 def test_whole_numbers_are_times_too() -> None:

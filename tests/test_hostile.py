@@ -157,9 +157,9 @@ def test_whatever_a_method_on_the_loop_raises(on_loop: Served, method: str, kind
 def test_whatever_a_load_raises(serve: Serve, model: str, kind: str) -> None:
     served = serve(f"{MODELS}:{model}")
     for _ in range(2):
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(JobFailed) as caught:
             own(served.address, "chaos")
-        assert caught.value.metadata["type"] == kind
+        assert (caught.value.reason, caught.value.metadata["type"]) == ("LOAD_FAILED", kind)
 
 
 @pytest.mark.parametrize(("model", "kind"), [("OnLoop", "KeyboardInterrupt"), ("ThreadCloses", "SystemExit")])

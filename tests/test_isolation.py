@@ -19,10 +19,10 @@ from tests.conftest import FIRST, Serve, alive, children, left_in, run, wait_unt
 MODEL = "tests.models_crash:Fragile"
 JOBS, AT_ONCE, INSTANCES = 500 if FIRST else 160, 24, 4
 CRASHES = {
-    "null pointer": "the worker process was killed by SIGSEGV",
-    "kill": "the worker process was killed by SIGKILL (out of memory?)",
-    "exit": "the worker process exited with status 3",
-    "abort": "the worker process was killed by SIGABRT",
+    "null pointer": ("the worker process was killed by SIGSEGV", {"signal": "SIGSEGV"}),
+    "kill": ("the worker process was killed by SIGKILL (out of memory?)", {"signal": "SIGKILL"}),
+    "exit": ("the worker process exited with status 3", {"exit": "3"}),
+    "abort": ("the worker process was killed by SIGABRT", {"signal": "SIGABRT"}),
 }
 ERRORS = {"raise": ("ValueError", "it said so"), "sys.exit": ("SystemExit", "4")}
 
@@ -42,11 +42,12 @@ def test_500_jobs_of_which_one_in_twenty_crashes_end_each_in_its_own_state(serve
             if how in CRASHES:
                 with pytest.raises(aipod.Interrupted) as crash:
                     await call
-                assert (crash.value.reason, crash.value.message) == ("WORKER_CRASHED", CRASHES[how])
+                error = crash.value
+                assert (error.reason, error.message, error.metadata) == ("WORKER_CRASHED", *CRASHES[how])
             elif how in ERRORS:
-                with pytest.raises(aipod.ModelError) as error:
+                with pytest.raises(aipod.ModelError) as raised:
                     await call
-                assert (error.value.metadata["type"], error.value.message) == ERRORS[how]
+                assert (raised.value.metadata["type"], raised.value.message) == ERRORS[how]
             else:
                 assert await call == hashlib.sha256(payload).hexdigest()
 

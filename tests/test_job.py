@@ -16,10 +16,11 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from aipod.client.failure import of_state
 from aipod.codec import PONG, digest
 from aipod.config import Config
 from aipod.identity import Identities
-from aipod.job.job import Answer, Job, Keep, Told
+from aipod.job.job import LOG_IS_LONG, MAX_PENDING_LOG, Answer, Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, Terms, run_job, settle_later
@@ -30,7 +31,7 @@ from aipod.runner.fake import FakeRunner
 from aipod.server import _sweep
 from aipod.service.ai import AI, Place, Viewer
 from aipod.service.viewer import Call, Writer
-from aipod.spool import Entry, Journal, Spool, Sweeper, Words
+from aipod.spool import MAX_LOG, Entry, Journal, Spool, Sweeper, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
@@ -67,6 +68,33 @@ def request(open_: Open | None = None) -> Request:
 
 def fake_job(open_: Open | None = None) -> Job:
     return Job(request(open_), cast(Entry, NoEntry()), "spool")
+
+
+async def test_a_long_log_goes_on_when_the_run_is_over() -> None:
+    """So that there is room for what comes last. Mutants seen: that is dropped; the log stops without a word."""
+
+    class Log(NoEntry):
+        text = ""
+
+        def append_log(self, text: str) -> None:
+            self.text += text
+            self.log_size = len(self.text)
+
+    entry = Log()
+    job = Job(request(), cast(Entry, entry), "spool")
+    for n in range(40):
+        for _ in range(30):
+            job.report(None, None, f"{n}".ljust(50_000))
+        await job.save_log()
+    long = entry.text
+    assert long.endswith(LOG_IS_LONG)
+    assert long.count(LOG_IS_LONG) == 1
+    assert long.startswith("0  ")
+    job.report(None, None, "the last word")
+    await job.save_log(last=True)
+    assert entry.text.startswith(long)
+    assert entry.text.endswith("39".ljust(50_000) + "\nthe last word\n")
+    assert MAX_LOG - 3 * MAX_PENDING_LOG < len(entry.text) <= MAX_LOG
 
 
 async def test_a_plain_client_hears_a_pong_at_once_and_every_second(autojump_clock: MockClock) -> None:
@@ -356,7 +384,11 @@ async def test_a_stop_that_comes_while_the_answer_is_stored_is_too_late(story: S
     assert (story.versions.data_dir("v") / "data").read_text() == "new"
 
 
-async def test_a_worker_that_died_before_the_run_is_replaced_but_not_for_ever(story: Story, model: Model) -> None:
+@pytest.mark.parametrize("restartable", [False, True])
+async def test_a_worker_that_died_before_the_run_is_replaced_but_not_for_ever(
+    story: Story, model: Model, restartable: bool
+) -> None:
+    """Mutant seen: what was never started is an interrupted run, and begun once more, again and again."""
     deaths = 1
 
     async def load() -> None:
@@ -369,8 +401,10 @@ async def test_a_worker_that_died_before_the_run_is_replaced_but_not_for_ever(st
     assert job.state().attempt == 1
     model.runners[-1].crash()
     deaths = 99
-    job = await story.begin()
-    assert await story.end(job) == Phase.FAILED
+    job = await story.begin(open_=OWN, restartable=restartable)
+    with trio.fail_after(10):
+        await job.over.wait()
+    assert (job.phase, job.handed_over) == (Phase.FAILED, False)
     assert job.error is not None
     assert job.error.reason == "WORKER_CRASHED"
     assert len(model.runners) == 2 + MAX_BROKEN
@@ -853,6 +887,30 @@ async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:
     job.heed(Words(wanted=job.epoch + 1), 0, 1.0)
     assert (job.upload.cancel_called, job.superseded_by) == (True, job.epoch + 1)
     assert not job.scope.cancel_called
+
+
+@pytest.mark.parametrize("metadata", [{"type": "KeyError"}, {"signal": "SIGKILL"}])
+async def test_how_a_run_ended_is_told_by_every_process_alike(
+    story: Story, model: Model, metadata: dict[str, str]
+) -> None:
+    """To its own client: all but the traceback. Mutants seen: the journal, or the state, has the class only."""
+
+    async def train(context: Any, path: Path) -> None:
+        if "type" in metadata:
+            raise KeyError
+        model.runners[-1].crash()
+        await trio.sleep_forever()
+
+    model.train = train
+    job = await story.begin(open_=OWN)
+    with trio.fail_after(10):
+        await job.over.wait()
+    told = Told(story.spool.look(job.look.id), "", Keep())
+    told.learn(written(job), {})
+    assert told.error is not None
+    assert told.error.metadata == metadata
+    for watched in (job, told):
+        assert of_state(watched.state()).metadata == metadata
 
 
 async def test_who_watches_from_another_process_is_woken_by_news_only(tmp_path: Path) -> None:

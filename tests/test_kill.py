@@ -133,7 +133,7 @@ def test_a_killed_worker_costs_its_own_job_only(serve: Serve, tmp_path: Path) ->
             if name == "own":
                 with pytest.raises(JobFailed, match="SIGKILL") as caught:
                     future.result()
-                assert caught.value.reason == "WORKER_CRASHED"
+                assert (caught.value.reason, caught.value.metadata) == ("WORKER_CRASHED", {"signal": "SIGKILL"})
             else:
                 reply = future.result()
                 assert reply.code is grpc.StatusCode.INTERNAL

@@ -13,11 +13,11 @@ import pytest
 
 import aipod
 from aipod.client import Event
-from aipod.runner.output import LINE, LINES, Lines, ServerLog
+from aipod.runner.output import LINE, LINES, Excerpt, Lines, ServerLog
 from aipod.spool.entry import MAX_LOG
 from tests.calls import calls, own
 from tests.conftest import FIRST, Serve, Served, peak_memory, wait_until
-from tests.models_output import SAID
+from tests.models_output import BOTH, SAID
 
 BOLD = "\x1b[1mbold ü"
 
@@ -43,6 +43,29 @@ def test_text_is_cut_into_lines() -> None:
     assert lines.feed("é" * (2 * LINE) + "\nend") == ["é" * LINE, "é" * LINE]
     assert lines.end() == ["end"]
     assert lines.end() == []
+
+
+def test_of_what_waits_to_be_written_beginning_and_end_are_kept() -> None:
+    """Mutants seen: one of them is dropped; one text that is too long drops itself; a text that begins in the tail is
+    followed by one in the head."""
+    excerpt = Excerpt(100)
+    assert (bool(excerpt), excerpt.take()) == (False, "")
+    for n in range(10):
+        excerpt.add(f"line {n}" + "\n" * (n % 2))
+    assert bool(excerpt)
+    assert excerpt.take() == "".join(f"line {n}\n" for n in range(10))
+    assert excerpt.take() == ""
+    for n in range(1000):
+        excerpt.add(f"number {n:03}")
+    head, mark, tail = (range(4), "[lines were dropped]\n", range(996, 1000))
+    texts = ["".join(f"number {n:03}\n" for n in part) for part in (head, tail)]
+    assert excerpt.take() == mark.join(texts)
+    excerpt.add("x" * 40)
+    excerpt.add("y" * 40)
+    excerpt.add("z")
+    assert excerpt.take() == "x" * 40 + "\n" + "y" * 40 + "\nz\n"
+    excerpt.add("ü" * 1000)
+    assert excerpt.take() == "ü" * 50 + "\n"
 
 
 def test_the_server_s_log_takes_so_many_lines_a_second_and_nothing_that_moves_a_cursor(
@@ -86,11 +109,25 @@ def test_what_a_method_prints_and_logs_is_in_its_job_s_log(
 
 
 def test_a_crash_leaves_its_last_words_in_the_log(serve: Serve) -> None:
+    """Also what it has told its job. Mutant seen: that is sent a moment later, from a thread."""
     served = serve("tests.models_output:Worker")
     answer, lines, _ = called(served, "crash")
     assert isinstance(answer, aipod.Interrupted)
-    assert lines[:2] == ["last words", "Fatal Python error: Segmentation fault"]
+    assert lines[:3] == ["last words", "and what is about to happen", "Fatal Python error: Segmentation fault"]
     assert any("models_output.py" in line for line in lines)
+
+
+@pytest.mark.parametrize(("model", "rest"), [("Worker", ["half", "two", "lines", " a line"]), ("Loop", None)])
+def test_what_is_printed_and_what_is_told_to_the_job_are_in_their_order(
+    serve: Serve, model: str, rest: list[str] | None
+) -> None:
+    """In a worker to the character. Mutant seen: they come in two ways, of which one is faster."""
+    served = serve(f"tests.models_output:{model}")
+    answer, lines, _ = called(served, "in_turn")
+    assert answer is None
+    assert lines[: len(BOTH)] == BOTH
+    if rest is not None:
+        assert lines[len(BOTH) :] == rest
 
 
 def test_what_is_printed_between_two_jobs_is_in_neither_s_log(serve: Serve, tmp_path: Path) -> None:
@@ -122,14 +159,14 @@ def test_what_has_no_job_goes_to_stderr_never_to_stdout(serve: Serve) -> None:
 
 
 def test_a_model_that_prints_200_mb_gets_its_answer_and_costs_no_memory(serve: Serve) -> None:
-    """Its log is cut where all are, the server's where it comes too fast."""
+    """Its log is cut in the middle, the server's where it comes too fast. Mutant seen: what it says last is dropped."""
     served = serve("tests.models_output:Worker")
     called(served, "flood", megabytes=2)
     before, lines_before = peak_memory(served.process.pid), served.log_text().count("\n")
     began = time.monotonic()
     answer, lines, _ = called(served, "flood", megabytes=200)
     assert answer == "done"
-    assert lines[0] == "x" * 99
+    assert (lines[0], lines[-1]) == ("x" * 99, "the end")
     assert sum(map(len, lines)) <= MAX_LOG + 1000
     assert any("dropped" in line for line in lines)
     shown = served.log_text().count("\n") - lines_before
@@ -139,6 +176,7 @@ def test_a_model_that_prints_200_mb_gets_its_answer_and_costs_no_memory(serve: S
 
 @pytest.mark.parametrize(("model", "times"), [("Worker", 1_000_000 if FIRST else 200_000), ("Loop", 200_000)])
 def test_many_reports_are_told_once_a_tick_in_order(serve: Serve, model: str, times: int) -> None:
+    """The last one too. Mutant seen: what is pending at the end of a run is dropped."""
     served = serve(f"tests.models_output:{model}", "--tick", "0.1")
     called(served, "report", times=1)
     before = peak_memory(served.process.pid)
@@ -146,7 +184,7 @@ def test_many_reports_are_told_once_a_tick_in_order(serve: Serve, model: str, ti
     assert answer == "done"
     progress = [event.progress for event in events if event.phase == "RUNNING"]
     assert progress == sorted(progress)
-    assert progress[-1] > 0
+    assert [(event.progress, event.message) for event in events][-1] == (1.0, f"step {times - 1}")
     assert lines == [f"line {n}" for n in range(0, times, 100)]
     assert len(events) < times / 1000
     assert peak_memory(served.process.pid) - before < 20

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aipod.errors import ModelError
+from aipod.errors import JobFailed
 from tests.calls import own
 from tests.conftest import Serve, wait_until
 from tests.test_cli import aipod
@@ -28,7 +28,10 @@ def test_a_server_that_listens_has_loaded_what_it_was_told_to_and_closes_what_is
 
 def test_what_does_not_load_is_told_at_the_start(tmp_path: Path) -> None:
     where = ("--bind", "127.0.0.1:0", "--spool", str(tmp_path / "spool"), "--data", str(tmp_path / "data"))
-    for version, text in (("bad", "MODEL_ERROR: ValueError: no such weights"), ("../a", "BAD_VERSION: version '../a'")):
+    for version, text in (
+        ("bad", "LOAD_FAILED: ValueError: while it loaded: no such weights"),
+        ("../a", "BAD_VERSION: version '../a'"),
+    ):
         done = aipod("serve", MODEL, *where, "--preload", version)
         assert (done.status, done.out) == (1, b"")
         assert done.last.startswith(f"aipod: {text}")
@@ -42,7 +45,7 @@ def test_a_server_none_of_whose_instances_load_is_not_ready_until_one_does(serve
         return aipod("health", "--to", served.address, service).out.decode().strip()
 
     def fail(version: str) -> None:
-        with pytest.raises(ModelError, match="no such weights"):
+        with pytest.raises(JobFailed, match=r"^while it loaded: no such weights$"):
             own(served.address, "predict", version=version)
 
     for _ in range(4):

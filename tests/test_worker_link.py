@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import socket
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from aipod.worker import ASK_EVERY, Link, pack
+from tests.calls import calls
 
 
 @pytest.fixture
@@ -18,9 +20,9 @@ def ends() -> Iterator[tuple[socket.socket, Link]]:
         yield ours, Link(theirs)
 
 
-def look(link: Link) -> bool:
+def look(link: Link, run: int = 0) -> bool:
     time.sleep(ASK_EVERY)
-    return link.is_cancelled()
+    return link.is_cancelled(run)
 
 
 def test_a_look_hears_of_a_cancel_once_and_keeps_all_else(ends: tuple[socket.socket, Link]) -> None:
@@ -39,12 +41,31 @@ def test_a_look_hears_of_a_cancel_once_and_keeps_all_else(ends: tuple[socket.soc
     assert not look(link)
 
 
+def test_a_thread_that_a_run_has_left_behind_takes_nothing_of_the_next(ends: tuple[socket.socket, Link]) -> None:
+    """Neither its task nor its cancel. Mutants seen: the thread of any run reads; a look under way is not waited for; a
+    cancel that was read together with the task is never seen."""
+    server, link = ends
+    run, cancel = pack({"op": "run"}, b"kwargs"), pack({"op": "cancel"})
+    assert not look(link)
+    with calls() as threads:
+        with link._looking:  # whoever looks this moment is waited for
+            ending = threads.submit(link.end_run)
+            assert concurrent.futures.wait([ending], timeout=0.2).not_done
+            assert not look(link)
+        ending.result()
+        server.sendall(run + cancel)
+        assert threads.submit(look, link).result()
+        assert link.receive() == ({"op": "run"}, b"kwargs")
+        assert threads.submit(look, link).result()
+        assert look(link, 1)
+
+
 def test_looks_in_a_loop_ask_the_system_seldom(ends: tuple[socket.socket, Link]) -> None:
     server, link = ends
-    link.is_cancelled()
+    link.is_cancelled(0)
     server.sendall(pack({"op": "cancel"}))
     began, looks = time.monotonic(), 1
-    while not link.is_cancelled():
+    while not link.is_cancelled(0):
         looks += 1
     assert time.monotonic() - began < 10
     assert looks > 1

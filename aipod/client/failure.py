@@ -23,7 +23,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 
-from aipod.errors import DOMAIN, AipodError, JobFailed, JobLost, Refused, Unreachable, job_failed, leaves
+from aipod.errors import DOMAIN, TOLD, AipodError, JobFailed, JobLost, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import Op, Phase, State
@@ -262,4 +262,5 @@ def of_state(state: State) -> JobFailed:
     if error is None:
         reason = "CANCELLED" if state.phase == Phase.CANCELLED else "INTERNAL"
         return job_failed(reason, f"the job ended as {state.phase.name} without saying why")
-    return job_failed(error.reason or "INTERNAL", error.message, {"type": error.type} if error.type else {})
+    told = {name: value for name in TOLD if (value := getattr(error, name))}
+    return job_failed(error.reason or "INTERNAL", error.message, told)

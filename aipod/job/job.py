@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import trio
 
-from aipod.errors import JobFailed, job_failed
+from aipod.errors import TOLD, JobFailed, job_failed
 from aipod.job.request import Request
 from aipod.results import INLINE, Result
 from aipod.runner import Report, Task
-from aipod.spool import ENDED, Entry, Look, Words
+from aipod.runner.output import Excerpt
+from aipod.spool import ENDED, MAX_LOG, Entry, Look, Words
 from aipod.wire.ai import Error, Phase, State
 
 # Seconds that an ended job with an answer of at most `INLINE` is kept at least once that was sent, however short room
@@ -25,8 +26,11 @@ from aipod.wire.ai import Error, Phase, State
 KEEP_ANSWERED = 900.0
 KEEP_RELEASED = 60.0
 
-# Log text between two writes to the entry; a worker's own bound is lower, this one is for methods on the loop.
+# Bytes of log between two writes to the entry.
 MAX_PENDING_LOG = 1024 * 1024
+# A log of this size is written on at the end of the run only: there is room for what came last, a stack for instance.
+LONG_LOG = MAX_LOG - 2 * MAX_PENDING_LOG - 1024
+LOG_IS_LONG = "[the log is long: of the rest, beginning and end are told when the run is over]\n"
 LOG_PIECE = 64 * 1024  # bytes of it per heartbeat
 
 CONTENT_TYPES = {"json": "application/json", "bytes": "application/octet-stream", "file": "application/octet-stream"}
@@ -106,8 +110,7 @@ def stored_error(fields: dict[str, Any]) -> JobFailed:
     """Why a job has no answer, as its journal tells."""
     if fields["phase"] == "RELEASED":
         return job_failed("RELEASED", "its answer was released")
-    kind = fields.get("type")
-    return job_failed(fields["reason"], fields["message"], {"type": kind} if kind else None)
+    return job_failed(fields["reason"], fields["message"], {name: fields[name] for name in TOLD if fields.get(name)})
 
 
 class Watched(abc.ABC):
@@ -170,8 +173,8 @@ class Watched(abc.ABC):
             state.size, state.digest = self.answer.size, self.answer.digest
             state.content_type = CONTENT_TYPES[self.answer.kind]
         if self.error is not None:
-            kind = self.error.metadata.get("type", "")
-            state.error = Error(type=kind, message=self.error.message, reason=self.error.reason)
+            told = {name: self.error.metadata.get(name, "") for name in TOLD}
+            state.error = Error(message=self.error.message, reason=self.error.reason, **told)
         return state
 
     async def read_log(self, offset: int) -> bytes:
@@ -236,8 +239,8 @@ class Job(Watched):
         # What was read of the log last: from which byte on, how long it was then, and the piece. None for one viewer.
         self._piece: tuple[int, int, bytes] | None = None
         self._reading: trio.Event | None = None  # somebody does this moment
-        self._pending_log: list[str] = []
-        self._pending_size = 0
+        self._log = Excerpt(MAX_PENDING_LOG)
+        self._log_is_long = False
         self._stopped_because: tuple[str, str] | None = None
         self.began = self._alone_since = time.monotonic()
         self._watched = 0
@@ -266,18 +269,24 @@ class Job(Watched):
         """What the method says; kept until the next tick."""
         if progress is not None:
             self.progress, self.message = progress, message or ""
-        if text is not None and self._pending_size < MAX_PENDING_LOG:
-            self._pending_size += len(text)
-            self._pending_log.append(text if text.endswith("\n") else text + "\n")
-            if self._pending_size >= MAX_PENDING_LOG:
-                self._pending_log.append("[lines were dropped]\n")
+        if text is not None:
+            self._log.add(text)
 
-    async def save_log(self) -> None:
-        """Write what was logged since the last time. This is a trio-flavored async function."""
-        if self._pending_log:
-            text, self._pending_log, self._pending_size = "".join(self._pending_log), [], 0
-            with trio.CancelScope(shield=True):  # cancelled on the way to the thread, the text would be lost
-                await trio.to_thread.run_sync(self.entry.append_log, text)
+    async def save_log(self, *, last: bool = False) -> None:
+        """Write what was logged since the last time. This is a trio-flavored async function.
+
+        `last`: the run is over. Until then nothing is added to a log that is long.
+        """
+        if not self._log:
+            return
+        if last or self.entry.log_size < LONG_LOG:
+            text = self._log.take()
+        elif self._log_is_long:
+            return
+        else:
+            self._log_is_long, text = True, LOG_IS_LONG
+        with trio.CancelScope(shield=True):  # cancelled on the way to the thread, the text would be lost
+            await trio.to_thread.run_sync(self.entry.append_log, text)
 
     async def read_log(self, offset: int) -> bytes:
         """As for any, but read once for all viewers that have come as far: a thread for each takes 0.2 ms."""

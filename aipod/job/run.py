@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 import trio
 
 from aipod.codec import digest, new_hasher
-from aipod.errors import JobFailed, Refused, job_failed, leaves
+from aipod.errors import TOLD, JobFailed, Refused, job_failed, leaves
 from aipod.job.job import Answer, Job, Queue
 from aipod.job.upload import BULK
 from aipod.results import Result
@@ -81,7 +81,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             with _going_on(job):
                 await trio.to_thread.run_sync(versions.discard, job.request.job_id)
             with _going_on(job):
-                await job.save_log()
+                await job.save_log(last=True)
             with _going_on(job):
                 if failure is not None and _is_worth_another(job, terms, failure):
                     failure, job.handed_over = None, True
@@ -211,7 +211,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         with trio.CancelScope(shield=True):
             if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
                 queue.retire()
-            await job.save_log()  # before: who reads DONE in another process reads the log for the last time
+            await job.save_log(last=True)  # before: who reads DONE in another process reads the log for the last time
             await trio.to_thread.run_sync(entry.store, answer.fields)
             job.answer = answer
     job.enter(Phase.DONE)
@@ -259,7 +259,7 @@ def _measure(entry: Entry, result: Result) -> Answer:
 
 def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
     """Whether the run was interrupted, and its method may be started once more."""
-    interrupted = failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
+    interrupted = job.started and failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
     return interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
 
 
@@ -314,8 +314,7 @@ def _store_failure(job: Job, error: JobFailed) -> bool:
 
 def _write_failure(job: Job, error: JobFailed) -> None:
     fields = {"phase": _phase_of(error).name, "reason": error.reason, "message": error.message}
-    if "type" in error.metadata:
-        fields["type"] = error.metadata["type"]
+    fields |= {name: error.metadata[name] for name in TOLD if name in error.metadata}
     job.entry.store(fields)
 
 

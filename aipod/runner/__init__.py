@@ -27,8 +27,20 @@ async def model_failed(exc: BaseException) -> JobFailed:
     method puts that, as Cancelled, alone or in groups, or as something else.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
-    text = worker.explain(exc)
-    return job_failed("MODEL_ERROR", text.pop("message"), text)
+    return failed(worker.failure("MODEL_ERROR", exc))
+
+
+async def load_failed(exc: BaseException) -> JobFailed:
+    """As `model_failed`, of whatever was raised before there was an instance."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    return failed(worker.load_failure(exc))
+
+
+def failed(event: Mapping[str, str]) -> JobFailed:
+    """The exception that a worker's `error` event tells of."""
+    return job_failed(
+        event["reason"], event["message"], {name: event[name] for name in ("type", "trace") if event.get(name)}
+    )
 
 
 class RunnerBroken(Exception):
@@ -82,7 +94,7 @@ class Runner(Protocol):
         """True once it cannot run jobs any more, however it came to that."""
 
     async def start(self) -> Description:
-        """Load the instance. Raises `JobFailed` (LOAD_FAILED, MODEL_ERROR, WORKER_CRASHED), `Refused` (OVERLOADED).
+        """Load the instance. Raises `JobFailed` (LOAD_FAILED), `Refused` (OVERLOADED).
 
         Cancelled: nothing is left.
         """

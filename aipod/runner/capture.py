@@ -17,8 +17,11 @@ from typing import Any
 import trio
 
 from aipod.runner import Report
-from aipod.runner.output import Lines, ServerLog
-from aipod.worker import LOG_FORMAT, Pending
+from aipod.runner.output import Excerpt, Lines, ServerLog
+from aipod.worker import LOG_FORMAT
+
+# Bytes of log between two turns of the loop, so that a method that logs in a loop stays small.
+MAX_LOG = 256 * 1024
 
 _capture: contextvars.ContextVar[Capture | None] = contextvars.ContextVar("aipod_capture", default=None)
 
@@ -32,7 +35,8 @@ class Capture:
         self._report: Report | None = report
         self._trio = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()  # guards what follows
-        self._pending = Pending()
+        self._progress: tuple[float, str] | None = None  # the newest
+        self._log = Excerpt(MAX_LOG)
         self._lines = Lines()
         self._due = False  # a flush is
 
@@ -50,7 +54,10 @@ class Capture:
     def report(self, progress: float | None, message: str | None, text: str | None) -> None:
         """As `Report`, from any thread."""
         with self._lock:
-            self._pending.add(progress, message, text)
+            if progress is not None:
+                self._progress = progress, message or ""
+            if text is not None:
+                self._log.add(text)
             due, self._due = self._due, True
         if not due:
             with contextlib.suppress(trio.RunFinishedError):
@@ -66,9 +73,10 @@ class Capture:
 
     def _flush(self) -> None:
         with self._lock:
-            pending, self._due = self._pending.take(), False
-        if pending and self._report is not None:
-            self._report(pending.get("progress"), pending.get("message"), pending.get("log"))
+            (progress, message), text = self._progress or (None, None), self._log.take()
+            self._progress, self._due = None, False
+        if self._report is not None:
+            self._report(progress, message, text or None)
 
 
 class _Stream:

@@ -24,7 +24,7 @@ from aipod.errors import job_failed
 from aipod.methods import describe_method
 from aipod.models import Context, Options
 from aipod.results import BadResult, Result, settle
-from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
+from aipod.runner import Description, Report, RunnerBroken, Task, load_failed, model_failed
 
 
 async def _nothing() -> None: ...
@@ -74,7 +74,7 @@ class FakeRunner:
         try:
             await self._load()
         except BaseException as exc:
-            raise await model_failed(exc) from exc
+            raise await load_failed(exc) from exc
         await trio.lowlevel.checkpoint()
         options = dataclasses.asdict(Options())
         methods = {name: {**options, **describe_method(fn, own=2)} for name, fn in self._methods.items()}

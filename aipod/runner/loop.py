@@ -15,9 +15,9 @@ import trio
 
 from aipod.errors import job_failed
 from aipod.methods import describe
-from aipod.models import Context, LoadError, Options, load_class
+from aipod.models import Context, Options, load_class
 from aipod.results import BadResult, Result, settle
-from aipod.runner import Description, Report, RunnerBroken, Task, model_failed
+from aipod.runner import Description, Report, RunnerBroken, Task, load_failed, model_failed
 from aipod.runner.capture import Capture
 from aipod.runner.output import ServerLog
 from aipod.transport import bridge
@@ -65,10 +65,8 @@ class LoopRunner:
                         await self._call(function)
                     elif function is not None:
                         await self._load(deadline, function)
-        except LoadError as exc:
-            raise job_failed("LOAD_FAILED", str(exc)) from exc
         except BaseException as exc:
-            raise await model_failed(exc) from exc
+            raise await load_failed(exc) from exc
         if patience.cancelled_caught:
             self._instance = None
             raise job_failed("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")

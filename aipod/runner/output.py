@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import time
+from collections import deque
 
 import trio
 
@@ -46,6 +47,49 @@ class Lines:
     def end(self) -> list[str]:
         """What is left."""
         return self.feed("\n")
+
+
+class Excerpt:
+    """Text that waits to be taken: its beginning and, where it is over `bound` bytes, the newest of the rest.
+
+    Why a run fails is in what it says last, and often in what it says first.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._clear()
+
+    def _clear(self) -> None:
+        self._head: list[str] = []
+        self._tail: deque[tuple[str, int]] = deque()
+        self._head_room = self._tail_room = self._bound // 2
+        self._dropped = False
+
+    def __bool__(self) -> bool:
+        return bool(self._head or self._tail)
+
+    def add(self, text: str) -> None:
+        """Append whole lines; the newline after the last one may be missing."""
+        text = text[-self._bound // 2 :]  # a model may log all it has at once
+        text += "" if text.endswith("\n") else "\n"
+        size = len(text.encode("utf-8", "replace"))
+        if not self._tail and size <= self._head_room:
+            self._head.append(text)
+            self._head_room -= size
+            return
+        self._tail.append((text, size))
+        self._tail_room -= size
+        while self._tail_room < 0 and len(self._tail) > 1:
+            _, size = self._tail.popleft()
+            self._tail_room += size
+            self._dropped = True
+
+    def take(self) -> str:
+        """What there is, with a line that says so where something is missing."""
+        mark = ["[lines were dropped]\n"] * self._dropped
+        text = "".join([*self._head, *mark, *(line for line, _ in self._tail)])
+        self._clear()
+        return text
 
 
 class ServerLog:

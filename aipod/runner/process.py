@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import outcome
 import trio
 
 from aipod import worker
-from aipod.errors import JobFailed, job_failed, refused_when_exhausted
+from aipod.errors import JobFailed, Refused, job_failed, refused_when_exhausted
 from aipod.results import Result
-from aipod.runner import Description, Report, RunnerBroken, Task
+from aipod.runner import Description, Report, RunnerBroken, Task, failed
 from aipod.runner.output import Output
 from aipod.spool import Spool
 
@@ -66,6 +68,7 @@ class ProcessRunner:
         self._output: Output | None = None
         self._stream: trio.SocketStream | None = None
         self._tether = -1  # write end of the pipe whose end the worker cannot survive
+        self._loaded = False
         self._broken = False
         self._unread = False  # the worker has ended with something of ours unread
 
@@ -82,8 +85,9 @@ class ProcessRunner:
                 await self._send(self._hello)
                 event, _ = await self._receive()
                 if event["event"] == "ready":
+                    self._loaded = True
                     return Description.of(event)
-                raise job_failed(event["reason"], event["message"], {"type": event["type"], "trace": event["trace"]})
+                raise failed(event)
             raise job_failed("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -98,7 +102,7 @@ class ProcessRunner:
         return description
 
     async def _spawn(self) -> Output:
-        with refused_when_exhausted(), contextlib.ExitStack() as stack, contextlib.ExitStack() as on_error:
+        with _startable(), contextlib.ExitStack() as stack, contextlib.ExitStack() as on_error:
             ours, theirs = socket.socketpair()
             stack.enter_context(theirs)
             on_error.enter_context(ours)
@@ -175,13 +179,12 @@ class ProcessRunner:
         while True:
             event, blob = await self._receive()
             if event["event"] == "report":
-                report(event.get("progress"), event.get("message"), event.get("log"))
+                report(event["progress"], event["message"], None)
                 continue
             self._runs += 1
             if event["event"] == "done":
                 return Result(event["kind"], blob if event["inline"] else None)
-            metadata: dict[str, str] = {name: event[name] for name in ("type", "trace") if name in event}
-            raise job_failed(event["reason"], event["message"], metadata)
+            raise failed(event)
 
     async def _stop(self, report: Report, *, ask: bool) -> None:
         """Three steps: ask, SIGTERM, SIGKILL. Returns when the method has ended; the worker lives on if it obeyed.
@@ -257,7 +260,7 @@ class ProcessRunner:
             raise await self._crashed() from None
 
     async def _receive(self) -> tuple[dict[str, Any], bytes]:
-        """The next frame. Cancelled: what has arrived is kept. Raises `JobFailed(WORKER_CRASHED)`."""
+        """The next frame. Cancelled: what has arrived is kept. Raises `JobFailed` (see `_crashed`)."""
         assert self._stream is not None
         while (frame := worker.unpack(self._buffer)) is None:
             try:
@@ -273,14 +276,34 @@ class ProcessRunner:
         return frame
 
     async def _crashed(self) -> JobFailed:
-        """What to say about a worker that closed its socket: it is ending, or made to end."""
+        """What to say about a worker that closed its socket: it is ending, or made to end.
+
+        WORKER_CRASHED, or LOAD_FAILED where it had no instance yet: no method was running.
+        """
         self._broken = True
         with trio.move_on_after(self._grace):
             await self.wait()
         self._signal(signal.SIGKILL)
         status = await self.wait()
         text, metadata = explain_exit(status)
+        if not self._loaded:
+            return job_failed("LOAD_FAILED", f"the worker process {text} {worker.WHILE_LOADING}", metadata)
         return job_failed("WORKER_CRASHED", f"the worker process {text}", metadata)
+
+
+@contextlib.contextmanager
+def _startable() -> Iterator[None]:
+    """Turn what the system says when it starts no process into what a job can be told: `Refused`, `JobFailed`."""
+    try:
+        with refused_when_exhausted():
+            yield
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.ENOMEM):
+            text = f"the server cannot start another process: {exc.strerror}; try again later"
+            raise Refused("OVERLOADED", text) from None
+        # The interpreter was replaced, say. Its path is for the server's log only.
+        text = f"the server cannot start a worker process: {exc.strerror}; start the server anew"
+        raise job_failed("LOAD_FAILED", text, {"trace": str(exc)}) from exc
 
 
 def _python_path() -> str:

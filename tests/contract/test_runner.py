@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -14,12 +15,12 @@ import pytest
 import trio
 import trio.testing
 
-from aipod.errors import JobFailed, ModelError
+from aipod.errors import AipodError, JobFailed, ModelError
 from aipod.results import Result
 from aipod.runner import Runner, RunnerBroken, Task
 from aipod.runner.fake import FakeRunner
 from aipod.runner.loop import LoopRunner
-from aipod.runner.process import ProcessRunner
+from aipod.runner.process import ProcessRunner, _startable
 from aipod.spool import Spool
 from aipod.spool.locks import is_locked
 from aipod.transport import bridge
@@ -177,6 +178,25 @@ async def test_cancel_stops_the_method_and_returns_when_it_has_ended(its: Fixtur
     await runner.shutdown()
 
 
+async def test_a_thread_that_outlives_its_run_hears_of_that_and_takes_nothing_from_the_next(its: Fixture) -> None:
+    """Mutants seen: its looks read the next run's task, or its cancel."""
+    runner = its.make()
+    await runner.start()
+    for turn in range(10):
+        await runner.run(its.task("straggle"), ignore)
+        if turn % 2:
+            assert await runner.run(its.task("give", kind="bytes"), ignore) == Result("bytes", b"\xff\x00")
+            continue
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run, its.task("forever"), ignore)
+            await its.appears("running")
+            nursery.cancel_scope.cancel()
+        assert not runner.broken
+        (its.data / "running").unlink()
+    await its.appears("heard")
+    await runner.shutdown()
+
+
 async def test_a_run_that_is_cancelled_before_it_starts_does_not_start(its: Fixture) -> None:
     runner = its.make()
     await runner.start()
@@ -198,10 +218,12 @@ async def test_a_runner_that_was_shut_down_is_broken(its: Fixture) -> None:
 
 
 async def test_a_load_that_fails(its: Fixture) -> None:
-    runner = its.make("Fails")
-    with pytest.raises(ModelError, match="no weights here") as caught:
-        await runner.start()
+    """No method has run, and none has raised. Mutant seen: it is MODEL_ERROR."""
+    with pytest.raises(JobFailed, match=r"^while it loaded: no weights here$") as caught:
+        await its.make("Fails").start()
+    assert (type(caught.value), caught.value.reason) == (JobFailed, "LOAD_FAILED")
     assert caught.value.metadata["type"] == "OSError"
+    assert "models_runner.py" in caught.value.metadata["trace"]
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(its: Fixture) -> None:
@@ -242,6 +264,25 @@ async def test_a_crash_is_told_and_the_runner_is_broken(process: Fixture) -> Non
     assert await runner.wait() == -9
     with pytest.raises(RunnerBroken):
         await runner.run(process.task("talk"), ignore)
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "metadata"),
+    [
+        ("kill", "was killed by SIGKILL (out of memory?) while it loaded", {"signal": "SIGKILL"}),
+        ("exit", "exited with status 7 while it loaded", {"exit": "7"}),
+    ],
+)
+async def test_a_crash_in_load_interrupts_no_method(
+    process: Fixture, how: str, text: str, metadata: dict[str, str]
+) -> None:
+    """Mutant seen: it is WORKER_CRASHED, and to the caller `Interrupted`."""
+    (process.data / "how").write_text(how)
+    with pytest.raises(JobFailed) as caught:
+        await process.make("Dies").start()
+    error = caught.value
+    assert (type(error), error.reason, error.message) == (JobFailed, "LOAD_FAILED", f"the worker process {text}")
+    assert error.metadata == metadata
 
 
 async def test_a_crash_is_seen_and_cleaned_up_though_the_model_has_forked(process: Fixture) -> None:
@@ -324,6 +365,61 @@ async def test_a_worker_s_lock_tells_of_one_run(process: Fixture) -> None:
     assert len({*names, runner.lock_name}) == 4
     assert [path.name for path in process.spool.workers.iterdir()] == [f"{runner.lock_name}.lock"]
     await runner.shutdown()
+
+
+async def test_what_a_model_has_forked_does_not_hold_the_worker_s_lock(process: Fixture) -> None:
+    """I7: else the run is not over for those who recover it, for as long as that process lives.
+
+    Mutant seen: only what the worker executes lets go of it.
+    """
+    before = set(children(os.getpid()))
+    runner = process.make()
+    await runner.start()
+    (worker,) = set(children(os.getpid())) - before
+    lock = process.job / "lock"
+    os.link(process.spool.worker_lock(runner.lock_name), lock)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def run() -> None:
+            with pytest.raises(JobFailed, match="SIGKILL"):
+                await runner.run(process.task("detach"), ignore)
+
+        await process.appears("running")
+        assert is_locked(lock)
+        os.kill(worker, signal.SIGKILL)
+    left = int((process.data / "running").read_text())
+    try:
+        assert alive(left)
+        assert not is_locked(lock)
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
+async def test_an_interpreter_that_is_gone_is_no_bug_and_leaves_nothing(
+    process: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was is for the server's log only. Mutant seen: the OSError is told as it came."""
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    with pytest.raises(JobFailed, match="cannot start a worker process: No such file or directory; ") as caught:
+        await process.make().start()
+    assert caught.value.reason == "LOAD_FAILED"
+    assert "python" in caught.value.metadata["trace"]
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        *((getattr(errno, name), "OVERLOADED") for name in ("EAGAIN", "ENOMEM", "EMFILE")),
+        (errno.EACCES, "LOAD_FAILED"),
+    ],
+)
+def test_what_keeps_a_process_from_starting_may_pass_or_not(number: int, reason: str) -> None:
+    with pytest.raises(AipodError) as caught, _startable():
+        raise OSError(number, os.strerror(number))
+    assert caught.value.reason == reason
 
 
 async def test_runners_leak_no_descriptor(process: Fixture) -> None:

@@ -144,6 +144,16 @@ class Error(betterproto2.Message):
     UPPER_SNAKE, one of the table in aipod/errors.py.
     """
 
+    signal: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    What ended the worker, where it was a signal: its name.
+    """
+
+    exit: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+    """
+    The worker's exit status, where it ended by itself.
+    """
+
 
 default_message_pool.register_message("ai", "Error", Error)
 
