@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import trio
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
+from aipod.cli.serve import _running
 from aipod.client import Event
 from aipod.errors import Interrupted
 from tests import stranger
@@ -186,3 +189,20 @@ def test_the_instance_of_an_async_class_is_closed(serve: Serve) -> None:
     served.process.send_signal(signal.SIGTERM)
     ended(served, seconds=5)
     assert (served.data / f"closed-{pid}").exists()
+
+
+async def test_what_keeps_a_drain_from_its_end_is_named() -> None:
+    """Mutant seen: it is always a method that still runs."""
+    begun, end = threading.Event(), threading.Event()
+
+    def write_slowly() -> None:
+        begun.set()
+        end.wait()
+
+    assert "write_slowly" not in _running()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, write_slowly)
+        await trio.to_thread.run_sync(begun.wait)
+        assert "write_slowly from " in _running()
+        end.set()
+    assert "write_slowly" not in _running()

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -107,8 +108,13 @@ async def _end_after_drain(stop: Any, seconds: float) -> None:
 
     await stop.wait()
     await trio.sleep(seconds)
-    log.error("a method still runs in a thread; ending without it")
+    log.error("after %g s there still runs %s; ending without it", seconds, _running())
     os._exit(1)
+
+
+def _running() -> str:
+    """What trio's threads do: it names each after its function and the task that waits for it."""
+    return ", ".join(sorted(t.name for t in threading.enumerate() if " from " in t.name)) or "no thread, but a task"
 
 
 def _set_up_logging(*, debug: bool) -> None:
