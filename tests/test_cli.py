@@ -406,6 +406,34 @@ def test_ctrl_c_is_status_130_and_cancels_the_job(
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("ignored", ["", "INT", "INT HUP"], ids=["nothing", "script &", "nohup &"])
+def test_term_and_hup_cancel_the_job_wherever_the_command_was_started(
+    served: Served, to: tuple[str, str], tmp_path: Path, ignored: str, number: signal.Signals
+) -> None:
+    """A shell ignores Ctrl-C in what a script starts with `&`, and nohup HUP; what is ignored says and does nothing.
+
+    Mutants seen: TERM and HUP are passed on as Ctrl-C; their handlers are set, whatever was there.
+    """
+    mark = tmp_path / "mark"
+    call = [sys.executable, "-m", "aipod", "call", *to, "patient", "-k", f"mark={mark}"]
+    command = ["sh", "-c", f'trap "" {ignored or "USR2"}; exec "$@"', "sh", *call]
+    with subprocess.Popen(command, cwd=ROOT, env=CLEAN, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            wait_until(mark.exists)
+            for name in ignored.split():
+                process.send_signal(signal.Signals[f"SIG{name}"])
+            if number.name.removeprefix("SIG") in ignored.split():
+                number = signal.SIGTERM
+            process.send_signal(number)
+            said = process.communicate(timeout=30)[1].decode().strip()
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (130, f"aipod: STOPPED: by {number.name}; the job is cancelled")
+    wait_until(lambda: mark.read_text() == "cancelled")
+    wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
+
+
 @pytest.mark.parametrize("module", ["click", "aipod.cli.options", "grpclib.client", "aipod.cli.ticket"])
 def test_ctrl_c_while_it_imports_is_status_130_without_a_traceback(module: str) -> None:
     """Mutant: KeyboardInterrupt goes through whatever is imported this moment."""

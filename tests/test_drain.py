@@ -168,6 +168,21 @@ def test_a_signal_while_the_module_is_imported(tmp_path: Path) -> None:
     assert list((tmp_path / "spool" / "workers").iterdir()) == []
 
 
+def test_hup_is_nothing_under_nohup(tmp_path: Path) -> None:
+    """Mutant seen: who closes the terminal drains it."""
+    serve = [sys.executable, "-m", "aipod", "serve", WORK, "--bind", "127.0.0.1:0", "--spool", "tmp"]
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *serve, "--data", str(tmp_path / "data")]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert ("SIGHUP" in log, "SIGTERM: draining" in log) == (False, True)
+
+
 def test_idle_connections_and_a_health_watch_do_not_hold_it_up(serve: Serve) -> None:
     served = serve(WORK)
     with stranger.open_channel(served.address) as idle, stranger.open_channel(served.address) as watching:

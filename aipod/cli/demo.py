@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals
+from aipod.cli import end_on_signals, run_async
 from aipod.cli.progress import Progress
 from aipod.client import Client, Event
 from aipod.errors import AipodError
@@ -39,7 +39,7 @@ def demo(size: int) -> None:
     """Start a server, train a model, predict with it, send a large file there and back, and clean up."""
     end_on_signals()
     with tempfile.TemporaryDirectory(prefix="aipod-demo-") as directory, _server(Path(directory)) as (address, process):
-        asyncio.run(_run(Path(directory), address, process.pid, size))
+        run_async(_run(Path(directory), address, process.pid, size))
     click.echo("the server has ended; no file is left")
 
 
