@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -664,3 +665,29 @@ def test_demo_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Sign
         assert process.wait(30) == 130
     wait_until(lambda: not any(alive(pid) for pid in below))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's: PR_SET_PDEATHSIG")
+def test_demo_that_is_killed_takes_its_server_along_and_the_next_one_its_directory(tmp_path: Path) -> None:
+    """Neither another one's that runs, nor what is no directory.
+
+    Mutants seen: the server lives on; directories are swept whether they are locked or not.
+    """
+    held, link, elsewhere = tmp_path / "aipod-demo-held", tmp_path / "aipod-demo-link", tmp_path / "elsewhere"
+    held.mkdir()
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with start("demo", "--size", "3000", environ={"TMPDIR": str(tmp_path)}) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith(b"aipod listening"):
+            pass
+        below = children(process.pid)
+        assert below
+        process.kill()
+    wait_until(lambda: not any(alive(pid) for pid in below))
+    assert len(list(tmp_path.iterdir())) == 4
+    assert aipod("demo", "--size", "1", environ={"TMPDIR": str(tmp_path)}).status == 0
+    assert sorted(tmp_path.iterdir()) == [held, link, elsewhere]
+    os.close(lock)
