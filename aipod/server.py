@@ -7,7 +7,6 @@ This is trio; `transport.bridge` hosts grpclib's asyncio server in it. The nurse
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import os
@@ -25,6 +24,7 @@ import trio
 
 from aipod.config import Config, state_home
 from aipod.errors import AipodError
+from aipod.heaps import share_heaps
 from aipod.pool import MakeRunner, Pool, open_pool
 from aipod.restarts import Restarts
 from aipod.runner import Description
@@ -53,9 +53,6 @@ MAX_FILES = 65536
 FILES_PER_CONNECTION = 4
 # What a server has open besides: its listeners, its loop, its workers.
 RESERVED_FILES = 32
-# Heaps of glibc's malloc that this process may have (`M_ARENA_MAX` of mallopt(3) and <malloc.h>).
-_ARENA_MAX = -8
-HEAPS = 2
 
 
 class ServeError(AipodError):
@@ -77,7 +74,7 @@ async def serve(
     """
     if stop is None:
         stop = trio.Event()
-    _share_heaps()
+    share_heaps()
     with _sockets(config) as sockets, _home(config) as (spool_path, data_path), captured():
         files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -124,16 +121,6 @@ async def serve(
                         with trio.move_on_after(LINGER):
                             await _emptied(server)
                 jobs.cancel_scope.cancel()
-
-
-def _share_heaps() -> None:
-    """Have threads share their heaps. Each would get its own, up to eight for each core, and keep what was freed there.
-
-    That is 10 MB a heap (see `_keep_heap` of `transport.protocol`): a server that stores and compresses in up to 40
-    threads would grow by 100 MB and more, later or sooner. Other C libraries than glibc have no such heaps.
-    """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, HEAPS)
 
 
 async def _preload(pool: Pool, names: tuple[str, ...]) -> bool:

@@ -25,6 +25,7 @@ import click
 
 from aipod import __version__
 from aipod.errors import AipodError, JobLost, Unreachable, UsageError, leaves
+from aipod.heaps import share_heaps
 
 T = TypeVar("T")
 
@@ -141,6 +142,7 @@ def _end(flags: Flags, number: int, _frame: Any) -> None:
 def run_async(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` for a command that has called `end_on_signals`. Raises `KeyboardInterrupt`."""
     flags: Flags = click.get_current_context().obj
+    share_heaps()
 
     async def cancellable() -> T:
         flags.task = asyncio.current_task()
