@@ -181,7 +181,10 @@ def _with_room(config: Config, files: int) -> Config:
     if files == resource.RLIM_INFINITY or (connections, jobs) == (config.max_connections, config.max_jobs):
         return config
     text = "at most %d connections and %d jobs at once: this process may have only %d files open (ulimit -n)"
-    log.warning(text, connections, jobs, files)
+    default = Config()
+    asked = config.max_connections not in (connections, default.max_connections)
+    asked = asked or config.max_jobs not in (jobs, default.max_jobs)
+    log.log(logging.WARNING if asked else logging.INFO, text, connections, jobs, files)
     return dataclasses.replace(config, max_connections=connections, max_jobs=jobs)
 
 
