@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import resource
@@ -78,13 +79,16 @@ async def serve(
     with _sockets(config) as sockets, _home(config) as (spool_path, data_path), captured():
         files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)
+        open_disk = functools.partial(trio.to_thread.run_sync, _open_disk, config, spool_path, data_path)
+        # One that there is may belong to another app, which is known at once. None is made for a class that is none.
+        disk = await open_disk() if spool_path.exists() else None
         async with bridge.open_loop():
-            look = await _unless(stop, _look_at_model, config, spool, versions, files)
-            if look is None:
+            description = await _unless(stop, _look_at_model, config, files)
+            if description is None:
                 task_status.started([])
                 return
-            description, make = look
+            spool, versions = disk or await open_disk()
+            make = _runners(config, description, spool, versions, files)
             status = ServingStatus()
             async with (
                 open_pool(
@@ -188,10 +192,20 @@ def _with_room(config: Config, files: int) -> Config:
     return dataclasses.replace(config, max_connections=connections, max_jobs=jobs)
 
 
-async def _look_at_model(
-    config: Config, spool: Spool, versions: Versions, files: int
-) -> tuple[Description, MakeRunner]:
+async def _look_at_model(config: Config, files: int) -> Description:
     """Have a worker import the class and tell what it is: the server never imports a user's heavy module unasked."""
+    bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
+    with tempfile.TemporaryDirectory(prefix="aipod-look-") as directory:  # for the lock that a worker has
+        spool = Spool.open(Path(directory), config.app)
+        description = await ProcessRunner(config.model, "", Path(), spool, **bounds, files=files).look()
+    if config.runner == "process" and description.is_async:
+        raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
+    if config.runner == "loop" and not description.is_async:
+        description = Description(description.name, description.methods, True)
+    return description
+
+
+def _runners(config: Config, description: Description, spool: Spool, versions: Versions, files: int) -> MakeRunner:
     bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
 
     def process(version: str) -> ProcessRunner:
@@ -200,12 +214,7 @@ async def _look_at_model(
     def loop(version: str) -> LoopRunner:
         return LoopRunner(config.model, version, versions.data_dir(version), **bounds)
 
-    description = await ProcessRunner(config.model, "", Path(), spool, **bounds, files=files).look()
-    if config.runner == "process" and description.is_async:
-        raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
-    if config.runner == "loop" and not description.is_async:
-        description = Description(description.name, description.methods, True)
-    return description, loop if description.is_async else process
+    return loop if description.is_async else process
 
 
 async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]) -> None:
