@@ -3,12 +3,13 @@
 What comes from outside is bounded before it is decoded. Facts about python-zstandard that this relies on, each covered
 by a test: `decompress` ignores `max_output_size` where the frame states its size; streaming decoders accept a cut
 stream silently; one `decompressobj` call may make 1 GiB of 32 KiB. So single frames are checked before decoding, and
-streams go through `StreamDecoder`, which walks the frames itself (RFC 8878 section 3.1) and decodes into a writer that
-gets 128 KiB at a time.
+streams go through `StreamDecoder`, which decodes into a writer that gets 128 KiB at a time. No byte of a payload or of
+kwargs is looked at in Python: a few kilobytes become megabytes of blocks that hold nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -32,9 +33,9 @@ MAX_RELEASED = 64
 # Lists and objects, and values, in kwargs: parsing that many takes a tenth of a second.
 MAX_CONTAINERS = 100_000
 MAX_VALUES = 1_000_000
-
-_MAGIC = b"\x28\xb5\x2f\xfd"
-_SKIPPABLE = b"\x2a\x4d\x18"  # follows a byte 0x50 to 0x5f
+# A stream is decoded in slices of this, whose blocks may all be empty: that is a millisecond between two looks at who
+# has left. What a slice becomes is written 128 KiB at a time.
+SLICE = PIECE
 
 
 def digest(*parts: bytes) -> bytes:
@@ -92,18 +93,20 @@ def unframe(data: bytes, limit: int, reason: str) -> bytes:
 
 
 def _unframe_unsized(context: zstandard.ZstdDecompressor, data: bytes, limit: int, reason: str) -> bytes:
-    """A frame that does not state its size, as stream compressors write them: decoded piece by piece."""
-    out = bytearray()
-
-    def keep(piece: bytes) -> None:
-        if len(out) + len(piece) > limit:
-            raise Refused(reason, f"more than {limit} bytes after decompression")
-        out.extend(piece)
-
-    decoder = StreamDecoder(keep, reason=reason, frames=1, context=context)
-    decoder.feed(data)
-    decoder.finish()
-    return bytes(out)
+    """A frame that does not state its size, as stream compressors write them: measured first, piece by piece."""
+    size = 0
+    with context.stream_reader(data) as reader:
+        while piece := reader.read(PIECE):
+            size += len(piece)
+            if size > limit:
+                raise Refused(reason, f"more than {limit} bytes after decompression")
+    decoder = context.decompressobj()
+    out: bytes = decoder.decompress(data)
+    if not decoder.eof:
+        raise ValueError("it is cut")
+    if decoder.unused_data:
+        raise ValueError("something follows it")
+    return out
 
 
 def decode_chunk(data: bytes) -> bytes:
@@ -119,124 +122,50 @@ def decode_chunk(data: bytes) -> bytes:
     return unframe(data, CHUNK, "BAD_CHUNK")
 
 
-class _FrameWalker:
-    """Finds where zstd frames begin and end (RFC 8878 section 3.1), so that a cut or garbage is seen for what it is.
-
-    Holds at most 18 undecided bytes. `between` is true when the last frame is complete.
-    """
-
-    def __init__(self) -> None:
-        self._held = bytearray()  # the part of a header that has arrived
-        self._skip = 0  # bytes of the current block, checksum or skippable frame still to come
-        self._step: Callable[[], int | None] = self._magic
-        self._checksum = False
-        self.frames = 0
-
-    @property
-    def between(self) -> bool:
-        return not self._skip and not self._held and self._step == self._magic
-
-    def feed(self, data: bytes) -> None:
-        pos, end = 0, len(data)
-        while pos < end:
-            if self._skip:
-                step = min(self._skip, end - pos)
-                self._skip -= step
-                pos += step
-                continue
-            # Headers are at most 18 bytes: take one byte at a time until the step is satisfied.
-            self._held.append(data[pos])
-            pos += 1
-            skip = self._step()
-            if skip is not None:
-                self._held.clear()
-                self._skip = skip
-
-    def _magic(self) -> int | None:
-        if len(self._held) < 4:
-            return None
-        if self._held == _MAGIC:
-            self.frames += 1
-            self._step = self._header
-            return 0
-        if 0x50 <= self._held[0] <= 0x5F and self._held[1:] == _SKIPPABLE:
-            self._step = self._skippable
-            return 0
-        raise ValueError("no zstd frame begins here")
-
-    def _skippable(self) -> int | None:
-        if len(self._held) < 4:
-            return None
-        self._step = self._magic
-        return int.from_bytes(self._held, "little")
-
-    def _header(self) -> int | None:
-        flags = self._held[0]
-        single_segment = flags >> 5 & 1
-        size = 1 + (not single_segment) + (0, 1, 2, 4)[flags & 3] + (single_segment, 2, 4, 8)[flags >> 6]
-        if len(self._held) < size:
-            return None
-        self._checksum = bool(flags & 4)
-        self._step = self._block
-        return 0
-
-    def _block(self) -> int | None:
-        if len(self._held) < 3:
-            return None
-        header = int.from_bytes(self._held, "little")
-        last, kind, size = header & 1, header >> 1 & 3, header >> 3
-        if kind == 3:
-            raise ValueError("reserved zstd block type")
-        if last:
-            self._step = self._tail if self._checksum else self._magic
-        return 1 if kind == 1 else size  # an RLE block is one byte on the wire
-
-    def _tail(self) -> int | None:
-        if len(self._held) < 4:
-            return None
-        self._step = self._magic
-        return 0
+# Behind a whole stream this comes out as the one byte that it holds, and behind anything else not.
+_PROBE = b"\x28\xb5\x2f\xfd\x20\x01\x09\x00\x00?"
 
 
 class StreamDecoder:
     """Decodes a plain client's payload: one zstd stream or many concatenated frames, cut anywhere.
 
-    `write` gets at most 128 KiB at a time, whatever the input claims, and may raise to stop. Raises `Refused`.
+    `write` gets at most 128 KiB at a time, whatever the input claims, and may raise to stop. So may `check`, which is
+    called before each `SLICE` of the input, for that may become nothing. Raises `Refused`.
     """
 
-    def __init__(
-        self,
-        write: Callable[[bytes], Any],
-        *,
-        reason: str = "BAD_CHUNK",
-        frames: int | None = None,
-        context: zstandard.ZstdDecompressor | None = None,
-    ) -> None:
-        self._reason = reason
-        self._frames = frames
-        self._walker = _FrameWalker()
-        context = context or zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+    def __init__(self, write: Callable[[bytes], Any], check: Callable[[], Any] = lambda: None) -> None:
         self._write = write
+        self._check = check
         self._sink = _Sink()
+        context = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
         self._writer = context.stream_writer(cast(IO[bytes], self._sink), closefd=False)
 
     def feed(self, data: bytes) -> None:
         try:
-            self._walker.feed(data)
-            if self._frames is not None and self._walker.frames > self._frames:
-                raise ValueError("more than one zstd frame")
             self._sink.write = self._write
-            self._writer.write(data)
-        except (zstandard.ZstdError, ValueError, MemoryError) as exc:
-            raise Refused(self._reason, f"not valid zstd: {exc}") from None
+            for start in range(0, len(data), SLICE):
+                self._check()
+                self._decode(memoryview(data)[start : start + SLICE])
+        except (zstandard.ZstdError, MemoryError) as exc:
+            raise Refused("BAD_CHUNK", f"not valid zstd: {exc}") from None
         finally:
             self._sink.write = None
 
+    def _decode(self, piece: memoryview) -> None:
+        # Where a header was cut before, ZSTD_decompressStream takes a whole frame at the beginning of its input for the
+        # header's own frame, in its single-pass mode: it must not see one there.
+        self._writer.write(piece[:1])
+        self._writer.write(piece[1:])
+
     def finish(self) -> None:
         """Raises `Refused(TRUNCATED)` where the stream ends inside a frame."""
-        if not self._walker.between:
-            reason = "TRUNCATED" if self._reason == "BAD_CHUNK" else self._reason
-            raise Refused(reason, "the zstd stream ends in the middle of a frame")
+        out: list[bytes] = []
+        self._sink.write = out.append
+        with contextlib.suppress(zstandard.ZstdError):
+            self._decode(memoryview(_PROBE))
+        self._sink.write = None
+        if out != [b"?"]:
+            raise Refused("TRUNCATED", "the zstd stream ends in the middle of a frame")
 
 
 class _Sink:

@@ -7,8 +7,8 @@ This is trio; `transport.bridge` hosts grpclib's asyncio server in it. The nurse
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
+import functools
 import logging
 import os
 import resource
@@ -25,6 +25,7 @@ import trio
 
 from aipod.config import Config, state_home
 from aipod.errors import AipodError
+from aipod.heaps import share_heaps
 from aipod.identity import Identities
 from aipod.pool import MakeRunner, Pool, open_pool
 from aipod.restarts import Restarts
@@ -54,9 +55,6 @@ MAX_FILES = 65536
 FILES_PER_CONNECTION = 4
 # What a server has open besides: its listeners, its loop, its workers.
 RESERVED_FILES = 32
-# Heaps of glibc's malloc that this process may have (`M_ARENA_MAX` of mallopt(3) and <malloc.h>).
-_ARENA_MAX = -8
-HEAPS = 2
 
 
 class ServeError(AipodError):
@@ -78,19 +76,22 @@ async def serve(
     """
     if stop is None:
         stop = trio.Event()
-    _share_heaps()
+    share_heaps()
     identities = await trio.to_thread.run_sync(_identities, config)
     with _sockets(config) as sockets, _home(config) as (spool_path, data_path), captured():
         _warn_of_open_tokens(config, sockets)
         files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        spool, versions = await trio.to_thread.run_sync(_open_disk, config, spool_path, data_path)
+        open_disk = functools.partial(trio.to_thread.run_sync, _open_disk, config, spool_path, data_path)
+        # One that there is may belong to another app, which is known at once. None is made for a class that is none.
+        disk = await open_disk() if spool_path.exists() else None
         async with bridge.open_loop():
-            look = await _unless(stop, _look_at_model, config, spool, versions, files)
-            if look is None:
+            description = await _unless(stop, _look_at_model, config, files)
+            if description is None:
                 task_status.started([])
                 return
-            description, make = look
+            spool, versions = disk or await open_disk()
+            make = _runners(config, description, spool, versions, files)
             status = ServingStatus()
             async with (
                 open_pool(
@@ -131,16 +132,6 @@ async def serve(
 
 def _identities(config: Config) -> Identities:
     return Identities(config.tokens, certificates=bool(config.tls_cert and config.tls_ca))
-
-
-def _share_heaps() -> None:
-    """Have threads share their heaps. Each would get its own, up to eight for each core, and keep what was freed there.
-
-    That is 10 MB a heap (see `_keep_heap` of `transport.protocol`): a server that stores and compresses in up to 40
-    threads would grow by 100 MB and more, later or sooner. Other C libraries than glibc have no such heaps.
-    """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, HEAPS)
 
 
 async def _preload(pool: Pool, names: tuple[str, ...]) -> bool:
@@ -201,14 +192,27 @@ def _with_room(config: Config, files: int) -> Config:
     if files == resource.RLIM_INFINITY or (connections, jobs) == (config.max_connections, config.max_jobs):
         return config
     text = "at most %d connections and %d jobs at once: this process may have only %d files open (ulimit -n)"
-    log.warning(text, connections, jobs, files)
+    default = Config()
+    asked = config.max_connections not in (connections, default.max_connections)
+    asked = asked or config.max_jobs not in (jobs, default.max_jobs)
+    log.log(logging.WARNING if asked else logging.INFO, text, connections, jobs, files)
     return dataclasses.replace(config, max_connections=connections, max_jobs=jobs)
 
 
-async def _look_at_model(
-    config: Config, spool: Spool, versions: Versions, files: int
-) -> tuple[Description, MakeRunner]:
+async def _look_at_model(config: Config, files: int) -> Description:
     """Have a worker import the class and tell what it is: the server never imports a user's heavy module unasked."""
+    bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
+    with tempfile.TemporaryDirectory(prefix="aipod-look-") as directory:  # for the lock that a worker has
+        spool = Spool.open(Path(directory), config.app)
+        description = await ProcessRunner(config.model, "", Path(), spool, **bounds, files=files).look()
+    if config.runner == "process" and description.is_async:
+        raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
+    if config.runner == "loop" and not description.is_async:
+        description = Description(description.name, description.methods, True)
+    return description
+
+
+def _runners(config: Config, description: Description, spool: Spool, versions: Versions, files: int) -> MakeRunner:
     bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
 
     def process(version: str) -> ProcessRunner:
@@ -217,12 +221,7 @@ async def _look_at_model(
     def loop(version: str) -> LoopRunner:
         return LoopRunner(config.model, version, versions.data_dir(version), **bounds)
 
-    description = await ProcessRunner(config.model, "", Path(), spool, **bounds, files=files).look()
-    if config.runner == "process" and description.is_async:
-        raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
-    if config.runner == "loop" and not description.is_async:
-        description = Description(description.name, description.methods, True)
-    return description, loop if description.is_async else process
+    return loop if description.is_async else process
 
 
 async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]) -> None:

@@ -23,6 +23,7 @@ from tests.starter import ROOT, Started, starter
 
 # A shell ignores Ctrl-C in what it starts with `&`, and what it starts inherits that: no test of Ctrl-C would end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does nohup with HUP
 
 T = TypeVar("T")
 

@@ -745,6 +745,8 @@ def test_a_class_that_does_not_import(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "leaving_module.py").write_text("raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert re.match(text, fails(tmp_path, model, "--bind", "127.0.0.1:0"))
+    # Mutant seen: each name that was mistyped has a spool and a data directory for good.
+    assert not {"spool", "data"} & {path.name for path in tmp_path.iterdir()}
 
 
 SERVED = "tests.models_bad:InProcess"

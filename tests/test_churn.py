@@ -235,7 +235,7 @@ def test_a_server_is_as_it_was_after_calls_that_ended_in_every_way(served: Serve
     after = look(served)
     assert after["timers"] <= before["timers"] + 2 * CLIENTS  # of connections just closed: they may linger
     assert after["cancelled timers"] < 500
-    assert after["heaps"] <= 2  # `aipod.server.HEAPS`
+    assert after["heaps"] <= 2  # `aipod.heaps.HEAPS`
     wait_until(lambda: descriptors(pid) <= figures[1] + 2)
     assert memory(pid) - figures[0] < 15
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -407,6 +408,34 @@ def test_ctrl_c_is_status_130_and_cancels_the_job(
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("ignored", ["", "INT", "INT HUP"], ids=["nothing", "script &", "nohup &"])
+def test_term_and_hup_cancel_the_job_wherever_the_command_was_started(
+    served: Served, to: tuple[str, str], tmp_path: Path, ignored: str, number: signal.Signals
+) -> None:
+    """A shell ignores Ctrl-C in what a script starts with `&`, and nohup HUP; what is ignored says and does nothing.
+
+    Mutants seen: TERM and HUP are passed on as Ctrl-C; their handlers are set, whatever was there.
+    """
+    mark = tmp_path / "mark"
+    call = [sys.executable, "-m", "aipod", "call", *to, "patient", "-k", f"mark={mark}"]
+    command = ["sh", "-c", f'trap "" {ignored or "USR2"}; exec "$@"', "sh", *call]
+    with subprocess.Popen(command, cwd=ROOT, env=CLEAN, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            wait_until(mark.exists)
+            for name in ignored.split():
+                process.send_signal(signal.Signals[f"SIG{name}"])
+            if number.name.removeprefix("SIG") in ignored.split():
+                number = signal.SIGTERM
+            process.send_signal(number)
+            said = process.communicate(timeout=30)[1].decode().strip()
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (130, f"aipod: STOPPED: by {number.name}; the job is cancelled")
+    wait_until(lambda: mark.read_text() == "cancelled")
+    wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
+
+
 @pytest.mark.parametrize("module", ["click", "aipod.cli.options", "grpclib.client", "aipod.cli.ticket"])
 def test_ctrl_c_while_it_imports_is_status_130_without_a_traceback(module: str) -> None:
     """Mutant: KeyboardInterrupt goes through whatever is imported this moment."""
@@ -637,3 +666,29 @@ def test_demo_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Sign
         assert process.wait(30) == 130
     wait_until(lambda: not any(alive(pid) for pid in below))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's: PR_SET_PDEATHSIG")
+def test_demo_that_is_killed_takes_its_server_along_and_the_next_one_its_directory(tmp_path: Path) -> None:
+    """Neither another one's that runs, nor what is no directory.
+
+    Mutants seen: the server lives on; directories are swept whether they are locked or not.
+    """
+    held, link, elsewhere = tmp_path / "aipod-demo-held", tmp_path / "aipod-demo-link", tmp_path / "elsewhere"
+    held.mkdir()
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with start("demo", "--size", "3000", environ={"TMPDIR": str(tmp_path)}) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith(b"aipod listening"):
+            pass
+        below = children(process.pid)
+        assert below
+        process.kill()
+    wait_until(lambda: not any(alive(pid) for pid in below))
+    assert len(list(tmp_path.iterdir())) == 4
+    assert aipod("demo", "--size", "1", environ={"TMPDIR": str(tmp_path)}).status == 0
+    assert sorted(tmp_path.iterdir()) == [held, link, elsewhere]
+    os.close(lock)

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import stat
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import aipod
 from aipod.client import Event
 from aipod.client.failure import BadAnswer
+from aipod.client.link import THREADS, Link
 from aipod.client.sink import Sink
 from aipod.client.source import BATCH
 from aipod.codec import Compressor, digest
@@ -771,3 +773,50 @@ def test_an_answer_is_checked_against_what_was_stored(tmp_path: Path, save: bool
             take()
         sink.discard()
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_client_has_few_threads_and_they_end_with_it() -> None:
+    """Each has a heap that stays. Mutant seen: asyncio's threads, which are many."""
+    together = threading.Barrier(THREADS)
+
+    def work() -> threading.Thread:
+        together.wait(10)
+        return threading.current_thread()
+
+    async def main() -> None:
+        link = Link("127.0.0.1:1", aipod.Config())
+        for _ in range(2):  # who has closed it may use it again
+            threads = set(await asyncio.gather(*(link.in_thread(work) for _ in range(4 * THREADS))))
+            assert len(threads) == THREADS
+            link.close()
+            await asyncio.to_thread(lambda threads=threads: [thread.join(10) for thread in threads])
+            assert not any(thread.is_alive() for thread in threads)
+
+    run(main)
+
+
+def test_payloads_that_wait_for_another_call_do_not_keep_its_file_from_being_sent(
+    served: Served, payload: Path
+) -> None:
+    """Mutant seen: whatever is read is read in the client's own threads, of which there are few."""
+    others, go = threading.Semaphore(0), threading.Event()
+
+    def waiting() -> Iterator[bytes]:
+        others.release()
+        assert go.wait(30)
+        yield b"x"
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            calls = [asyncio.create_task(client.chaos(waiting())) for _ in range(THREADS + 1)]
+            for _ in calls:
+                await asyncio.to_thread(others.acquire, timeout=30)
+            try:
+                async with asyncio.timeout(20):
+                    assert await client.chaos(payload) == ANSWER
+            finally:
+                go.set()
+            assert [answer["size"] for answer in await asyncio.gather(*calls)] == [1] * len(calls)
+
+    run(main)
+    nothing_is_left(served)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import random
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +15,7 @@ import zstandard
 
 from aipod.codec import (
     PIECE,
+    SLICE,
     Compressor,
     StreamDecoder,
     decode_chunk,
@@ -65,10 +68,14 @@ class Collector:
 
 
 def decode(data: bytes, step: int) -> bytes:
+    return decode_pieces(*(data[start : start + step] for start in range(0, len(data), step)))
+
+
+def decode_pieces(*pieces: bytes) -> bytes:
     collector = Collector()
     decoder = StreamDecoder(collector.write)
-    for start in range(0, len(data), step):
-        decoder.feed(data[start : start + step])
+    for piece in pieces:
+        decoder.feed(piece)
     decoder.finish()
     assert collector.longest <= 128 * KIB
     return bytes(collector.data)
@@ -193,6 +200,16 @@ def _frame_ends() -> Iterator[int]:
         yield end
 
 
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("size", [1, 300, 100_000])
+def test_a_frame_behind_one_that_is_cut_does_not_take_its_place(size: int, sized: bool) -> None:
+    """Mutant seen: the next message is shown to zstd whole, which takes its frame for what the cut header began."""
+    whole, other = frame(b"x" * size, sized=sized), frame(b"y" * 500)
+    for end in range(1, len(whole)):
+        with pytest.raises(Refused):
+            decode_pieces(whole[:end], other, other)
+
+
 @pytest.mark.parametrize("garbage", [b"\0", b"garbage!", b"\x28\xb5\x2f\xfe", b"\x28\xb5\x2f\xfd\xff\xff\xff\xff\xff"])
 @pytest.mark.parametrize("step", [1, 1 << 20])
 def test_garbage_behind_a_stream_is_refused(garbage: bytes, step: int) -> None:
@@ -213,6 +230,47 @@ def test_a_stream_s_bomb_comes_in_small_pieces_and_can_be_stopped() -> None:
     with pytest.raises(Refused, match="enough"):
         StreamDecoder(write).feed(bomb())
     assert seen <= 10 * MIB + 128 * KIB
+
+
+OPENED = b"\x28\xb5\x2f\xfd\0\x58"  # a frame's header: a window of 2 MiB, and nothing is known about its size
+NOTHING = {
+    "blocks": (OPENED, bytes(3), b"\1\0\0"),
+    "skippable frames": (b"", b"\x50\x2a\x4d\x18\0\0\0\0", b""),
+    "frames": (b"", frame(b"", sized=False), b""),
+    "bytes": (OPENED, b"\x08\0\0a", b"\1\0\0"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_stream_that_holds_next_to_nothing_costs_next_to_nothing(name: str) -> None:
+    """gzip makes one of 64 MiB from 64 kB. Mutant seen: frames and blocks are walked in Python, six seconds each."""
+    head, part, tail = NOTHING[name]
+    data = head + part * (16 * MIB // len(part)) + tail
+    collector = Collector()
+    began = time.thread_time()
+    decoder = StreamDecoder(collector.write)
+    decoder.feed(data)
+    decoder.finish()
+    assert len(collector.data) == (16 * MIB // 4 if name == "bytes" else 0)
+    with contextlib.suppress(Refused):
+        unframe(data, 16 * MIB, "BAD_KWARGS")
+    assert time.thread_time() - began < 4
+
+
+def test_who_feeds_a_decoder_is_asked_before_every_slice() -> None:
+    """Mutant seen: a whole message is decoded first."""
+    collector = Collector()
+    asked = 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise Refused("CANCELLED", "enough")
+
+    with pytest.raises(Refused, match="enough"):
+        StreamDecoder(collector.write, check).feed(OPENED + b"\x08\0\0a" * SLICE)
+    assert len(collector.data) == (2 * SLICE - len(OPENED)) // 4
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import trio
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
+from aipod.cli.serve import _running
 from aipod.client import Event
 from aipod.errors import Interrupted
 from tests import stranger
@@ -162,7 +165,22 @@ def test_a_signal_while_the_module_is_imported(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=10)
     assert (process.returncode, output) == (0, b"")
     assert not alive(worker)
-    assert list((tmp_path / "spool" / "workers").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [mark]
+
+
+def test_hup_is_nothing_under_nohup(tmp_path: Path) -> None:
+    """Mutant seen: who closes the terminal drains it."""
+    serve = [sys.executable, "-m", "aipod", "serve", WORK, "--bind", "127.0.0.1:0", "--spool", "tmp"]
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *serve, "--data", str(tmp_path / "data")]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert ("SIGHUP" in log, "SIGTERM: draining" in log) == (False, True)
 
 
 def test_idle_connections_and_a_health_watch_do_not_hold_it_up(serve: Serve) -> None:
@@ -186,3 +204,20 @@ def test_the_instance_of_an_async_class_is_closed(serve: Serve) -> None:
     served.process.send_signal(signal.SIGTERM)
     ended(served, seconds=5)
     assert (served.data / f"closed-{pid}").exists()
+
+
+async def test_what_keeps_a_drain_from_its_end_is_named() -> None:
+    """Mutant seen: it is always a method that still runs."""
+    begun, end = threading.Event(), threading.Event()
+
+    def write_slowly() -> None:
+        begun.set()
+        end.wait()
+
+    assert "write_slowly" not in _running()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, write_slowly)
+        await trio.to_thread.run_sync(begun.wait)
+        assert "write_slowly from " in _running()
+        end.set()
+    assert "write_slowly" not in _running()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import shutil
@@ -256,6 +257,26 @@ def test_there_are_no_more_connections_and_jobs_than_descriptors_for_them(
     assert (config.max_connections, config.max_jobs) == (connections, jobs)
     assert _with_room(Config(max_connections=wanted), resource.RLIM_INFINITY).max_connections == wanted
     assert _with_room(Config(max_jobs=3), files).max_jobs == min(jobs, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "level"),
+    [
+        ({}, 20_000, logging.INFO),
+        ({"max_connections": 500}, 20_000, logging.INFO),
+        ({"max_connections": 5000}, 20_000, logging.WARNING),
+        ({"max_connections": 0}, 20_000, logging.WARNING),
+        ({"max_jobs": 20_000}, 65_536, logging.WARNING),
+        ({}, 65_536, None),
+    ],
+)
+def test_who_has_asked_for_nothing_is_not_warned_of_what_there_is_not(
+    caplog: pytest.LogCaptureFixture, settings: dict[str, int], files: int, level: int | None
+) -> None:
+    """Mutant seen: the first server of a user, with defaults alone, begins with a warning."""
+    with caplog.at_level(logging.INFO):
+        _with_room(Config(**settings), files)  # type: ignore[arg-type]
+    assert [record.levelno for record in caplog.records] == ([] if level is None else [level])
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system cannot look at another process's limits")

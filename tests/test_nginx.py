@@ -300,6 +300,12 @@ def test_health_of_the_upstream_that_is_named(proxied: Nginx, service: str) -> N
         with pytest.raises(grpc.RpcError) as caught:
             check(request, metadata=to("nobody"), timeout=10)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    # Mutant seen: what the server, or the proxy, has said of it is not told.
+    command = [sys.executable, "-m", "aipod", "health", *filter(None, [service]), "--to", proxied.address]
+    done = subprocess.run([*command, "--upstream", "nobody"], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    known = f"the server knows no service {service!r}: " if service else ""
+    wanted = f"aipod: NOT_FOUND: {known}x-upstream names no upstream of this proxy\n"
+    assert (done.returncode, done.stderr) == (1, wanted)
 
 
 def test_what_is_not_listed_is_refused_and_nothing_is_connected(proxied: Nginx, tmp_path: Path) -> None:

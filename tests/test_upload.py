@@ -16,7 +16,7 @@ from aipod.codec import digest
 from aipod.config import GIB, MIB
 from aipod.errors import Refused, leaves
 from aipod.job.request import Request
-from aipod.job.upload import INBOX, Inbox, receive_payload
+from aipod.job.upload import INBOX, Inbox, PlainSink, receive_payload
 from aipod.spool import Entry, Spool
 from aipod.wire.ai import Error, Open, Raw, State
 from tests.conftest import left_in
@@ -132,3 +132,23 @@ async def test_a_caller_that_leaves_stops_the_decompression_of_what_has_come(ent
         nursery.start_soon(take)
         await written(entry, nursery)
     assert 0 < entry.written < GIB // 2
+
+
+async def test_a_caller_that_leaves_stops_the_walk_through_what_holds_nothing(entry: Entry) -> None:
+    """Mutant seen: the decoder asks nobody before there is something to write."""
+    sink = PlainSink(entry, None, 0)
+    message = Raw(data=b"\x50\x2a\x4d\x18\0\0\0\0")  # an empty skippable frame
+    ended: list[str] = []
+
+    def feed(scope: trio.CancelScope) -> None:
+        sink.feed([message])
+        trio.from_thread.run_sync(scope.cancel)
+        try:
+            sink.feed([message])
+        except trio.Cancelled:
+            ended.append("stopped")
+            raise
+
+    with trio.CancelScope() as scope:
+        await trio.to_thread.run_sync(feed, scope)
+    assert ended == ["stopped"]

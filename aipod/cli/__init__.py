@@ -7,8 +7,10 @@ in the group's help.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import os
@@ -16,15 +18,20 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
 
 import click
 
 from aipod import __version__
 from aipod.errors import AipodError, JobLost, Unreachable, UsageError, leaves
+from aipod.heaps import share_heaps
+
+T = TypeVar("T")
 
 OK, FAILED, USAGE, LOST, STOPPED = 0, 1, 2, 3, 130
+# What ends a command, and how it is called.
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
 @dataclasses.dataclass
@@ -34,6 +41,8 @@ class Flags:
     debug: bool = False
     command: str = ""
     left: str = ""  # what becomes of a job that a command leaves, and how to come back to it
+    stopped_by: str = ""  # the first signal that has come
+    task: asyncio.Task[Any] | None = None  # what the command waits for
 
 
 def _set_debug(context: click.Context, param: click.Parameter, value: bool) -> None:
@@ -99,7 +108,7 @@ def cli() -> None:
     in table [aipod] of a TOML file (--config). Command line, then environment, then file, then default.
 
     Exit status: 0; 1 the job failed, was cancelled or was refused, or its time was up; 2 wrong usage; 3 no server
-    answers, or the job is lost; 130 Ctrl-C. The last line on stderr is then `aipod: REASON: text`.
+    answers, or the job is lost; 130 Ctrl-C, TERM or HUP. The last line on stderr is then `aipod: REASON: text`.
     """
 
 
@@ -109,9 +118,44 @@ def plain(text: str) -> str:
 
 
 def end_on_signals() -> None:
-    """Have TERM and HUP end a command as Ctrl-C does: it tells the server, and cleans up."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    """Have Ctrl-C, TERM and HUP end a command: it tells the server, and cleans up.
+
+    A signal that is ignored stays so: HUP under nohup, and Ctrl-C in what a script has started with `&`, which TERM
+    ends all the same.
+    """
+    flags: Flags = click.get_current_context().obj
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, functools.partial(_end, flags))
+
+
+def _end(flags: Flags, number: int, _frame: Any) -> None:
+    """The first signal cancels what the command waits for, as asyncio does it on Ctrl-C; another does not wait."""
+    first = not flags.stopped_by
+    flags.stopped_by = flags.stopped_by or SIGNALS[signal.Signals(number)]
+    if flags.task is None or flags.task.done() or not first:
+        raise KeyboardInterrupt
+    flags.task.cancel()
+    flags.task.get_loop().call_soon_threadsafe(lambda: None)  # else the loop sleeps on
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` for a command that has called `end_on_signals`. Raises `KeyboardInterrupt`."""
+    flags: Flags = click.get_current_context().obj
+    share_heaps()
+
+    async def cancellable() -> T:
+        flags.task = asyncio.current_task()
+        return await main
+
+    try:
+        return asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        if flags.stopped_by:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        main.close()  # where a signal came before it began
 
 
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -150,8 +194,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _stopped(flags: Flags) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not put a traceback behind the last line
-    return _fail("STOPPED", f"by Ctrl-C{flags.left}", STOPPED)
+    for number in SIGNALS:  # another one must not put a traceback behind the last line
+        signal.signal(number, signal.SIG_IGN)
+    return _fail("STOPPED", f"by {flags.stopped_by or 'Ctrl-C'}{flags.left}", STOPPED)
 
 
 def _explain(exc: BaseException, left: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals
+from aipod.cli import end_on_signals, run_async
 from aipod.cli.answer import deliver, limited
 from aipod.cli.options import Server, output_option, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
@@ -33,7 +32,7 @@ def attach(context: click.Context, /, ticket: str, timeout: float | None, output
     end_on_signals()
     server = take_server(options)
     with telling(context, ticket):
-        asyncio.run(_attach(server, read_ticket(ticket), timeout, output))
+        run_async(_attach(server, read_ticket(ticket), timeout, output))
 
 
 async def _attach(server: Server, ticket: bytes, timeout: float | None, output: Path | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals
+from aipod.cli import end_on_signals, run_async
 from aipod.cli.answer import STDOUT, deliver, limited
 from aipod.cli.options import Server, output_option, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
@@ -52,11 +52,11 @@ def call(
     server = take_server(options)
     if ticket is None:
         context.obj.left = "; the job is cancelled"
-        asyncio.run(_call(server, asked, timeout, output))
+        run_async(_call(server, asked, timeout, output))
         return
     check_ticket_file(ticket, from_stdin=asked.from_stdin)
     with telling(context, str(ticket)):
-        asyncio.run(_call_with_ticket(server, asked, timeout, output, ticket))
+        run_async(_call_with_ticket(server, asked, timeout, output, ticket))
 
 
 async def _call(server: Server, asked: Asked, timeout: float | None, output: Path | None) -> None:

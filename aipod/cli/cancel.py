@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals
+from aipod.cli import end_on_signals, run_async
 from aipod.cli.options import Server, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
 from aipod.cli.ticket import read_ticket, ticket_argument
@@ -34,7 +34,7 @@ def cancel(ticket: str, release: bool, timeout: float, **options: Any) -> None:
     end_on_signals()
     server = take_server(options)
     owned = read_ticket(ticket)
-    phase = asyncio.run(_cancel(server, owned, release, timeout))
+    phase = run_async(_cancel(server, owned, release, timeout))
     click.echo(phase)
     if phase in WITHOUT_ANSWER and ticket != "-":
         TicketFile(ticket).remove(owned)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import fcntl
 import os
 import resource
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,10 +21,14 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals
+from aipod.cli import end_on_signals, run_async
 from aipod.cli.progress import Progress
 from aipod.client import Client, Event
 from aipod.errors import AipodError
+from aipod.trash import remove
+
+PREFIX = "aipod-demo-"
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 LABELS = ("asyncio", "email", "json", "unittest", "xml", "http", "importlib", "multiprocessing", "logging", "sqlite3")
 
@@ -38,19 +45,72 @@ LABELS = ("asyncio", "email", "json", "unittest", "xml", "http", "importlib", "m
 def demo(size: int) -> None:
     """Start a server, train a model, predict with it, send a large file there and back, and clean up."""
     end_on_signals()
-    with tempfile.TemporaryDirectory(prefix="aipod-demo-") as directory, _server(Path(directory)) as (address, process):
-        asyncio.run(_run(Path(directory), address, process.pid, size))
+    with _directory() as (directory, lock), _server(directory, lock) as (address, process):
+        run_async(_run(directory, address, process.pid, size))
     click.echo("the server has ended; no file is left")
 
 
 @contextlib.contextmanager
-def _server(directory: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def _directory() -> Iterator[tuple[Path, int]]:
+    """A directory of this demo's own, and the descriptor that locks it; those of demos that were killed are removed.
+
+    Whoever removes one has its lock. So has whoever uses one, from the moment on in which it was seen that nobody has
+    removed it meanwhile.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        if (lock := _locked(old)) is not None:
+            remove(old)
+            os.close(lock)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        if (lock := _locked(path)) is not None:
+            break
+    try:
+        yield path, lock
+    finally:
+        remove(path)
+        os.close(lock)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor with the lock of a directory of this user's; None where there is none, or somebody has it."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_uid == os.getuid() and os.path.samestat(path.lstat(), os.fstat(lock)):
+            return lock
+    os.close(lock)
+    return None
+
+
+@contextlib.contextmanager
+def _server(directory: Path, lock: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The server; where the demo is killed, it is too, or else keeps the directory's lock."""
+    demo = os.getpid()
+
+    def die_with_demo() -> None:
+        with contextlib.suppress(AttributeError):  # elsewhere than on Linux it outlives a demo that is killed
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != demo:
+                os._exit(1)
+
     command = [sys.executable, "-m", "aipod", "serve", "aipod.examples.corpus:Corpus", "--bind", "127.0.0.1:0"]
     command += ["--spool", str(directory / "spool"), "--data", str(directory / "data")]
     click.echo("$ python -m " + " ".join(command[2:7]) + " ...")
     log = directory / "server.log"
     with log.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        # This thread, whose end the kernel looks at, is the main one: it ends with the process.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            pass_fds=(lock,),
+            preexec_fn=die_with_demo,
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

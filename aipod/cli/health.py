@@ -49,7 +49,9 @@ async def _check(service: str, to: str, timeout: float, config: Config, metadata
         return str(HealthCheckResponse.ServingStatus.Name(answer.status))
     except GRPCError as exc:
         if exc.status is Status.NOT_FOUND:
-            raise Refused("NOT_FOUND", f"the server knows no service {service!r}") from None
+            # A proxy says it too, of an upstream.
+            parts = [f"the server knows no service {service!r}" if service else "", exc.message or ""]
+            raise Refused("NOT_FOUND", ": ".join(filter(None, parts)) or "no such service") from None
         raise Unreachable(f"no answer from {to}: {exc.status.name}: {exc.message}") from None
     except (OSError, TimeoutError, StreamTerminatedError) as exc:
         raise Unreachable(f"no server answers at {to}: {exc or 'timed out'}") from None

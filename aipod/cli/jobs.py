@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals, plain
+from aipod.cli import end_on_signals, plain, run_async
 from aipod.cli.options import Server, server_options, take_server, timeout_option
 from aipod.cli.progress import amount
 from aipod.client import Client
@@ -30,7 +29,7 @@ def jobs(as_json: bool, timeout: float, **options: Any) -> None:
     listed as it was then, until the next server, or another one on the same spool, goes on with it (half a minute).
     """
     end_on_signals()
-    listed = asyncio.run(_ask(take_server(options), timeout))
+    listed = run_async(_ask(take_server(options), timeout))
     if not listed:
         click.echo("aipod: note: the server has no jobs", err=True)
         return

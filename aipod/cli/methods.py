@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals, plain
+from aipod.cli import end_on_signals, plain, run_async
 from aipod.cli.options import Server, server_options, take_server, timeout_option
 from aipod.client import Client
 
@@ -20,7 +19,7 @@ from aipod.client import Client
 def methods(as_json: bool, timeout: float, **options: Any) -> None:
     """List what a server's class offers: each method with its keyword arguments (-k) and what its author says of it."""
     end_on_signals()
-    told = asyncio.run(_ask(take_server(options), timeout))
+    told = run_async(_ask(take_server(options), timeout))
     for name, method in sorted(told["methods"].items()):
         if as_json:
             click.echo(json.dumps({"name": name, **method}, ensure_ascii=False))

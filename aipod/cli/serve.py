@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,8 +40,8 @@ OPTIONS = (
 def serve(context: click.Context, /, **options: Any) -> None:
     """Serve a class: its public methods can be called from anywhere that reaches the address.
 
-    Writes one line per address to stdout once health answers; logs go to stderr. HUP, INT and TERM drain it: no new
-    jobs, running ones get --drain seconds; a second signal ends it at once.
+    Writes one line per address to stdout once health answers; logs go to stderr. HUP (but not under nohup), INT
+    and TERM drain it: no new jobs, running ones get --drain seconds; a second signal ends it at once.
     """
     config = make_config(options)
     _set_up_logging(debug=context.obj.debug)
@@ -87,7 +88,10 @@ def _stdout() -> Iterator[TextIO]:
 async def _listen_to_signals(stop: Any, scope: Any, *, task_status: Any) -> None:
     import trio
 
-    with trio.open_signal_receiver(signal.SIGHUP, signal.SIGINT, signal.SIGTERM) as signals:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it is to go on
+        numbers.append(signal.SIGHUP)
+    with trio.open_signal_receiver(*numbers) as signals:
         task_status.started()
         async for number in signals:
             name = signal.Signals(number).name
@@ -107,8 +111,13 @@ async def _end_after_drain(stop: Any, seconds: float) -> None:
 
     await stop.wait()
     await trio.sleep(seconds)
-    log.error("a method still runs in a thread; ending without it")
+    log.error("after %g s there still runs %s; ending without it", seconds, _running())
     os._exit(1)
+
+
+def _running() -> str:
+    """What trio's threads do: it names each after its function and the task that waits for it."""
+    return ", ".join(sorted(t.name for t in threading.enumerate() if " from " in t.name)) or "no thread, but a task"
 
 
 def _set_up_logging(*, debug: bool) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals
+from aipod.cli import end_on_signals, run_async
 from aipod.cli.answer import limited
 from aipod.cli.call import hand_over
 from aipod.cli.options import Server, server_options, take_server, timeout_option
@@ -36,7 +35,7 @@ def submit(context: click.Context, /, timeout: float | None, ticket: Path, **opt
     server = take_server(options)
     check_ticket_file(ticket, from_stdin=asked.from_stdin)
     with telling(context, str(ticket)):
-        click.echo(asyncio.run(_submit(server, asked, timeout, ticket)))
+        click.echo(run_async(_submit(server, asked, timeout, ticket)))
 
 
 async def _submit(server: Server, asked: Asked, timeout: float | None, ticket: Path) -> str:

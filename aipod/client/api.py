@@ -267,7 +267,8 @@ class Client:
             )
         text = self._text(kwargs, stacklevel + 1)
         packed = Compressor(self._config.level).frame(text)
-        source = Source(payload) if in_memory else await asyncio.to_thread(Source, payload)
+        in_thread = self._link.in_thread
+        source = Source(payload, in_thread) if in_memory else await asyncio.to_thread(Source, payload, in_thread)
         request = Request(rpc, metadata, packed, version, source)
         if ticket_file is None:
             return request, Course()

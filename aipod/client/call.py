@@ -18,7 +18,7 @@ from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
 from aipod.client.link import Link
 from aipod.client.reader import BATCH
 from aipod.client.sink import Sink
-from aipod.client.source import HOP, Source
+from aipod.client.source import HOP, InThread, Source
 from aipod.codec import digest, job_id
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
@@ -313,7 +313,7 @@ class Attempt:
             if save_to is None and len(message.data) <= HOP:
                 sink.add(message)  # a hop into a thread would cost more
             else:
-                await _local(sink.add, message)
+                await _local(sink.add, message, in_thread=self._link.in_thread)
             course.tell(self._request, phase="DONE", received=sink.received, answer_size=state.size)
             if last:
                 return await self._finish(sink)
@@ -404,10 +404,10 @@ def _ask(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-async def _local(fn: Callable[..., T], *args: Any) -> T:
+async def _local(fn: Callable[..., T], *args: Any, in_thread: InThread = asyncio.to_thread) -> T:
     """Run `fn` in a thread; what it raises is no failure of the network's. This is an asyncio-flavored function."""
     try:
-        return await asyncio.to_thread(fn, *args)
+        return await in_thread(fn, *args)  # type: ignore[no-any-return]
     except BadAnswer:
         raise
     except Exception as exc:

@@ -6,7 +6,8 @@ import asyncio
 import collections
 import contextlib
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 from aipod.codec import MAX_RELEASED
 from aipod.config import Config
@@ -25,6 +26,12 @@ ERRAND = 2.0
 _ERRANDS = 16
 _WAITING = 4096
 
+# Threads for chunks, of all calls of a client: one that compresses and one that reads or writes keep up with the loop,
+# which sends all that they do. Each has a heap of its own, which grows by 10 MB and more and stays, and asyncio's
+# threads are up to 32.
+THREADS = 2
+
+T = TypeVar("T")
 Errand = tuple[Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]
 
 
@@ -52,6 +59,13 @@ class Link:
         self._calls: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those under way, and their ends
         self._leaving = False  # in `aclose`: no more patience with a server that does not answer
         self._watches: set[asyncio.Task[None]] = set()
+        self._threads: ThreadPoolExecutor | None = None
+
+    async def in_thread(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run `fn`, which does something to chunks and waits for nobody but the disk, in a thread of this client's."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="aipod")
+        return await asyncio.get_running_loop().run_in_executor(self._threads, fn, *args)
 
     def channel(self) -> Channel:
         if self._channel is None:
@@ -194,5 +208,8 @@ class Link:
 
     def _let_go(self) -> Channel | None:
         self.closes += 1
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=False)  # they end what they do
         channel, self._channel = self._channel, None
         return channel

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from types import TracebackType
 from typing import Any
 
-from aipod.client.reader import BATCH, Memory, Payload, Piece, Reader, Stream, grouped, open_reader
+from aipod.client.reader import BATCH, File, Memory, Payload, Piece, Reader, Stream, grouped, open_reader
 from aipod.codec import Compressor, new_hasher
 from aipod.config import CHUNK, KIB
 from aipod.errors import UsageError
@@ -22,16 +22,20 @@ from aipod.wire.ai import Raw
 # A hop into a thread costs as much as compressing so many bytes.
 HOP = 64 * KIB
 
+InThread = Callable[..., Coroutine[Any, Any, Any]]
+
 
 class Source:
     """A payload. `size` is None where it is not known beforehand; `tag` names what it is read from.
 
     asyncio-flavored; for one task at a time. Raises `UsageError` for what is no payload. Leaving its scope closes what
-    it has opened.
+    it has opened. `in_thread`: what runs that which waits for nobody; an iterable may wait for another call.
     """
 
-    def __init__(self, payload: Payload) -> None:
+    def __init__(self, payload: Payload, in_thread: InThread = asyncio.to_thread) -> None:
         self._reader: Reader = open_reader(payload)
+        self._in_thread = in_thread
+        self._read_in_thread = in_thread if isinstance(self._reader, Memory | File) else asyncio.to_thread
         self._items = payload if isinstance(self._reader, Stream) and isinstance(payload, AsyncIterable) else None
         self._groups: AsyncGenerator[list[Piece], None] | None = None
         self.size = self._reader.size
@@ -76,7 +80,7 @@ class Source:
         packer = _Packer(level, start)
         inline = isinstance(self._reader, Memory) and self._reader.size <= HOP
         while pieces := await self._pieces(packer.offset, inline=inline):
-            yield packer.pack(pieces) if inline else await asyncio.to_thread(packer.pack, pieces)
+            yield packer.pack(pieces) if inline else await self._in_thread(packer.pack, pieces)
             del pieces
         yield packer.finish(self._hasher.digest())
 
@@ -93,7 +97,8 @@ class Source:
                 return pieces
             if offset < self.read:
                 end = min(self.read, offset + BATCH * CHUNK)
-                return await asyncio.to_thread(self._reader.again, offset, end)
+                again: list[Piece] = await self._read_in_thread(self._reader.again, offset, end)
+                return again
             if self._ended:
                 if offset > self.read:
                     raise UsageError(f"the payload has {self.read} bytes now, but {offset} of it were sent before")
@@ -118,14 +123,16 @@ class Source:
     async def _read_on(self) -> list[Piece]:
         """The next pieces that nobody has read yet."""
         if self._items is None:
-            return await asyncio.to_thread(lambda: self._hash(self._reader.fresh()))
+            read: list[Piece] = await self._read_in_thread(lambda: self._hash(self._reader.fresh()))
+            return read
         if self._groups is None:
             self._groups = grouped(self._items)
         nothing: list[Piece] = []
         pieces = await anext(self._groups, nothing)
         assert isinstance(self._reader, Stream)
-        await asyncio.to_thread(self._reader.keep, pieces)
-        return await asyncio.to_thread(self._hash, pieces)
+        await self._in_thread(self._reader.keep, pieces)
+        await self._in_thread(self._hash, pieces)
+        return pieces
 
     def _hash(self, pieces: list[Piece]) -> list[Piece]:
         for piece in pieces:

@@ -73,7 +73,7 @@ class PlainSink:
         self._entry = entry
         self._size = size
         self._limit = limit
-        self._decoder = StreamDecoder(self._write)
+        self._decoder = StreamDecoder(self._write, check_cancelled)
 
     def _write(self, data: bytes) -> None:
         check_cancelled()  # one message may become gigabytes

@@ -141,7 +141,8 @@ class LoopRunner:
     async def _call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(function, *args, **kwargs)
         if not inspect.iscoroutinefunction(function):
-            return await trio.to_thread.run_sync(call, limiter=self._threads)
+            name = f"{getattr(function, '__name__', 'a call')} from {self._model}"  # not that of a partial
+            return await trio.to_thread.run_sync(call, limiter=self._threads, thread_name=name)
         if getattr(function, "__aipod__", Options()).flavor == "asyncio":
             # As an outcome: a SystemExit that leaves an asyncio task would end the loop, and with it the server.
             result = await bridge.to_trio(functools.partial(outcome.acapture, call))()
