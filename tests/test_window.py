@@ -113,6 +113,28 @@ def test_a_long_message_whose_beginning_used_up_the_window_gets_its_room_at_once
     assert peer.may_send == 10 * FIRST
 
 
+@pytest.mark.parametrize("size", [100 * KIB, MOST, 5 * MOST])
+def test_an_application_that_is_slow_has_a_few_long_messages_in_memory_and_gets_them_all(size: int) -> None:
+    """Mutant seen: each message has its room as soon as it begins; as many come as the pool has room for."""
+    peer = Peer(Budget(0), Budget(64 * MOST))
+    begun = taken = left = 0
+    while taken < 50:
+        while begun < 50 or left:
+            if not left:
+                begun, left = begun + 1, size
+                peer.window.expect(begun, size)
+            if not (part := min(16 * KIB, left, peer.may_send)):
+                break
+            peer.send(part, hungry=begun == taken + 1)
+            left -= part
+        assert peer.held + peer.may_send <= FIRST + max(8 * MOST, size)
+        assert begun > taken + 1 or begun == 50 or 2 * size > 8 * MOST
+        taken += 1
+        peer.window.done(taken)
+        peer.take(size)
+    assert peer.held == 0
+
+
 def test_long_messages_wait_for_one_another_and_all_come_through() -> None:
     growth, messages = Budget(0), Budget(MOST)
     peers = [Peer(growth, messages) for _ in range(5)]

@@ -2,8 +2,9 @@
 
 A stream begins with a small window. While most of it arrives within one round trip, the window is what limits the
 stream, and it doubles: it ends at the link's bandwidth-delay product (the rule of gRPC's BDP estimator; `protocol`
-sends the PINGs that measure round trips). A message longer than the window gets the difference for as long as it lasts.
-Both are taken from pools that the connection's streams share. What a connection can make this process hold:
+sends the PINGs that measure round trips). A message longer than the window gets the difference for as long as it lasts,
+unless the application has enough such messages to take before it. Both are taken from pools that the connection's
+streams share. What a connection can make this process hold:
 
     streams * stream_window + connection_window (growth) + max_message (long messages) + max_message (inflated)
 
@@ -20,10 +21,15 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 
+from aipod.config import MIB
+
 # Room is given back in quarters of the window; but whatever there is when an eighth is left and nothing else would make
 # the message under way complete.
 _TOP_UP = 4
 _LOW = 8
+# Long messages of one stream that have come or are coming before the application has taken them, but for the first:
+# enough that its sender need not wait between two, and not all that the pool has for an application that is slow.
+_AHEAD = 8 * MIB
 
 
 class Grant:
@@ -92,6 +98,7 @@ class ReceiveWindow:
         self._held = 0  # bytes that the application has not taken
         self._round = 0  # bytes that came since the last sample
         self._granted: dict[int, Grant] = {}  # for long messages, by their place in the stream
+        self._unasked: tuple[int, int] | None = None  # the long message under way that has no grant yet, and its size
         self._closed = False
 
     def arrived(self, size: int, *, hungry: bool) -> None:
@@ -120,14 +127,29 @@ class ReceiveWindow:
         """Message number `message` begins and will have `size` bytes; how many of them may come for certain."""
         if size <= self.size:
             return size
-        grant = self._granted[message] = self._messages.ask(size, self._top_up)
+        self._unasked = message, size
+        self._ask()
+        return size if message in self._granted and self._granted[message].granted else self.size
+
+    def _ask(self) -> None:
+        """Ask for room for the long message under way, unless the application has enough to take before it."""
+        if self._unasked is None:
+            return
+        message, size = self._unasked
+        if self._granted and sum(grant.size for grant in self._granted.values()) + size > _AHEAD:
+            return
+        self._unasked = None
+        self._granted[message] = self._messages.ask(size, self._top_up)
         self._top_up()  # when it was granted at once, this window did not know it yet
-        return size if grant.granted else self.size
 
     def done(self, message: int) -> None:
         """The application has taken message number `message`."""
         if self._granted and (grant := self._granted.pop(message, None)) is not None:
             self._messages.withdraw(grant)
+        if self._unasked is not None and self._unasked[0] <= message:
+            self._unasked = None  # the window alone has let it come
+        if not self._closed:
+            self._ask()
 
     def end(self) -> None:
         """Nothing more comes."""
