@@ -406,10 +406,10 @@ def test_a_reload_cuts_no_job_and_the_next_call_works(proxied: Nginx, tmp_path: 
 
 
 def test_a_large_file_up_and_back_bit_for_bit_in_little_memory(servers: Group, proxied: Nginx, tmp_path: Path) -> None:
-    """64 times the 1 MiB that nginx takes for a body by default."""
+    """Large enough for what could pile up somewhere to be seen."""
     sent, back = tmp_path / "sent", tmp_path / "back"
     with sent.open("wb") as file:
-        for _ in range(64):
+        for _ in range(256):
             file.write(os.urandom(1 << 20))
     code = (
         "import asyncio, sys, aipod\n"
@@ -420,7 +420,7 @@ def test_a_large_file_up_and_back_bit_for_bit_in_little_memory(servers: Group, p
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
     )
     command = [sys.executable, "-c", code, proxied.address, str(sent), str(back)]
-    client = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    client = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert client.returncode == 0, client.stderr
     with sent.open("rb") as one, back.open("rb") as two:
         while piece := one.read(1 << 20):
@@ -432,8 +432,8 @@ def test_a_large_file_up_and_back_bit_for_bit_in_little_memory(servers: Group, p
         "nginx": max(peak_memory(pid) for pid in children(proxied.process.pid)),
     }
     print(peaks)
-    assert peaks["client"] < 100
-    assert peaks["server"] < 100
+    assert peaks["client"] < 130
+    assert peaks["server"] < 130
     assert peaks["nginx"] < 50
 
 
