@@ -19,6 +19,7 @@ from grpclib.const import Status
 import aipod
 from aipod.codec import job_id
 from aipod.config import MIB
+from aipod.results import INLINE
 from aipod.spool import Journal
 from aipod.wire.ai import Op, Phase
 from tests import stranger
@@ -381,6 +382,45 @@ def leave_descriptors(served: Served, free: int) -> None:
     lowest = next(n for n in range(1 << 20) if n - len([fd for fd in used if fd < n]) == free)
     _, hard = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (lowest, hard))
+
+
+@pytest.mark.parametrize("shortage", ["of room", "of descriptors"])
+def test_what_was_acknowledged_outlives_a_shortage(serve_one: Callable[..., Served], work: Work, shortage: str) -> None:
+    """A run that ends in it, and a job in line, whose keyword arguments are in a file.
+
+    Mutants seen: a job in line ends as FAILED; so does one whose keyword arguments cannot be read; the answer does.
+    """
+
+    async def main() -> None:
+        served = serve_one()
+        before = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
+        first, second = work.client("wait"), work.client(size=10, more="x" * INLINE)
+        task = await running(work, first, served.address)
+        async with (
+            opened(second, served.address) as one,
+            call(served.address, first.ticket, Op.ATTACH) as other,
+        ):
+            await one.chunk(PAYLOAD, 0)
+            await one.last(PAYLOAD)
+            await one.phase(Phase.QUEUED)
+            await other.phase(Phase.RUNNING)
+            if shortage == "of room":
+                limit(served, 100)
+            else:
+                leave_descriptors(served, 0)
+            work.until.touch()
+            for watcher, phase in ((one, Phase.QUEUED), (other, Phase.RUNNING)):
+                state = await watcher.until(lambda state: state.message.startswith("waiting: the server"))
+                assert state.phase == phase
+            assert (task.done(), work.lines) == (False, ["start"])
+            limit(served, resource.RLIM_INFINITY)
+            resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, before)
+            assert (await task).json == "done"
+            assert (await one.outcome()).data == answer_to(PAYLOAD, 10)
+        assert work.lines == ["start", "start"]
+        assert "a bug of aipod" not in served.log_text()
+
+    run(main)
 
 
 def test_who_finds_no_descriptor_comes_again_and_what_runs_goes_on(
