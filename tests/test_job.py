@@ -776,6 +776,24 @@ async def test_an_interrupted_run_of_a_restartable_method_is_repeated_once(story
     assert (job.phase, job.attempt, starts) == (Phase.FAILED, 1, 3)
 
 
+async def test_a_run_whose_payload_has_made_room_is_not_repeated(story: Story, model: Model) -> None:
+    """Mutant seen: the method is started once more, without a payload."""
+    starts = 0
+
+    async def train(context: Any, path: Path) -> None:
+        nonlocal starts
+        starts += 1
+        path.unlink()
+        model.runners[-1].crash()
+        await trio.sleep_forever()
+
+    model.train = train
+    job = await story.begin(open_=OWN, restartable=True)
+    with trio.fail_after(10):
+        await job.over.wait()
+    assert (job.phase, starts, written(job)["reason"]) == (Phase.FAILED, 1, "WORKER_CRASHED")
+
+
 async def test_a_restartable_run_that_a_shutdown_ends_waits_for_the_next_server(tmp_path: Path, model: Model) -> None:
     model.train = lambda context, path: trio.sleep_forever()
     async with open_pool(model, shared=False, per_version=1, total=4) as pool, trio.open_nursery() as nursery:
