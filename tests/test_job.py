@@ -18,6 +18,7 @@ from trio.testing import MockClock
 
 from aipod.codec import PONG, digest
 from aipod.config import Config
+from aipod.errors import Refused
 from aipod.job.job import Answer, Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
@@ -33,7 +34,7 @@ from aipod.spool import Entry, Journal, Spool, Sweeper, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
-from tests.spools import descriptors
+from tests.spools import Clock, descriptors
 
 
 class FakeCall:
@@ -994,6 +995,38 @@ async def test_an_upload_has_no_grace_but_its_time_in_the_spool() -> None:
     job.heed(Words(wanted=job.epoch + 1), 0, 1.0)
     assert (job.upload.cancel_called, job.superseded_by) == (True, job.epoch + 1)
     assert not job.scope.cancel_called
+
+
+async def test_an_upload_that_nobody_brings_goes_though_somebody_waits_for_it(story: Story) -> None:
+    """Who waits learns that there is none. What runs elsewhere is kept. Mutants seen: both are watched; neither is."""
+    ai, job = story.service(), story.make(open_=OWN)
+    ai._jobs._config = Config(tick=0.01)
+    clock = Clock()
+    sweeper = Sweeper(story.spool, upload_ttl=5, ttl=99, clock=clock)
+    seen = job.look.path / "seen"
+    told = await ai._jobs.attach(job.look.id)
+    assert isinstance(told, Told)
+    story.nursery.start_soon(ai._jobs.follow, told)
+    job.entry.record({"phase": "QUEUED"})
+    await until(seen.exists)
+    job.entry.destroy()
+    with trio.fail_after(10):
+        await told.over.wait()
+    job = story.make(open_=OWN)
+    told = await ai._jobs.attach(job.look.id)
+    assert isinstance(told, Told)
+    assert told.phase == Phase.RECEIVING
+    story.nursery.start_soon(ai._jobs.follow, told)
+    job.entry.let_go()
+    for removed in (0, 1):
+        await trio.sleep(0.1)
+        assert sum(sweeper.sweep()) == removed
+        clock.now += 6
+    with trio.fail_after(10):
+        await told.over.wait()
+    with pytest.raises(Refused) as caught:
+        await ai._jobs.attach(job.look.id)
+    assert caught.value.reason == "NOT_FOUND"
 
 
 async def test_who_watches_from_another_process_is_woken_by_news_only(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ class Jobs:
         """Keep `told` up to date until the job has ended or is somebody's to take. This is a trio-flavored function."""
         while not told.ended:
             await trio.sleep(self._config.tick)
-            await trio.to_thread.run_sync(told.look.watch)
+            if told.phase != Phase.RECEIVING:  # an upload has its time, however many wait for its end
+                await trio.to_thread.run_sync(told.look.watch)
             fields, live, free = await trio.to_thread.run_sync(self._read, told.look)
             if not fields or free or told.look.id in self.held:
                 break
