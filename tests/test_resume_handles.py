@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import json
 import random
 import subprocess
@@ -405,6 +406,50 @@ def test_a_ticket_file_is_for_one_request(served: Served, payload: Path, tmp_pat
             gate.gate.touch()
             assert await job.wait() == ANSWER
             assert not ticket.exists()
+
+    run(main)
+    assert gate.runs == 1
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["answer", "error"])
+def test_a_ticket_file_is_for_one_payload_though_only_its_bytes_tell_it(
+    served: Served, tmp_path: Path, fails: bool
+) -> None:
+    """Who comes with another one is refused, and leaves job and file to who has the right one.
+
+    Mutants seen: the first one's answer is given to it (as it once was), or saved for it; its handle; the file goes, or
+    the job is released, with an error that was not told; the right payload is refused.
+    """
+    gate, ticket, save_to = Gate(tmp_path), tmp_path / "ticket", tmp_path / "answer"
+    save_to.write_bytes(b"before")
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+
+            async def ask(data: bytes, **more: Any) -> Any:
+                fixed = {"metadata": GATED, "ticket_file": ticket, "kwargs": gate.kwargs}
+                return await client.chaos(io.BytesIO(data), **fixed, **more)
+
+            call = asyncio.create_task(ask(PAYLOAD))
+            await until(gate.mark.exists)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            gate.gate.write_text("fail" if fails else "")
+            for other in (PAYLOAD[:-1] + bytes([PAYLOAD[-1] ^ 1]), b""):
+                with pytest.raises(aipod.UsageError, match="another request"):
+                    await ask(other, save_to=save_to)
+                with pytest.raises(aipod.UsageError, match="another request"):
+                    await client.submit(
+                        "gated", io.BytesIO(other), metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs
+                    )
+            assert save_to.read_bytes() == b"before"
+            if fails:
+                with pytest.raises(aipod.ModelError):
+                    await ask(PAYLOAD)
+            else:
+                assert await ask(PAYLOAD) == ANSWER
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["answer", "gate", "mark"]
 
     run(main)
     assert gate.runs == 1
