@@ -10,7 +10,7 @@ WRONG_SPOOL, NOT_FOUND of a job that was there                                  
 NOT_FOUND of a job of which nobody has told yet                                        ask elsewhere, so many times
 NOT_STARTED                                                                            run anew: see `_anew`
 SUPERSEDED                                                                             stop, or outbid once
-every other refusal, every stored outcome                                              stop
+every other refusal (SPOOL_FULL of what never fits, say), every stored outcome         stop
 """
 
 from __future__ import annotations
