@@ -144,7 +144,8 @@ class Client:
 
         What is lost on the way is sent again from where it was; nothing that the server has is sent twice. Tried again
         are `config.attempts` connections while nothing is known of the job, afterwards as many as there are in
-        `config.reconnect` seconds without progress.
+        `config.reconnect` seconds without progress: as long a server may be away, also behind a proxy where others with
+        spools of their own answer. A job that a server should have, and has not, is looked for a minute.
 
         Returns what the method returned: JSON values, bytes (for a `Path`, the file's content), or `save_to`.
         Raises `UsageError`, `Refused`, `ModelError`, `JobCancelled`, `Interrupted` (the server or the worker was killed
@@ -208,7 +209,15 @@ class Client:
         )
         request.until, request.on_event = Until.TAKEN, on_event
         _, course = await self._run(request, course, None, closes)
-        job = Job(self._link, course.ticket, request.metadata, taken=True, file=course.file, misses=course.misses)
+        job = Job(
+            self._link,
+            course.ticket,
+            request.metadata,
+            taken=True,
+            file=course.file,
+            misses=course.misses,
+            spool=course.spool,
+        )
         job._watch()
         return job
 

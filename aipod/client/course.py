@@ -147,7 +147,8 @@ class Course:
         if self.sent_clock is not None and ago >= 0:
             ago = max(ago, time.monotonic() - self.sent_clock)
         left = ELSEWHERE - self.searched
-        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left, receiving)
+        spool = self.sent_to or self.spool
+        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left, spool, receiving)
 
     def next_epoch(self) -> int:
         self.epoch = max(self.epoch + 1, time.time_ns() // 1000)

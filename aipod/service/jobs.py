@@ -123,7 +123,7 @@ class Jobs:
             look = self._spool.look(job_id)
             fields, live, free = await trio.to_thread.run_sync(self._read, look)
             if not fields:
-                raise Refused("NOT_FOUND", "there is no such job here: it never was, or has expired")
+                raise self._not_found()
             if free and job_id not in self.held:
                 if self.draining:
                     raise self.draining_with_job()
@@ -344,7 +344,7 @@ class Jobs:
         told = Told(self._spool.look(job_id), self._spool.id, self._keep)
         fields, live, _ = await trio.to_thread.run_sync(self._read, told.look)
         if not fields:
-            raise Refused("NOT_FOUND", "there is no such job here: it never was, or has expired")
+            raise self._not_found()
         told.learn(fields, live)
         return told
 
@@ -417,6 +417,12 @@ class Jobs:
             raise Refused(
                 "OTHER_REQUEST", "this ticket is another request's: method, version, arguments or source differ"
             )
+
+    def _not_found(self) -> Refused:
+        # `spool`: who knows that the job is in another one waits until that has its server again.
+        return Refused(
+            "NOT_FOUND", "there is no such job here: it never was, or has expired", {"spool": self._spool.id}
+        )
 
     def _not_started(self) -> Refused:
         # `ttl`: seconds for which every job is remembered. One that sent `last` longer ago may be forgotten instead.
