@@ -19,6 +19,7 @@ import pytest
 
 import aipod
 from aipod.client import Event
+from aipod.client.ticket import next_ticket
 from aipod.codec import job_id
 from aipod.wire.ai import Op
 from tests.conftest import ROOT, Served, left_in, run
@@ -450,6 +451,51 @@ def test_a_ticket_file_is_for_one_payload_though_only_its_bytes_tell_it(
             else:
                 assert await ask(PAYLOAD) == ANSWER
             assert sorted(path.name for path in tmp_path.iterdir()) == ["answer", "gate", "mark"]
+
+    run(main)
+    assert gate.runs == 1
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+def test_a_job_that_never_came_is_run_anew_by_all_who_have_its_ticket_file(
+    served: Served, tmp_path: Path, callers: int
+) -> None:
+    """Its request was complete on a connection that was lost: nothing can start under that ticket any more.
+
+    Mutants seen: each draws a ticket of its own to run it anew; the file may not have that ticket.
+    """
+    gate, ticket = Gate(tmp_path), tmp_path / "ticket"
+
+    async def ask(client: aipod.Client) -> Any:
+        return await client.chaos(b"x", metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs)
+
+    async def lose(proxy: Proxy, client: aipod.Client) -> None:
+        await client.chaos(b"")  # from now on it knows the spool
+        proxy.hold()
+        call = asyncio.create_task(ask(client))
+        await until(ticket.exists)
+        await until(lambda: json.loads(ticket.read_text())["sent"] is not None)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    async def main() -> None:
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
+            await lose(proxy, client)
+            proxy.cut()
+        lost = bytes.fromhex(json.loads(ticket.read_text())["ticket"])
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(aipod.Client(served.address)) for _ in range(callers)]
+            calls = [asyncio.create_task(ask(one)) for one in clients]
+            await until(lambda: json.loads(ticket.read_text())["ticket"] == next_ticket(lost).hex())
+            await until(gate.mark.exists)
+            gate.gate.touch()
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        # One may have taken the upload over from another, or have had the answer, and released it, before another did.
+        told = [one if isinstance(one, dict) else getattr(one, "reason", repr(one)) for one in answers]
+        assert SMALL in told
+        assert all(one in (SMALL, "SUPERSEDED", "RELEASED") for one in told), told
+        assert not ticket.exists()
 
     run(main)
     assert gate.runs == 1
