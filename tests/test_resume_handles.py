@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import random
+import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -22,8 +25,9 @@ from aipod.client import Event
 from aipod.client.ticket import next_ticket
 from aipod.codec import job_id
 from aipod.wire.ai import Op
-from tests.conftest import ROOT, Served, left_in, run
+from tests.conftest import FIRST, ROOT, Served, left_in, run
 from tests.gates import ANSWER, GATED, PAYLOAD, SMALL, Gate, payload_file, runs, server
+from tests.killed_client import ask
 from tests.phases import until
 from tests.proxy import Fault, Proxy, open_proxy
 from tests.tap import Chunks
@@ -360,6 +364,37 @@ def test_a_killed_caller_continues_with_its_ticket_file(
     first = next(event for event in events if event.job_id and event.heartbeats and event.offset)
     assert first.offset > 0
     assert sent < (len(PAYLOAD) if phase == "RECEIVING" else 100_000)
+
+
+def test_a_caller_killed_at_any_step_continues(served: Served, tmp_path: Path) -> None:
+    """The same call, repeated, gives the right answer from one run, and leaves nothing but a part of a ticket file.
+
+    The steps are the same on every Python: the first of those that are supported tries each one, the others every
+    fifth. Mutants seen: a new ticket for a file that is there; the file stays when the answer is here; the server is
+    not told what is here of the answer; a part may be read by others before it is the answer, and nobody takes it up.
+    """
+    data = random.Random(0).randbytes(1_500_000)
+    steps = 0
+
+    def killed(number: int, home: Path) -> bool:
+        command = [sys.executable, "-m", "tests.killed_client", str(number), str(home), served.address]
+        status = subprocess.run(command, cwd=ROOT, timeout=60).returncode
+        assert status in (0, -signal.SIGKILL)
+        return status != 0
+
+    for steps in range(1, 100, 1 if FIRST else 5):
+        home = tmp_path / str(steps)
+        home.mkdir()
+        (home / "payload").write_bytes(data)
+        if not killed(steps, home):
+            break
+        assert run(functools.partial(ask, home, served.address)) == home / "answer"
+        assert (home / "answer").read_bytes() == data, steps
+        assert (home / "mark").read_text() == "run\n", steps
+        left = {path.name for path in home.iterdir()} - {"payload", "answer", "mark"}
+        assert all(re.fullmatch(r"(\.ticket)?\.[0-9a-f]{16}\.part", name) for name in left), (steps, left)
+        assert len(left) <= 1
+    assert steps > 10
 
 
 @pytest.mark.parametrize("submitted", [False, True])
