@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 DOMAIN = "aipod"
+# In an error's metadata: its reason usually passes, but not here.
+NEVER = "never"
 
 
 class Code(enum.IntEnum):
@@ -117,7 +119,7 @@ class AipodError(Exception):
     @property
     def retry_after(self) -> float | None:
         """Seconds after which the same request may succeed; None where it cannot."""
-        return TABLE[self.reason].retry_after if self.reason in TABLE else None
+        return TABLE[self.reason].retry_after if self.reason in TABLE and NEVER not in self.metadata else None
 
 
 class UsageError(AipodError):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 # Up to this length a result travels and is kept as bytes; above it, it is a file.
 INLINE = 64 * 1024
 KINDS = ("json", "bytes", "file")
+# Not EFBIG: to a limit of the file's own nothing else makes room.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class BadResult(Exception):
@@ -36,7 +38,7 @@ def settle(value: Any, *, payload: Path, work_dir: Path, res: Path) -> Result:
     """Turn `value` into a `Result`, writing `res` where it is long. Blocks. Raises `BadResult`.
 
     `res` appears whole or not at all. A file in the work directory is renamed to it, the payload itself is linked
-    (never a second copy), any other file is copied.
+    (never a second copy), any other file is copied. On a full disk the payload is removed for it.
     """
     if isinstance(value, Path):
         _adopt(value, payload=payload, work_dir=work_dir, res=res)
@@ -55,17 +57,21 @@ def settle(value: Any, *, payload: Path, work_dir: Path, res: Path) -> Result:
             ) from None
     if len(data) <= INLINE:
         return Result(kind, data)
-    with _whole(res) as fresh:
-        fresh.write_bytes(data)
+    _make(res, payload, lambda fresh: fresh.write_bytes(data))
     return Result(kind)
 
 
-@contextlib.contextmanager
-def _whole(res: Path) -> Iterator[Path]:
-    """A file to write to; it becomes `res` at the end."""
+def _make(res: Path, payload: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` write a file, which becomes `res`. Where it does not fit, the payload makes room: it has served."""
     fresh = res.with_suffix(".tmp")
     try:
-        yield fresh
+        try:
+            write(fresh)
+        except OSError as exc:
+            if exc.errno not in _NO_ROOM:
+                raise
+            payload.unlink(missing_ok=True)
+            write(fresh)
         fresh.rename(res)
     except OSError as exc:
         fresh.unlink(missing_ok=True)
@@ -84,5 +90,4 @@ def _adopt(source: Path, *, payload: Path, work_dir: Path, res: Path) -> None:
     elif real.is_relative_to(work_dir.resolve()):
         real.rename(res)
     else:
-        with _whole(res) as fresh:
-            shutil.copyfile(real, fresh)
+        _make(res, payload, lambda fresh: shutil.copyfile(real, fresh))

@@ -30,7 +30,7 @@ class Counted(aipod.Model):
         return "cancelled"
 
     def gated(self, context: Context, path: Path, *, mark: str, gate: str, lines: int = 0) -> dict[str, object]:
-        """Runs until the file `gate` is there."""
+        """Runs until the file `gate` is there; fails where "fail" is in it."""
         with open(mark, "a") as file:
             file.write("run\n")
         for number in range(lines):
@@ -40,6 +40,8 @@ class Counted(aipod.Model):
                 raise RuntimeError("cancelled")
             time.sleep(0.01)
         context.log("the end")
+        if Path(gate).is_file() and Path(gate).read_text() == "fail":
+            raise ValueError("as it was told")
         return self.chaos(context, path)
 
     def gated_echo(self, context: Context, path: Path, *, mark: str, gate: str, lines: int = 0) -> Path:

@@ -26,7 +26,7 @@ def answer_to(payload: bytes, size: int) -> bytes:
 
 
 class Jobs(aipod.Model):
-    def count(self, context: Context, path: Path, *, starts: str, size: int = LONG) -> bytes:
+    def count(self, context: Context, path: Path, *, starts: str, size: int = LONG, more: str = "") -> bytes:
         note(starts)
         context.log("counting")
         return answer_to(path.read_bytes(), size)

@@ -30,6 +30,7 @@ from aipod.codec import digest
 from aipod.config import KIB, MIB, Config
 from aipod.transport.channel import Channel, read_status, reset
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
+from tests.calls import calls
 from tests.conftest import Served, children, free_port, left_in, peak_memory, run, wait_until
 from tests.test_cli import start
 from tests.test_codec import bomb, frame
@@ -699,9 +700,15 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             INTERNAL,
             "RESULT_NOT_STORED",
         )
-        error = own(served.address, kwargs={"length": length}, name="random").state.error
-        assert error is not None
-        assert error.reason == "RESULT_NOT_STORED"
+    error = own(served.address, kwargs={"length": 200_000}, name="random").state.error
+    assert error is not None
+    assert error.reason == "RESULT_NOT_STORED"
+    with calls() as threads:
+        waits = threads.submit(own, served.address, kwargs={"length": 60_000}, name="random")
+        wait_until(lambda: "its outcome could not be stored" in served.log_text())
+        assert not waits.done()
+        resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert waits.result().state.phase == Phase.DONE
     assert honest(served) == before
     wait_until(lambda: all(path.startswith("workers/") for path in left_in(served.spool, uploads=False)))
     assert served.stop() == 0

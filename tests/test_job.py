@@ -19,11 +19,12 @@ from trio.testing import MockClock
 from aipod.client.failure import of_state
 from aipod.codec import PONG, digest
 from aipod.config import Config
+from aipod.errors import Refused
 from aipod.identity import Identities
 from aipod.job.job import LOG_IS_LONG, MAX_PENDING_LOG, Answer, Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
-from aipod.job.run import MAX_BROKEN, Terms, run_job, settle_later
+from aipod.job.run import MAX_BROKEN, STORE_TRIES, Terms, run_job, settle_later
 from aipod.pool import Pool, open_pool
 from aipod.results import INLINE
 from aipod.runner import Description
@@ -35,7 +36,7 @@ from aipod.spool import MAX_LOG, Entry, Journal, Spool, Sweeper, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
-from tests.spools import descriptors
+from tests.spools import Clock, descriptors
 
 
 class FakeCall:
@@ -277,7 +278,8 @@ async def test_a_job_from_the_queue_to_its_answer(story: Story, model: Model) ->
             go.set()
         with trio.move_on_after(0.05):
             await changed.wait()
-    assert list(dict.fromkeys(phases)) == [Phase.RECEIVING, Phase.QUEUED, Phase.RUNNING, Phase.DONE]
+    assert list(dict.fromkeys(phases)) == [Phase.RECEIVING, Phase.QUEUED, Phase.RUNNING]
+    assert job.phase == Phase.DONE
     assert job.answer == Answer("json", b'"payload"', 9, digest(b'"payload"'))
     assert (job.progress, job.message) == (0.5, "half")
     assert job.entry.read_log(0, 99) == b"a line\n"
@@ -550,36 +552,160 @@ async def test_a_long_answer_before_the_first_tick_is_told_at_once_and_safe_afte
 
 
 class FullDisk(Journal):
-    """On a disk without room for an outcome, for so many lines."""
+    """On a disk without room for lines of some phases, for so many of each."""
 
+    phases: tuple[str, ...] = ("FAILED", "DONE")
     lines: float = 6
+    error = errno.ENOSPC
 
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-        if fields.get("phase") == "FAILED" and self.lines:
-            self.lines -= 1
-            raise OSError(errno.ENOSPC, "full")
+        if (phase := fields.get("phase", "")) in self.phases and self.failed(phase) < self.lines:
+            self.failures.append(phase)
+            raise OSError(self.error, "full")
         super().append(fields, sync=sync)
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.failures: list[str] = []
 
+    def failed(self, phase: str) -> int:
+        return self.failures.count(phase)
+
+
+class NoDescriptor(FullDisk):
+    error = errno.EMFILE
+
+
+Seen = tuple[str, str, str, bool]
+
+
+async def followed(story: Story, job: Job) -> list[Seen]:
+    """What a job tells until it is over, each once: phase, the one that is stored, message, and whether it is held."""
+    seen: list[Seen] = []
+    with trio.fail_after(20):
+        while not job.over.is_set():
+            changed = job.changed
+            held = story.spool.is_held(job.entry.id)
+            seen.append((job.phase.name, written(job).get("phase", "RECEIVING"), job.message, held))
+            await changed.wait()
+    return list(dict.fromkeys(seen))
+
+
+FULL, EXHAUSTED = "waiting: the server's disk is full", "waiting: the server has too many files and connections open"
+
+
+@pytest.mark.parametrize(("journal", "why"), [(FullDisk, FULL), (NoDescriptor, EXHAUSTED)])
+@pytest.mark.parametrize("fails", [True, False], ids=["error", "answer"])
 async def test_an_outcome_that_could_not_be_stored_is_stored_later(
-    story: Story, model: Model, caplog: pytest.LogCaptureFixture
+    story: Story, model: Model, caplog: pytest.LogCaptureFixture, fails: bool, journal: type[FullDisk], why: str
 ) -> None:
-    """And nobody else gets the job before: it would be interrupted there.
+    """I14: nobody is told of it before, for a kill then makes it another one. And nobody else gets the job.
 
-    Mutants seen: no `_store_later`; one try; a line in the server's log for each.
+    Mutants seen: no `_store_later`; one try; a line in the server's log for each; it is told at the first try; the
+    answer is thrown away, and that is stored.
     """
-    model.train = lambda context, path: 1 / 0
-    job = await story.begin(open_=OWN, journal=FullDisk)
-    await job.over.wait()
-    assert written(job)["phase"] == "RUNNING"
-    assert story.spool.is_held(job.entry.id)
-    await until(lambda: not story.spool.is_held(job.entry.id))
-    assert cast(FullDisk, job.entry._journal).lines == 0
-    assert written(job).items() >= {"phase": "FAILED", "reason": "MODEL_ERROR", "type": "ZeroDivisionError"}.items()
+    model.train = lambda context, path: 1 / 0 if fails else path.read_text()
+    job = await story.begin(open_=OWN, journal=journal)
+    end = "FAILED" if fails else "DONE"
+    assert await followed(story, job) == [
+        ("RECEIVING", "RECEIVING", "", True),
+        ("QUEUED", "QUEUED", "", True),
+        ("RUNNING", "RUNNING", "", True),
+        ("RUNNING", "RUNNING", why, True),
+        (end, end, "", True),
+    ]
+    assert not story.spool.is_held(job.entry.id)
+    assert cast(FullDisk, job.entry._journal).failures == [end] * 6
+    if fails:
+        assert written(job).items() >= {"phase": "FAILED", "reason": "MODEL_ERROR", "type": "ZeroDivisionError"}.items()
+    else:
+        assert written(job)["inline"] == '"payload"'
     assert said_of_outcomes(caplog) == [
-        "its outcome could not be stored: the server's disk is full; try again later",
+        f"its outcome could not be stored: {why.removeprefix('waiting: ')}; try again later",
         "its outcome is stored now",
     ]
+
+
+async def test_an_answer_that_is_never_stored_is_lost_in_the_end(
+    story: Story, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is told then is stored, in a shorter line. Mutant seen: no bound."""
+
+    class TooLong(FullDisk):
+        phases = ("DONE",)
+        lines = math.inf
+
+    job = story.make(TooLong, OWN)
+    story.run(job, Terms(0))
+    with trio.fail_after(30):
+        await job.over.wait()
+    assert cast(FullDisk, job.entry._journal).failed("DONE") == 2 * (1 + STORE_TRIES)
+    assert (job.phase, written(job)["reason"]) == (Phase.FAILED, "RESULT_NOT_STORED")
+    assert said_of_outcomes(caplog)[1:] == ["its outcome is stored now"]
+
+
+@pytest.mark.parametrize(("journal", "why"), [(FullDisk, FULL), (NoDescriptor, EXHAUSTED)])
+async def test_what_was_acknowledged_waits_for_room(
+    story: Story, model: Model, journal: type[FullDisk], why: str
+) -> None:
+    """Mutants seen: a job that never started ends as FAILED; what it waited for is told of its run."""
+
+    class Line(journal):  # type: ignore[misc, valid-type]
+        phases = ("QUEUED", "RUNNING")
+        lines = 3
+
+    job = await story.begin(open_=OWN, journal=Line)
+    assert await followed(story, job) == [
+        ("RECEIVING", "RECEIVING", "", True),
+        ("RECEIVING", "RECEIVING", why, True),
+        ("QUEUED", "QUEUED", "", True),
+        ("QUEUED", "QUEUED", why, True),
+        ("RUNNING", "RUNNING", "", True),
+        ("DONE", "DONE", "", True),
+    ]
+    assert cast(FullDisk, job.entry._journal).failures == ["QUEUED"] * 3 + ["RUNNING"] * 3
+    assert [runner.verbs for runner in model.runners] == [["start", "run train"]]
+
+
+async def test_a_job_that_waits_for_room_can_be_ended_and_keeps_no_instance(story: Story, model: Model) -> None:
+    """Mutants seen: it waits with its lease; neither a cancel nor the grace ends it."""
+
+    class Never(FullDisk):
+        phases: tuple[str, ...] = ("RUNNING",)
+        lines = math.inf
+
+    class NotEvenQueued(Never):
+        phases = ("QUEUED",)
+
+    waiting, unqueued = await story.begin(open_=OWN, journal=Never), await story.begin(open_=OWN, journal=NotEvenQueued)
+    for job in (waiting, unqueued):
+        await until(lambda job=job: cast(FullDisk, job.entry._journal).failures)
+    other = await story.begin(open_=OWN)
+    with trio.fail_after(10):
+        await other.over.wait()
+    assert other.phase == Phase.DONE
+    waiting.stop("because")
+    unqueued.heed(Words(), time.monotonic() + 100, grace=99)
+    for job in (waiting, unqueued):
+        with trio.fail_after(10):
+            await job.over.wait()
+        assert (job.phase, job.started, written(job)["phase"]) == (Phase.CANCELLED, False, "CANCELLED")
+
+
+async def test_a_job_that_waits_for_room_is_left_to_the_next_server(tmp_path: Path, model: Model) -> None:
+    class Never(FullDisk):
+        phases = ("RUNNING",)
+        lines = math.inf
+
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool, trio.open_nursery() as nursery:
+        story = Story(tmp_path, pool, nursery)
+        job = await story.begin(open_=OWN, journal=Never)
+        await until(lambda: cast(FullDisk, job.entry._journal).failures != [])
+        job.hand_over()
+        with trio.fail_after(10):
+            await job.over.wait()
+        assert (job.phase, written(job)["phase"], job.look.payload.exists()) == (Phase.QUEUED, "QUEUED", True)
+        nursery.cancel_scope.cancel()
 
 
 async def test_an_outcome_that_was_never_stored_is_not_said_to_be_a_kill(
@@ -595,8 +721,9 @@ async def test_an_outcome_that_was_never_stored_is_not_said_to_be_a_kill(
         async with trio.open_nursery() as nursery:
             story = Story(tmp_path, pool, nursery)
             job = await story.begin(open_=OWN, journal=NeverStored)
-            await job.over.wait()
+            await until(lambda: job.message == FULL)
             nursery.cancel_scope.cancel()
+        assert (job.over.is_set(), job.error, job.phase) == (True, None, Phase.RUNNING)
         assert [said.partition(": ")[0] for said in said_of_outcomes(caplog)] == [
             "its outcome could not be stored",
             "its outcome is given up; from now on nobody is told how it ended",
@@ -685,6 +812,24 @@ async def test_an_interrupted_run_of_a_restartable_method_is_repeated_once(story
     with trio.fail_after(10):
         await job.over.wait()
     assert (job.phase, job.attempt, starts) == (Phase.FAILED, 1, 3)
+
+
+async def test_a_run_whose_payload_has_made_room_is_not_repeated(story: Story, model: Model) -> None:
+    """Mutant seen: the method is started once more, without a payload."""
+    starts = 0
+
+    async def train(context: Any, path: Path) -> None:
+        nonlocal starts
+        starts += 1
+        path.unlink()
+        model.runners[-1].crash()
+        await trio.sleep_forever()
+
+    model.train = train
+    job = await story.begin(open_=OWN, restartable=True)
+    with trio.fail_after(10):
+        await job.over.wait()
+    assert (job.phase, starts, written(job)["reason"]) == (Phase.FAILED, 1, "WORKER_CRASHED")
 
 
 async def test_a_restartable_run_that_a_shutdown_ends_waits_for_the_next_server(tmp_path: Path, model: Model) -> None:
@@ -911,6 +1056,38 @@ async def test_how_a_run_ended_is_told_by_every_process_alike(
     assert told.error.metadata == metadata
     for watched in (job, told):
         assert of_state(watched.state()).metadata == metadata
+
+
+async def test_an_upload_that_nobody_brings_goes_though_somebody_waits_for_it(story: Story) -> None:
+    """Who waits learns that there is none. What runs elsewhere is kept. Mutants seen: both are watched; neither is."""
+    ai, job = story.service(), story.make(open_=OWN)
+    ai._jobs._config = Config(tick=0.01)
+    clock = Clock()
+    sweeper = Sweeper(story.spool, upload_ttl=5, ttl=99, clock=clock)
+    seen = job.look.path / "seen"
+    told = await ai._jobs.attach(job.look.id)
+    assert isinstance(told, Told)
+    story.nursery.start_soon(ai._jobs.follow, told)
+    job.entry.record({"phase": "QUEUED"})
+    await until(seen.exists)
+    job.entry.destroy()
+    with trio.fail_after(10):
+        await told.over.wait()
+    job = story.make(open_=OWN)
+    told = await ai._jobs.attach(job.look.id)
+    assert isinstance(told, Told)
+    assert told.phase == Phase.RECEIVING
+    story.nursery.start_soon(ai._jobs.follow, told)
+    job.entry.let_go()
+    for removed in (0, 1):
+        await trio.sleep(0.1)
+        assert sum(sweeper.sweep()) == removed
+        clock.now += 6
+    with trio.fail_after(10):
+        await told.over.wait()
+    with pytest.raises(Refused) as caught:
+        await ai._jobs.attach(job.look.id)
+    assert caught.value.reason == "NOT_FOUND"
 
 
 async def test_who_watches_from_another_process_is_woken_by_news_only(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aipod.results import INLINE, BadResult, Result, settle
+from aipod.results import INLINE, BadResult, Result, _make, settle
 from tests.spools import largest_file
 
 
@@ -60,6 +62,29 @@ def test_a_full_disk_is_told_and_leaves_no_half_a_result(place: Place, tmp_path:
         place.settle(tmp_path / "model" if kind == "copy" else bytes(INLINE + 1))
     assert caught.value.reason == "RESULT_NOT_STORED"
     assert sorted(path.name for path in place.res.parent.iterdir()) == ["in", "work"]
+
+
+@pytest.mark.parametrize("need", [1, 2], ids=["room enough without the payload", "not even then"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_on_a_full_disk_the_payload_makes_room_for_the_result(place: Place, error: int, need: int) -> None:
+    """Not where that cannot help. Mutants seen: the answer is lost; the payload goes for any error; it is tried on."""
+    tries = 0
+
+    def write(fresh: Path) -> None:
+        nonlocal tries
+        tries += 1
+        fresh.write_bytes(b"half")
+        if place.payload.exists() or need == 2:
+            raise OSError(error, os.strerror(error))
+        fresh.write_bytes(b"whole")
+
+    full = error in (errno.ENOSPC, errno.EDQUOT)
+    with contextlib.nullcontext() if full and need == 1 else pytest.raises(BadResult, match=os.strerror(error)):
+        _make(place.res, place.payload, write)
+    assert tries == (2 if full else 1)
+    left = [*([] if full else ["in"]), *(["res"] if full and need == 1 else []), "work"]
+    assert sorted(path.name for path in place.res.parent.iterdir()) == left
+    assert need == 2 or not full or place.res.read_bytes() == b"whole"
 
 
 def nested() -> list[Any]:

@@ -19,6 +19,7 @@ from grpclib.const import Status
 import aipod
 from aipod.codec import job_id
 from aipod.config import MIB
+from aipod.results import INLINE
 from aipod.spool import Journal
 from aipod.wire.ai import Op, Phase
 from tests import stranger
@@ -375,12 +376,94 @@ def test_a_long_answer_that_came_at_once_is_on_disk_soon(serve_one: Callable[...
     run(main)
 
 
+def test_an_upload_that_stands_still_is_let_go_of_and_goes_on_where_it_was(
+    serve_one: Callable[..., Served], work: Work
+) -> None:
+    """A plain client's is removed. Mutants seen: no limit; what has arrived is lost; it cannot be taken up again."""
+    payload = os.urandom(3000)
+
+    async def main() -> None:
+        served = serve_one("--upload-stall", "2")
+        client = work.client(payload=payload, size=10)
+        async with opened(client, served.address) as one:
+            await one.chunk(payload[:1000], 0)
+            refusal = await refused(one.outcome)
+        assert (refusal.status, refusal.reason) == (Status.DEADLINE_EXCEEDED, "UPLOAD_STALLED")
+        assert "no message for 2 s" in refusal.message
+        async with opened(client, served.address) as one:
+            assert one.states[-1].offset == 1000
+        assert (await client.visit(served.address)).data == answer_to(payload, 10)
+        assert client.sent == [1000, 2000]
+        kept = entries(served.spool)
+
+        def plain() -> stranger.Reply:
+            with stranger.open_channel(served.address) as channel:
+                never = threading.Event()
+
+                def messages() -> Iterator[Any]:
+                    yield stranger.first_message("chaos", {"starts": str(work.starts)})
+                    never.wait()
+
+                try:
+                    return stranger.reply_of(
+                        stranger.start(channel, "chaos", messages(), metadata=[("x-func-name", "count")])
+                    )
+                finally:
+                    never.set()
+
+        reply = await asyncio.to_thread(plain)
+        assert (reply.code, reply.info.reason) == (StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED")
+        assert entries(served.spool) == kept
+        assert work.lines == ["start"]
+
+    run(main)
+
+
 def leave_descriptors(served: Served, free: int) -> None:
     """The server can open `free` more files and connections, and no more."""
     used = {int(name) for name in os.listdir(f"/proc/{served.process.pid}/fd")}
     lowest = next(n for n in range(1 << 20) if n - len([fd for fd in used if fd < n]) == free)
     _, hard = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (lowest, hard))
+
+
+@pytest.mark.parametrize("shortage", ["of room", "of descriptors"])
+def test_what_was_acknowledged_outlives_a_shortage(serve_one: Callable[..., Served], work: Work, shortage: str) -> None:
+    """A run that ends in it, and a job in line, whose keyword arguments are in a file.
+
+    Mutants seen: a job in line ends as FAILED; so does one whose keyword arguments cannot be read; the answer does.
+    """
+
+    async def main() -> None:
+        served = serve_one()
+        before = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
+        first, second = work.client("wait"), work.client(size=10, more="x" * INLINE)
+        task = await running(work, first, served.address)
+        async with (
+            opened(second, served.address) as one,
+            call(served.address, first.ticket, Op.ATTACH) as other,
+        ):
+            await one.chunk(PAYLOAD, 0)
+            await one.last(PAYLOAD)
+            await one.phase(Phase.QUEUED)
+            await other.phase(Phase.RUNNING)
+            if shortage == "of room":
+                limit(served, 100)
+            else:
+                leave_descriptors(served, 0)
+            work.until.touch()
+            for watcher, phase in ((one, Phase.QUEUED), (other, Phase.RUNNING)):
+                state = await watcher.until(lambda state: state.message.startswith("waiting: the server"))
+                assert state.phase == phase
+            assert (task.done(), work.lines) == (False, ["start"])
+            limit(served, resource.RLIM_INFINITY)
+            resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, before)
+            assert (await task).json == "done"
+            assert (await one.outcome()).data == answer_to(PAYLOAD, 10)
+        assert work.lines == ["start", "start"]
+        assert "a bug of aipod" not in served.log_text()
+
+    run(main)
 
 
 def test_who_finds_no_descriptor_comes_again_and_what_runs_goes_on(
@@ -396,16 +479,20 @@ def test_who_finds_no_descriptor_comes_again_and_what_runs_goes_on(
         task = await running(work, client, served.address)
         leave_descriptors(served, 0)
         await until(lambda: "would not survive a power cut" in served.log_text())
+        refusals: list[tuple[str, bool]] = []
+        watched: list[Phase] = []
         for free in (1, 2, 3):
             leave_descriptors(served, free)
             with contextlib.suppress(Lost):  # it cannot even be heard
                 refusal = await refused(work.client().visit, served.address)
-                assert (refusal.reason, refusal.retry) == ("OVERLOADED", True)
+                refusals.append((refusal.reason, refusal.retry))
             with contextlib.suppress(Lost, Refusal):
                 async with call(served.address, client.ticket, Op.ATTACH, released=[ended.ticket]) as watcher:
-                    await watcher.phase(Phase.RUNNING)
+                    watched.append(Phase((await watcher.state()).phase))
             await asyncio.sleep(2 * TICK)
             resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, before)
+        assert set(refusals) == {("OVERLOADED", True)}  # some were heard
+        assert set(watched) == {Phase.RUNNING}
         assert served.process.poll() is None
         assert (await attach(served.address, ended.ticket)).phase in (Phase.DONE, Phase.RELEASED)
         work.until.touch()

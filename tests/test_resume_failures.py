@@ -186,9 +186,10 @@ def test_the_wrong_spool() -> None:
     for known in (AFTER, WATCHED):
         decision = decide(wrong, known)
         assert decision is not None
-        assert (decision.action, decision.within) == (Action.RETRY, OUT_OF_SIGHT)
+        # As safe as where nothing answers: as long as then.
+        assert (decision.action, decision.missed, decision.within) == (Action.RETRY, True, None)
         assert isinstance(decision.error, aipod.JobLost)
-        assert decision.why == "WRONG_SPOOL: text; it may be elsewhere, and is looked for 60 s long"
+        assert decision.why == "WRONG_SPOOL: text; it may be elsewhere, and is looked for until its own server is back"
 
 
 def test_a_job_that_is_not_there() -> None:
@@ -196,8 +197,27 @@ def test_a_job_that_is_not_there() -> None:
     decision = decide(refusal("NOT_FOUND"), WATCHED)
     assert decision is not None
     assert "t answers, but the job is not found there; it may have run" in str(decision.error), "no connection was lost"
-    assert (decision.action, decision.within) == (Action.RETRY, OUT_OF_SIGHT)
+    assert (decision.action, decision.missed, decision.within) == (Action.RETRY, True, OUT_OF_SIGHT)
     assert isinstance(decision.error, aipod.JobLost)
+    assert decision.why == "NOT_FOUND: text; it may be elsewhere, and is looked for 60 s long"
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "limit"),
+    [
+        ("other-boot1", SPOOL, None),  # its own server is away
+        (SPOOL, SPOOL, OUT_OF_SIGHT),
+        ("0123-boot2", SPOOL, OUT_OF_SIGHT),  # the same, after a reboot
+        ("other-boot1", "", OUT_OF_SIGHT),
+        ("", SPOOL, OUT_OF_SIGHT),  # a server that does not say
+    ],
+)
+def test_a_job_in_a_spool_that_nobody_serves_now_is_waited_for(asked: str, has: str, limit: float | None) -> None:
+    """Mutants seen: for 60 s only (as it was); for a job that its own server does not have any more, too."""
+    exc = refusal("NOT_FOUND", **({"spool": asked} if asked else {}))
+    decision = decide(exc, dataclasses.replace(WATCHED, spool=has))
+    assert decision is not None
+    assert (decision.action, decision.missed, decision.within) == (Action.RETRY, True, limit)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import random
+import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -18,10 +22,12 @@ import pytest
 
 import aipod
 from aipod.client import Event
+from aipod.client.ticket import next_ticket
 from aipod.codec import job_id
 from aipod.wire.ai import Op
-from tests.conftest import ROOT, Served, left_in, run
+from tests.conftest import FIRST, ROOT, Served, left_in, run
 from tests.gates import ANSWER, GATED, PAYLOAD, SMALL, Gate, payload_file, runs, server
+from tests.killed_client import ask
 from tests.phases import until
 from tests.proxy import Fault, Proxy, open_proxy
 from tests.tap import Chunks
@@ -360,6 +366,37 @@ def test_a_killed_caller_continues_with_its_ticket_file(
     assert sent < (len(PAYLOAD) if phase == "RECEIVING" else 100_000)
 
 
+def test_a_caller_killed_at_any_step_continues(served: Served, tmp_path: Path) -> None:
+    """The same call, repeated, gives the right answer from one run, and leaves nothing but a part of a ticket file.
+
+    The steps are the same on every Python: the first of those that are supported tries each one, the others every
+    fifth. Mutants seen: a new ticket for a file that is there; the file stays when the answer is here; the server is
+    not told what is here of the answer; a part may be read by others before it is the answer, and nobody takes it up.
+    """
+    data = random.Random(0).randbytes(1_500_000)
+    steps = 0
+
+    def killed(number: int, home: Path) -> bool:
+        command = [sys.executable, "-m", "tests.killed_client", str(number), str(home), served.address]
+        status = subprocess.run(command, cwd=ROOT, timeout=60).returncode
+        assert status in (0, -signal.SIGKILL)
+        return status != 0
+
+    for steps in range(1, 100, 1 if FIRST else 5):
+        home = tmp_path / str(steps)
+        home.mkdir()
+        (home / "payload").write_bytes(data)
+        if not killed(steps, home):
+            break
+        assert run(functools.partial(ask, home, served.address)) == home / "answer"
+        assert (home / "answer").read_bytes() == data, steps
+        assert (home / "mark").read_text() == "run\n", steps
+        left = {path.name for path in home.iterdir()} - {"payload", "answer", "mark"}
+        assert all(re.fullmatch(r"(\.ticket)?\.[0-9a-f]{16}\.part", name) for name in left), (steps, left)
+        assert len(left) <= 1
+    assert steps > 10
+
+
 @pytest.mark.parametrize("submitted", [False, True])
 def test_who_is_cancelled_as_the_ticket_file_goes_has_the_answer(
     served: Served, tmp_path: Path, submitted: bool
@@ -405,6 +442,95 @@ def test_a_ticket_file_is_for_one_request(served: Served, payload: Path, tmp_pat
             gate.gate.touch()
             assert await job.wait() == ANSWER
             assert not ticket.exists()
+
+    run(main)
+    assert gate.runs == 1
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["answer", "error"])
+def test_a_ticket_file_is_for_one_payload_though_only_its_bytes_tell_it(
+    served: Served, tmp_path: Path, fails: bool
+) -> None:
+    """Who comes with another one is refused, and leaves job and file to who has the right one.
+
+    Mutants seen: the first one's answer is given to it (as it once was), or saved for it; its handle; the file goes, or
+    the job is released, with an error that was not told; the right payload is refused.
+    """
+    gate, ticket, save_to = Gate(tmp_path), tmp_path / "ticket", tmp_path / "answer"
+    save_to.write_bytes(b"before")
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+
+            async def ask(data: bytes, **more: Any) -> Any:
+                fixed = {"metadata": GATED, "ticket_file": ticket, "kwargs": gate.kwargs}
+                return await client.chaos(io.BytesIO(data), **fixed, **more)
+
+            call = asyncio.create_task(ask(PAYLOAD))
+            await until(gate.mark.exists)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            gate.gate.write_text("fail" if fails else "")
+            for other in (PAYLOAD[:-1] + bytes([PAYLOAD[-1] ^ 1]), b""):
+                with pytest.raises(aipod.UsageError, match="another request"):
+                    await ask(other, save_to=save_to)
+                with pytest.raises(aipod.UsageError, match="another request"):
+                    await client.submit(
+                        "gated", io.BytesIO(other), metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs
+                    )
+            assert save_to.read_bytes() == b"before"
+            if fails:
+                with pytest.raises(aipod.ModelError):
+                    await ask(PAYLOAD)
+            else:
+                assert await ask(PAYLOAD) == ANSWER
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["answer", "gate", "mark"]
+
+    run(main)
+    assert gate.runs == 1
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+def test_a_job_that_never_came_is_run_anew_by_all_who_have_its_ticket_file(
+    served: Served, tmp_path: Path, callers: int
+) -> None:
+    """Its request was complete on a connection that was lost: nothing can start under that ticket any more.
+
+    Mutants seen: each draws a ticket of its own to run it anew; the file may not have that ticket.
+    """
+    gate, ticket = Gate(tmp_path), tmp_path / "ticket"
+
+    async def ask(client: aipod.Client) -> Any:
+        return await client.chaos(b"x", metadata=GATED, ticket_file=ticket, kwargs=gate.kwargs)
+
+    async def lose(proxy: Proxy, client: aipod.Client) -> None:
+        await client.chaos(b"")  # from now on it knows the spool
+        proxy.hold()
+        call = asyncio.create_task(ask(client))
+        await until(ticket.exists)
+        await until(lambda: json.loads(ticket.read_text())["sent"] is not None)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    async def main() -> None:
+        async with open_proxy(served.port) as proxy, aipod.Client(proxy.address) as client:
+            await lose(proxy, client)
+            proxy.cut()
+        lost = bytes.fromhex(json.loads(ticket.read_text())["ticket"])
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(aipod.Client(served.address)) for _ in range(callers)]
+            calls = [asyncio.create_task(ask(one)) for one in clients]
+            await until(lambda: json.loads(ticket.read_text())["ticket"] == next_ticket(lost).hex())
+            await until(gate.mark.exists)
+            gate.gate.touch()
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        # One may have taken the upload over from another, or have had the answer, and released it, before another did.
+        told = [one if isinstance(one, dict) else getattr(one, "reason", repr(one)) for one in answers]
+        assert SMALL in told
+        assert all(one in (SMALL, "SUPERSEDED", "RELEASED") for one in told), told
+        assert not ticket.exists()
 
     run(main)
     assert gate.runs == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,8 @@ def test_jobs_go_to_another_spool_only_before_they_are_complete(serve: Serve, tm
     """I13. Two servers with separate spools behind one address. A small job names the wrong spool, and nothing is made
     there but what is asked for once more; complete ones are looked for until their server is back.
 
-    Mutants seen: a call whose `last` was sent does not name the spool; it does not say that it must exist.
+    Mutants seen: a call whose `last` was sent does not name the spool; it does not say that it must exist; who waits
+    for a handle is not told in which spool a server looked, or does not know the right one, and gives up after 60 s.
     """
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -115,21 +118,31 @@ def test_jobs_go_to_another_spool_only_before_they_are_complete(serve: Serve, tm
     async def main() -> None:
         async with open_proxy(one.port) as proxy, aipod.Client(proxy.address) as client:
             job = await client.submit("gated", b"x", **gate.kwargs)
-            call = client.chaos(b"x", metadata=GATED, **awaited.kwargs)
-            waiting = [asyncio.create_task(job.wait()), asyncio.create_task(call)]
+            looked: dict[str, list[str]] = {"handle": [], "late": [], "call": []}
+
+            def note(who: str, event: Event) -> None:
+                looked[who] += re.findall("is looked for .*", event.message)
+
+            call = client.chaos(b"x", metadata=GATED, kwargs=awaited.kwargs, on_event=functools.partial(note, "call"))
+            wait = job.wait(on_event=functools.partial(note, "handle"))
+            waiting = [asyncio.create_task(wait), asyncio.create_task(call)]
             await until(lambda: gate.mark.exists() and awaited.mark.exists())
             before = proxy.connections
             proxy.switch(two.port)
             await until(lambda: proxy.connections > before)  # else `last` may go to the dead one
+            waiting.append(asyncio.create_task(job.wait(on_event=functools.partial(note, "late"))))
             assert await client.chaos(b"x", mark=str(mark)) == SMALL
             assert runs(mark) == 1
             gate.gate.touch()
             awaited.gate.touch()
             attempts = proxy.connections
-            await asyncio.sleep(0.3)
+            await until(lambda: all(looked.values()))
+            assert {text for texts in looked.values() for text in texts} == {
+                "is looked for until its own server is back"
+            }
             assert not any(one.done() for one in waiting)
             proxy.switch(one.port)
-            assert await asyncio.gather(*waiting) == [SMALL, SMALL]
+            assert await asyncio.gather(*waiting) == [SMALL] * 3
             assert proxy.connections > attempts
 
     run(main)

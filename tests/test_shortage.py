@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
+import aipod
+from aipod.client import Event
 from aipod.errors import Refused
 from aipod.service.shortage import Shortage
 from aipod.spool import Spool
@@ -50,6 +52,22 @@ def test_the_log_tells_each_change_once(tmp_path: Path, caplog: pytest.LogCaptur
     assert said() == ["INFO"]
     shortage.note(refused(spool, 1 << 60))
     assert said() == ["WARNING"]
+
+
+def test_who_brings_what_never_fits_is_refused_at_once(serve: Serve) -> None:
+    """Mutant seen: it is tried for as long as there are attempts."""
+    served = serve("Plain", "--reserve", "100000GiB")
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            with pytest.raises(aipod.Refused, match=r"it never has: .*the method has not run") as caught:
+                await client.chaos(b"x", on_event=events.append)
+            assert caught.value.reason == "SPOOL_FULL"
+
+    run(main)
+    assert {event.phase for event in events} == {"CONNECTING"}
+    assert max(event.connection for event in events) == 1
 
 
 def test_a_reserve_that_is_not_there_is_told_at_the_start_and_when_it_is_missed(serve: Serve) -> None:

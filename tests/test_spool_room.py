@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aipod.config import GIB
+from aipod.config import GIB, MIB
 from aipod.errors import Refused
 from aipod.spool import SYNC_AFTER, SYNC_BYTES, Journal, Spool, SpoolError
 from tests.conftest import left_in
@@ -90,6 +90,28 @@ def test_a_payload_that_would_eat_into_the_reserve_is_refused_before_its_first_b
     assert (caught.value.metadata["wanted"], caught.value.metadata["reserve"]) == ("5", str(full.reserve))
     assert caught.value.metadata["free"].isdecimal()
     assert left_in(tmp_path) == []
+
+
+def test_a_payload_that_can_never_fit_is_told_so(spool: Spool) -> None:
+    """It need not come again. Mutants seen: whatever does not fit now never will; the reserve is not counted."""
+    stat = os.statvfs(spool.path)
+    free, whole = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
+
+    def comes_again(wanted: int, reserve: int) -> bool:
+        spool.reserve = reserve
+        with pytest.raises(Refused) as caught:
+            spool.check_space(wanted)
+        never = "it never has" in caught.value.message
+        assert never == (caught.value.retry_after is None)
+        return not never
+
+    assert not comes_again(whole + 1, 0)
+    assert not comes_again(1, whole)
+    assert not comes_again(whole // 2 + 1, whole // 2)
+    assert comes_again(0, whole + 1)  # nothing more is wanted: an upload that goes on
+    if (margin := whole - free) > 2 * MIB:  # others write to this disk meanwhile
+        assert comes_again(whole - margin // 2, 0)
+        assert comes_again(1, whole - margin // 2)
 
 
 def test_a_reserve_that_is_eaten_into_stops_an_upload(tmp_path: Path) -> None:

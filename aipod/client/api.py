@@ -137,12 +137,15 @@ class Client:
         `ticket_file`: keep in this file what is needed to continue. When this process is killed, or the call is
         cancelled or out of time, the job goes on for the server's grace time; the same call with the same file, from
         any process, continues it: the upload, the wait, or the download, of which what has arrived waits beside
-        `save_to` in `.NAME.ID.part`. The file is removed when the answer is here, or the error that the job has ended
-        with. It is as secret as the job.
+        `save_to` in `.NAME.ID.part`. Another payload is refused; a file object is read to its end for that, once the
+        job has ended. Of what can be read once only nothing is read any more when all of it was sent: bring the same.
+        The file is removed when the answer is here, or the error that the job has ended with. It is as secret as the
+        job.
 
         What is lost on the way is sent again from where it was; nothing that the server has is sent twice. Tried again
         are `config.attempts` connections while nothing is known of the job, afterwards as many as there are in
-        `config.reconnect` seconds without progress.
+        `config.reconnect` seconds without progress: as long a server may be away, also behind a proxy where others with
+        spools of their own answer. A job that a server should have, and has not, is looked for a minute.
 
         Returns what the method returned: JSON values, bytes (for a `Path`, the file's content), or `save_to`.
         Raises `UsageError`, `Refused`, `ModelError`, `JobCancelled`, `Interrupted` (the server or the worker was killed
@@ -206,7 +209,15 @@ class Client:
         )
         request.until, request.on_event = Until.TAKEN, on_event
         _, course = await self._run(request, course, None, closes)
-        job = Job(self._link, course.ticket, request.metadata, taken=True, file=course.file, misses=course.misses)
+        job = Job(
+            self._link,
+            course.ticket,
+            request.metadata,
+            taken=True,
+            file=course.file,
+            misses=course.misses,
+            spool=course.spool,
+        )
         job._watch()
         return job
 
@@ -326,6 +337,8 @@ class Client:
 
     def _leave(self, request: Request, course: Course, error: BaseException, closes: int) -> None:
         """The caller goes without an answer: nobody can ask for the job again, unless there is a file."""
+        if course.unchecked:
+            return  # it may be another caller's
         if course.phase > Phase.DONE:
             self._release(request, course, closes)
             return
@@ -360,6 +373,8 @@ def _is_continued(course: Course, error: BaseException) -> bool:
     """
     if course.file is None:
         return False
+    if course.unchecked:
+        return True  # by whoever has the payload that was sent; this caller was told nothing of what became of it
     new = not (course.found or course.answered) and course.sent_to is None
     # SUPERSEDED: another caller goes on with the job, and with the file.
     refused = isinstance(error, Refused) and error.reason != "SUPERSEDED"

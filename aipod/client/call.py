@@ -137,7 +137,7 @@ class Attempt:
         # An empty payload is complete with the first message.
         empty = source.size == 0 and bool(self.spool)
         if empty:
-            await self._commit(self.spool)
+            await self._commit(self.spool, digest())
         raw = Raw(open=opening, last=empty, digest=digest() if empty else b"")
         first: Raw | StreamInput = raw
         if request.rpc == "chaos":
@@ -162,7 +162,7 @@ class Attempt:
             while not last:
                 for chunk in await ready.get():
                     last = chunk.last
-                    if last and not await self._may_commit():
+                    if last and not await self._may_commit(chunk.digest):
                         await self._stream.end()
                         return
                     await self._send_chunk(chunk)
@@ -187,20 +187,25 @@ class Attempt:
         sent = self._request.source.size if end else chunk.offset
         self._course.tell(self._request, phase="RECEIVING", sent=sent or self._course.event.sent)
 
-    async def _may_commit(self) -> bool:
+    async def _may_commit(self, whole: bytes) -> bool:
         """Before `last` goes out: it goes only to a spool that can be named. False where it need not go."""
         if self.was_fresh and self.spool:
-            await self._commit(self.spool)
+            await self._commit(self.spool, whole)
             return True
         state = await self._first
         if state.phase != Phase.RECEIVING:
             return False
-        await self._commit(state.spool)
+        await self._commit(state.spool, whole)
         return True
 
-    async def _commit(self, spool: str) -> None:
-        """From here on the method may run. On the disk, where there is a file, before it is on the wire."""
+    async def _commit(self, spool: str, whole: bytes) -> None:
+        """From here on the method may run. On the disk, where there is a file, before it is on the wire.
+
+        `whole`: the digest of the payload, which the server compares with what it has.
+        """
         course = self._course
+        assert self._request.source is not None
+        course.payload, course.unchecked = whole.hex() if self._request.source.is_compared else "", False
         if course.sent_to is None:
             self.committed = True
             course.sent(spool)
@@ -255,14 +260,29 @@ class Attempt:
             if self._request.taken is not None:
                 await self._request.taken()
             if until is Until.TAKEN and state.phase >= Phase.QUEUED:
+                await self._check_payload()
                 return None, None
             # The terminal state comes again for as long as there is more of the log.
             if state.phase in TERMINAL:
+                await self._check_payload()
                 final = state
                 if not state.log and until is Until.END:
                     return None, None
                 if not state.log and state.phase != Phase.DONE:
                     return None, of_state(state)
+
+    async def _check_payload(self) -> None:
+        """Before the caller is told what became of the job: it may be another payload's, which only its bytes tell."""
+        course, source = self._course, self._request.source
+        if not course.unchecked or source is None or course.file is None:
+            return
+        try:
+            same = (await source.digest()).hex() == course.payload
+        except Exception as exc:
+            raise Local(exc) from exc
+        if not same:
+            raise Local(course.file.other())
+        course.unchecked = False
 
     async def _receive(self) -> Raw | None:
         """The next message; None at the end."""

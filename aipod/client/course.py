@@ -82,6 +82,8 @@ class Course:
     sent_to: str | None = None  # the spool that `last` was, or is this moment, sent to
     sent_at: float = 0.0  # seconds since 1970 when it was sent for the first time
     sent_clock: float | None = None  # the same by this process's clock, which nobody sets
+    payload: str = ""  # digest of what was sent, where its bytes are to be compared
+    unchecked: bool = False  # another process has sent that, and they were not yet
     fresh: bool = True  # no request has gone out under this ticket, so nothing can be durable
     relearn: bool = False  # the spool that was thought of was the wrong one
     phase: Phase = Phase.NONE  # the furthest that was told
@@ -111,6 +113,8 @@ class Course:
             saved.epoch,
             None if saved.sent is None else saved.spool,
             saved.sent or 0.0,
+            payload=saved.payload,
+            unchecked=saved.sent is not None and saved.payload != "",
             fresh=False,
             may_outbid=True,
         )
@@ -143,7 +147,8 @@ class Course:
         if self.sent_clock is not None and ago >= 0:
             ago = max(ago, time.monotonic() - self.sent_clock)
         left = ELSEWHERE - self.searched
-        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left, receiving)
+        spool = self.sent_to or self.spool
+        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left, spool, receiving)
 
     def next_epoch(self) -> int:
         self.epoch = max(self.epoch + 1, time.time_ns() // 1000)
@@ -186,7 +191,7 @@ class Course:
     def saved(self, request: Request) -> Saved:
         """What belongs into the ticket file."""
         sent = None if self.sent_to is None else self.sent_at
-        return Saved(self.ticket, self.epoch, self.sent_to or "", sent, request.fingerprint)
+        return Saved(self.ticket, self.epoch, self.sent_to or "", sent, request.fingerprint, self.payload)
 
     def save(self, request: Request) -> None:
         """Bring the ticket file up to date, where there is one. Blocks."""

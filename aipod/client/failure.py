@@ -6,11 +6,13 @@ OFFSET_MISMATCH, UPLOAD_STALLED, TRUNCATED                                      
 anything with RetryInfo (BUSY, DRAINING, SPOOL_FULL, OVERLOADED)                       connect again, later
 BAD_CHUNK, an answer that arrived damaged                                              connect again, once
 WRONG_SPOOL where nothing was to be created elsewhere                                  run at once, without a spool
-WRONG_SPOOL, NOT_FOUND of a job that was there                                         connect again, 60 s long
+WRONG_SPOOL of a job that was there, NOT_FOUND of one in another spool: its own server is away
+                                                                                       connect again
+NOT_FOUND of a job that was there                                                      connect again, 60 s long
 NOT_FOUND of a job of which nobody has told yet                                        ask elsewhere, so many times
 NOT_STARTED                                                                            run anew: see `_anew`
 SUPERSEDED                                                                             stop, or outbid once
-every other refusal, every stored outcome                                              stop
+every other refusal (SPOOL_FULL of what never fits, say), every stored outcome         stop
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import Op, Phase, State
 
-# Seconds for which a job may be somewhere else than it was: a proxy that lost a host asks for it again within those.
+# Seconds for which a job is looked for that the servers who answer do not have, though nobody of another spool may.
 OUT_OF_SIGHT = 60.0
 # Times that a job of which nobody has told yet is asked for elsewhere than at its own server. Each leads to one of n
 # servers by chance: of two the right one is missed once in 2**32 searches, of five once in 1200, of ten once in 29. A
@@ -83,6 +85,7 @@ class Known:
     may_outbid: bool = False  # this process has just taken the job over from another one's file
     damaged: int = 0  # times that a chunk arrived damaged, before this attempt
     elsewhere: int = 0  # times that it may still be asked for elsewhere
+    spool: str = ""  # the one that the job is in
     receiving: bool = False  # the last word in this attempt was that the payload is not complete: nothing has run
 
 
@@ -95,6 +98,7 @@ class Decision:
     cause: BaseException | None = None
     retry_after: float = 0.0  # seconds to wait at least
     within: float | None = None  # seconds for which RETRY makes sense, whatever patience there is
+    missed: bool = False  # the job is not where it was asked for
     untouched: bool = False  # the server has done nothing for this attempt
     damaged: bool = False
     spool: str = ""  # the server's own
@@ -105,7 +109,10 @@ class Decision:
         """What went wrong, in short: for who watches while it is tried again."""
         if self.cause is None or isinstance(self.cause, BadAnswer):
             return str(self.error)
-        looking = "" if self.within is None else f"; it may be elsewhere, and is looked for {self.within:g} s long"
+        looking = ""
+        if self.missed:
+            long = "until its own server is back" if self.within is None else f"{self.within:g} s long"
+            looking = f"; it may be elsewhere, and is looked for {long}"
         return _short(self.cause) + looking
 
 
@@ -211,7 +218,9 @@ def _of_reason(
     if reason == "NOT_FOUND" and known.op == Op.ATTACH and known.phase == Phase.NONE:
         return Decision(Action.ELSEWHERE if known.elsewhere else Action.STOP, refused, exc)
     if reason in ("WRONG_SPOOL", "NOT_FOUND"):
-        return Decision(Action.RETRY, _not_there(known, text), exc, within=OUT_OF_SIGHT)
+        # Behind a proxy a server that is away looks like this, and the job is as safe as where nothing answers.
+        away = reason == "WRONG_SPOOL" or (spool and known.spool and not _is_same(spool, known.spool))
+        return Decision(Action.RETRY, _not_there(known, text), exc, within=None if away else OUT_OF_SIGHT, missed=True)
     if reason == "NOT_STARTED":
         if not _anew(spool, ttl, known):
             return Decision(Action.STOP, _not_there(known, text), exc)
@@ -235,6 +244,11 @@ def _of_reason(
     if reason in _ENDED:
         return Decision(Action.STOP, job_failed(reason, text, metadata), exc)
     return Decision(Action.STOP, refused, exc)
+
+
+def _is_same(spool: str, other: str) -> bool:
+    """Whether two ids are one spool's, before or after a reboot of its machine."""
+    return spool.partition("-")[0] == other.partition("-")[0]
 
 
 def _anew(spool: str, ttl: float, known: Known) -> bool:

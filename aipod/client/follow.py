@@ -105,7 +105,7 @@ class Follower:
         if decision.action is Action.ELSEWHERE:
             course.misses, course.searched = elsewhere(course.misses), course.searched + 1
             return 0.0
-        missed = decision.within is not None
+        missed = decision.missed
         course.misses += missed
         known = course.answered or course.sent_to is not None
         if decision.action is Action.ANEW:
@@ -145,12 +145,11 @@ async def ask_surely(
             misses = elsewhere(misses)
             known = dataclasses.replace(known, elsewhere=known.elsewhere - 1)
             continue
-        out_of_sight = decision.within is not None
-        misses += out_of_sight
-        pause = patience.pause(known=out_of_sight, at_least=decision.retry_after, free=idle, within=decision.within)
+        misses += decision.missed
+        pause = patience.pause(known=decision.missed, at_least=decision.retry_after, free=idle, within=decision.within)
         if decision.action is not Action.RETRY or pause is None:
             raise decision.error from decision.cause
-        await asyncio.sleep(0.0 if out_of_sight and misses % 2 else pause)
+        await asyncio.sleep(0.0 if decision.missed and misses % 2 else pause)
         if link.closes != closes:
             raise decision.error from decision.cause
 

@@ -45,6 +45,7 @@ class Job:
         taken: bool,
         file: TicketFile | None,
         misses: int = 0,
+        spool: str = "",
     ) -> None:
         self._link = link
         self._metadata = metadata
@@ -52,6 +53,7 @@ class Job:
         self._goes_on = file is not None or not taken  # a later process may have the ticket too
         self._file = file
         self._misses = misses  # which of several servers it is at
+        self._spool = spool  # that it is in; empty where that is not known yet
         self.ticket = ticket
 
     @property
@@ -195,7 +197,9 @@ class Job:
         """Watch the job as `request` says. `known`: a server that does not find it is not to be believed at once."""
         known = self._taken if known is None else known
         phase = Phase.QUEUED if known else Phase.NONE
-        course = Course(self.ticket, Op.ATTACH, fresh=False, answered=known, phase=phase, misses=self._misses)
+        course = Course(
+            self.ticket, Op.ATTACH, fresh=False, answered=known, phase=phase, misses=self._misses, spool=self._spool
+        )
         follower = Follower(self._link, request, course, self._link.closes)
         is_over = False
         try:
@@ -205,7 +209,7 @@ class Job:
             raise
         finally:
             self._taken = self._taken or follower.course.answered
-            self._misses = follower.course.misses
+            self._misses, self._spool = follower.course.misses, follower.course.spool
             if request.save_to is not None:
                 await asyncio.to_thread(course.leave if request.goes_on and not is_over else course.discard)
 

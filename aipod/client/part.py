@@ -82,12 +82,11 @@ class Part:
             if self._left.is_set():
                 return False
             file = self._opened()
-            os.fchmod(file.fileno(), _usual_mode(self._path))
-            try:
-                self._path.replace(followed(self._target))
-            except OSError:
-                os.fchmod(file.fileno(), 0o600)
-                raise
+            mode = _usual_mode(self._path)
+            self._path.replace(followed(self._target))
+            # Not before: a process killed in between would leave a part that others may read, and none takes up.
+            with contextlib.suppress(OSError):  # as for want of room: better one that only its owner can read than none
+                os.fchmod(file.fileno(), mode)
             # Not before: who gets the lock then must not find the file under its old name.
             self._close()
             return True

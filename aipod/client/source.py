@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from types import TracebackType
 from typing import Any
 
-from aipod.client.reader import BATCH, File, Memory, Payload, Piece, Reader, Stream, grouped, open_reader
+from aipod.client.reader import BATCH, File, Memory, Payload, Piece, Reader, Seekable, Stream, grouped, open_reader
 from aipod.codec import Compressor, new_hasher
 from aipod.config import CHUNK, KIB
 from aipod.errors import UsageError
@@ -70,6 +70,17 @@ class Source:
         if isinstance(self._reader, Memory):
             return "bytes " + hashlib.sha256(self._reader.view).hexdigest()
         return f"file {self.tag.hex()}" if self.tag else "stream"
+
+    @property
+    def is_compared(self) -> bool:
+        """Nothing but its bytes tells it from another (`content_tag` does not), and they can be had at any time."""
+        return isinstance(self._reader, Seekable)
+
+    async def digest(self) -> bytes:
+        """Of all of it, read to its end for that. This is an asyncio-flavored function. Raises as `batches`."""
+        while await self._pieces(self.read, inline=False):
+            pass
+        return bytes(self._hasher.digest())
 
     async def batches(self, start: int, level: int) -> AsyncGenerator[list[Raw], None]:
         """The payload from byte `start` on as messages; the last one has `last` and the digest of it all.

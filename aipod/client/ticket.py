@@ -1,8 +1,8 @@
 """The ticket file: what a caller needs to continue a job after it was killed.
 
 One JSON object, mode 0600, replaced as a whole: {"ticket": hex, "epoch": microseconds, "spool": the spool that `last`
-was (or is about to be) sent to, "sent": seconds since 1970 when that was, or null, "request": a fingerprint}. Whoever
-can read it owns the job.
+was (or is about to be) sent to, "sent": seconds since 1970 when that was, or null, "request": a fingerprint, "payload":
+the digest in hex of what was sent, where that is to be compared}. Whoever can read it owns the job.
 
 Of two callers who begin with one new file at once, one creates it and the other finds it: both have the same job. A
 caller replaces and removes only a file with the ticket of its own job.
@@ -41,13 +41,16 @@ _NUMBERS = 2**63
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What is in a ticket file. `sent`: seconds since 1970 when `last` was about to go out to `spool`."""
+    """What is in a ticket file. `sent`: seconds since 1970 when `last` was about to go out to `spool`. `payload`: the
+    digest of what was sent then; empty where `request` tells it, or nothing does.
+    """
 
     ticket: bytes
     epoch: int
     spool: str
     sent: float | None
     request: str
+    payload: str = ""
 
 
 class TicketFile:
@@ -63,9 +66,8 @@ class TicketFile:
             if text is None:
                 return None
             fields = json.loads(text)
-            saved = Saved(
-                bytes.fromhex(fields["ticket"]), fields["epoch"], fields["spool"], fields["sent"], fields["request"]
-            )
+            ticket, sent, payload = bytes.fromhex(fields["ticket"]), fields["sent"], fields.get("payload", "")
+            saved = Saved(ticket, fields["epoch"], fields["spool"], sent, fields["request"], payload)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(self._wrong()) from None
         if not _is_sound(saved):
@@ -98,10 +100,14 @@ class TicketFile:
     def check(self, saved: Saved, request: str) -> None:
         """Raises `UsageError` where `saved` belongs to another request."""
         if saved.request != request:
-            raise UsageError(
-                f"the ticket file {str(self.path)!r} belongs to another request (other method, arguments, version or "
-                "payload); repeat that request, or remove the file to give its job up"
-            )
+            raise self.other()
+
+    def other(self) -> UsageError:
+        """What to raise where the file belongs to another request."""
+        return UsageError(
+            f"the ticket file {str(self.path)!r} belongs to another request (other method, arguments, version or "
+            "payload); repeat that request, or remove the file to give its job up"
+        )
 
     def create(self, saved: Saved) -> Saved:
         """Create the file, unless there is one. What is in it then: `saved` itself, and on the disk, or another's."""
@@ -193,8 +199,8 @@ def _turn(path: Path) -> Iterator[None]:
 
 def _is_sound(saved: Saved) -> bool:
     """Whether its fields are of their kinds, and can be sent."""
-    kinds = (type(saved.epoch), type(saved.spool), type(saved.request))
-    if kinds != (int, str, str) or not (saved.sent is None or type(saved.sent) in (int, float)):
+    kinds = (type(saved.epoch), type(saved.spool), type(saved.request), type(saved.payload))
+    if kinds != (int, str, str, str) or not (saved.sent is None or type(saved.sent) in (int, float)):
         return False
     numbers = (saved.epoch, saved.sent or 0)
     return all(0 <= number < _NUMBERS for number in numbers) and saved.spool.isascii()

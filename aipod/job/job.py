@@ -250,6 +250,11 @@ class Job(Watched):
         return self.entry.durable if self.phase == Phase.RECEIVING else self.entry.written
 
     @property
+    def complete(self) -> bool:
+        """Its payload is: what it waits for is the server, if only for room to write that down."""
+        return self.queue is not None or self.phase != Phase.RECEIVING
+
+    @property
     def place(self) -> int:
         return self.queue.place() if self.queue is not None and self.phase == Phase.QUEUED else 0
 
@@ -349,7 +354,7 @@ class Job(Watched):
             self.give_up_upload(words.wanted)
         if self.viewers or words.watched != self._watched:
             self._watched, self._alone_since = words.watched, now
-        elif self.phase != Phase.RECEIVING and now - self._alone_since >= grace:
+        elif self.complete and now - self._alone_since >= grace:
             self.stop(f"nobody came back for it for {grace:g} s")
 
     def leave(self) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import trio
 
@@ -23,7 +24,7 @@ from aipod.wire.ai import Phase
 
 log = logging.getLogger("aipod.job")
 
-# Ticks for which an outcome that the disk does not take is tried again.
+# Ticks for which an outcome that the disk does not take is tried again, and nobody is told of it.
 STORE_TRIES = 600
 # Ticks for which it is tried again to make a long answer survive a power cut.
 SETTLE_TRIES = 10
@@ -42,6 +43,9 @@ class Terms:
     restartable: bool = False
 
 
+Outcome = Answer | JobFailed
+
+
 async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> None:
     """Queue the job, run it, store the outcome; then let go of it, or remove a plain client's once nobody wants it.
 
@@ -49,69 +53,104 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
     outlives the call that brought the job. Cancelled: the method has ended when it returns. A ticketed job that has not
     started stays queued for the next process, one that has is interrupted.
     """
-    failure: JobFailed | None = None  # told once it is stored: a kill before that may make it another one
+    outcome: Outcome | None = None  # told once it is stored: a kill before that may make it another one
     try:
         job.scope.deadline = terms.deadline
         with job.scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_keep, job, terms.tick)
-                await _queue_and_run(job, queue, versions, terms)
+                outcome = await _queue_and_run(job, queue, versions, terms)
                 nursery.cancel_scope.cancel()
-        # A cancel that comes while the answer is stored is caught too: too late, what the run did stands.
-        if job.scope.cancelled_caught and job.answer is None and not job.handed_over:
-            failure = job.stopped()
+        # A cancel that comes when there is an answer is caught too: too late, what the run did stands.
+        if outcome is None and not job.handed_over:
+            outcome = job.stopped()
     except BaseException as exc:
         # Refused: the disk is full, or there is no descriptor left.
         known = [leaf for leaf in leaves(exc) if isinstance(leaf, JobFailed | Refused)]
         if known:
-            failure = job_failed(known[0].reason, known[0].message, known[0].metadata)
+            outcome = job_failed(known[0].reason, known[0].message, known[0].metadata)
         elif isinstance(exc, Exception):
             log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc)
-            failure = job_failed("INTERNAL", "an internal error; the server's log says more")
+            outcome = outcome or job_failed("INTERNAL", "an internal error; the server's log says more")
         else:
+            if outcome is not None:
+                raise  # too late, as above
             if job.started:
-                failure = job_failed("INTERRUPTED", "the server was shut down while the method ran")
+                outcome = job_failed("INTERRUPTED", "the server was shut down while the method ran")
             elif job.request.plain:
-                failure = job_failed("CANCELLED", "the server was shut down")
+                outcome = job_failed("CANCELLED", "the server was shut down")
             else:
                 job.hand_over()
             raise
     finally:
+        why = "it could not be written down"
         with trio.CancelScope(shield=True):
             with _going_on(job):
                 await trio.to_thread.run_sync(versions.discard, job.request.job_id)
             with _going_on(job):
+                # Before: who reads the outcome in another process reads the log a last time.
                 await job.save_log(last=True)
             with _going_on(job):
-                if failure is not None and _is_worth_another(job, terms, failure):
-                    failure, job.handed_over = None, True
+                if isinstance(outcome, JobFailed) and _is_worth_another(job, terms, outcome):
+                    outcome, job.handed_over = None, True
                     await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED"})
                     job.enter(Phase.QUEUED)
             with _going_on(job):
                 if job.handed_over:
                     await trio.to_thread.run_sync(_note_hand_over, job.entry)
-            stored = failure is None
-            if failure is not None:
-                with _going_on(job):
-                    stored = await trio.to_thread.run_sync(_store_failure, job, failure)
-                job.error = failure
-                job.enter(_phase_of(failure))
-            _log_end(job)
-            if stored and not job.request.plain:
-                with _going_on(job):
-                    await trio.to_thread.run_sync(job.entry.let_go)
-        job.over.set()
-        job.notify()
-        end = job.entry.destroy if job.request.plain else job.entry.let_go
+            with _going_on(job):
+                if outcome is not None:
+                    outcome, why = await trio.to_thread.run_sync(_store, job, outcome)
+            _log_end(job, outcome)
+            if outcome is not None and (not why or job.request.plain):
+                _tell(job, outcome)
         try:
-            if job.request.plain:
-                await job.released.wait()
-            elif failure is not None and not stored:
+            if outcome is not None and not job.ended:
                 with _going_on(job):
-                    await _store_later(job, failure, terms.tick)
+                    outcome = await _store_later(job, outcome, why, terms.tick)
+                _tell(job, outcome)
         finally:
             with trio.CancelScope(shield=True), _going_on(job):
-                await trio.to_thread.run_sync(end)
+                if not job.request.plain:
+                    await trio.to_thread.run_sync(job.entry.let_go)
+            job.over.set()
+            job.notify()
+        if job.request.plain:
+            try:
+                await job.released.wait()
+            finally:
+                with trio.CancelScope(shield=True), _going_on(job):
+                    await trio.to_thread.run_sync(job.entry.destroy)
+
+
+def _tell(job: Job, outcome: Outcome) -> None:
+    if isinstance(outcome, Answer):
+        job.answer = outcome
+    else:
+        job.error = outcome
+    job.enter(_phase_of(outcome))
+
+
+@contextlib.contextmanager
+def _waiting(job: Job, why: str) -> Iterator[None]:
+    """Have who watches told what the job waits for."""
+    message, job.message = job.message, f"waiting: {why.partition(';')[0]}"  # not the advice to come again
+    job.notify()
+    try:
+        yield
+    finally:
+        job.message = message
+
+
+async def _pause(job: Job, refused: Refused, tick: float) -> None:
+    """Wait a tick for what `refused` tells of to pass: what was acknowledged is not lost for want of room.
+
+    A plain client's job is refused, for the client comes again by itself. This is a trio-flavored async function.
+    """
+    if job.request.plain or refused.retry_after is None:
+        raise refused
+    with _waiting(job, refused.message):
+        await trio.sleep(tick)
 
 
 def _note_hand_over(entry: Entry) -> None:
@@ -150,7 +189,7 @@ def _going_on(job: Job) -> Iterator[None]:
         log.error("job %s: a step of its end failed", job.request.job_id, exc_info=exc)
 
 
-async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Terms) -> None:
+async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Terms) -> Answer:
     request, entry, timeout = job.request, job.entry, terms.timeout
     task = Task(
         job_id=request.job_id,
@@ -165,56 +204,62 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         timeout=None,
     )
     job.queue = queue
-    if job.phase != Phase.QUEUED:
-        # The size too: other processes tell it as the offset.
-        await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED", "offset": entry.written})
-        job.enter(Phase.QUEUED)
+    while job.phase != Phase.QUEUED:
+        try:
+            # The size too: other processes tell it as the offset.
+            await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED", "offset": entry.written})
+            job.enter(Phase.QUEUED)
+        except Refused as exc:
+            await _pause(job, exc, terms.tick)
     result = None
     broken = 0
     while result is None:
-        async with queue.lease() as lease:
-            if job.attempt:
-                # A run that was killed has left half a new version, a work directory, perhaps a result.
-                await trio.to_thread.run_sync(versions.discard, request.job_id)
-                await trio.to_thread.run_sync(entry.forget_run)
-            kwargs = request.kwargs
-            if kwargs is None:
-                kwargs = await trio.to_thread.run_sync(_long_kwargs, entry, limiter=BULK)
-            with trio.CancelScope(shield=True):  # what is written is also true of `job`
-                step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
-                await trio.to_thread.run_sync(entry.record, step)
-                job.enter(Phase.RUNNING)
-            left = min(terms.deadline - trio.current_time(), timeout or math.inf)
-            timed = dataclasses.replace(task, kwargs=kwargs, timeout=None if left == math.inf else left)
-            try:
-                with trio.move_on_after(timeout or math.inf) as patience:
-                    result = await lease.run(timed, job.report)
-            except RunnerBroken:
-                # Its worker had died while idle; the method was not started.
-                broken += 1
-                job.unstart()
-                with trio.CancelScope(shield=True):
-                    again = {"phase": "QUEUED", "attempt": job.attempt}
-                    await trio.to_thread.run_sync(entry.record, again)
-                if broken == MAX_BROKEN:
-                    raise job_failed("WORKER_CRASHED", f"{broken} workers died before they could run the job") from None
-            except JobFailed as exc:
-                if exc.reason != "WORKER_CRASHED" or not _is_worth_another(job, terms, exc):
-                    raise
-                log.warning("job %s: its worker died, its method is started once more: %s", request.job_id, exc.message)
-                job.enter(Phase.QUEUED)
-            if patience.cancelled_caught:
-                raise job_failed("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
+        try:
+            async with queue.lease() as lease:
+                if job.attempt:
+                    # A run that was killed has left half a new version, a work directory, perhaps a result.
+                    await trio.to_thread.run_sync(versions.discard, request.job_id)
+                    await trio.to_thread.run_sync(entry.forget_run)
+                kwargs = request.kwargs
+                if kwargs is None:
+                    kwargs = await trio.to_thread.run_sync(_long_kwargs, entry, limiter=BULK)
+                with trio.CancelScope(shield=True):  # what is written is also true of `job`
+                    step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
+                    await trio.to_thread.run_sync(entry.record, step)
+                    job.enter(Phase.RUNNING)
+                left = min(terms.deadline - trio.current_time(), timeout or math.inf)
+                timed = dataclasses.replace(task, kwargs=kwargs, timeout=None if left == math.inf else left)
+                try:
+                    with trio.move_on_after(timeout or math.inf) as patience:
+                        result = await lease.run(timed, job.report)
+                except RunnerBroken:
+                    # Its worker had died while idle; the method was not started.
+                    broken += 1
+                    job.unstart()
+                    with trio.CancelScope(shield=True):
+                        again = {"phase": "QUEUED", "attempt": job.attempt}
+                        await trio.to_thread.run_sync(entry.record, again)
+                    if broken >= MAX_BROKEN:
+                        text = f"{broken} workers died before they could run the job"
+                        raise job_failed("WORKER_CRASHED", text) from None
+                except JobFailed as exc:
+                    if exc.reason != "WORKER_CRASHED" or not _is_worth_another(job, terms, exc):
+                        raise
+                    text = "job %s: its worker died, its method is started once more: %s"
+                    log.warning(text, request.job_id, exc.message)
+                    job.enter(Phase.QUEUED)
+                if patience.cancelled_caught:
+                    text = f"{request.method} ran longer than its timeout of {timeout:g} s"
+                    raise job_failed("DEADLINE_EXCEEDED", text)
+        except Refused as exc:  # in line, or before its run: in a run a disk is the model's concern
+            await _pause(job, exc, terms.tick)
     with _result_lost():
-        answer = await trio.to_thread.run_sync(_measure, entry, result, limiter=BULK)
+        answer = await _measured(job, result, terms.tick)
         # From here on a cancel must not undo what the run did.
         with trio.CancelScope(shield=True):
             if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
                 queue.retire()
-            await job.save_log(last=True)  # before: who reads DONE in another process reads the log for the last time
-            await trio.to_thread.run_sync(entry.store, answer.fields)
-            job.answer = answer
-    job.enter(Phase.DONE)
+    return answer
 
 
 def _long_kwargs(entry: Entry) -> bytes:
@@ -231,8 +276,15 @@ def _result_lost() -> Iterator[None]:
     try:
         yield
     except (Refused, OSError) as exc:
-        why = exc.message if isinstance(exc, Refused) else exc.strerror or exc
-        raise job_failed("RESULT_NOT_STORED", f"the method has run, its result is lost: {why}") from exc
+        raise _not_stored(_why(exc)) from exc
+
+
+def _why(exc: Refused | OSError) -> str:
+    return exc.message if isinstance(exc, Refused) else exc.strerror or str(exc)
+
+
+def _not_stored(why: str) -> JobFailed:
+    return job_failed("RESULT_NOT_STORED", f"the method has run, its result is lost: {why}")
 
 
 def cancellable(pieces: Generator[bytes, None, None]) -> Iterator[bytes]:
@@ -244,6 +296,16 @@ def cancellable(pieces: Generator[bytes, None, None]) -> Iterator[bytes]:
         for piece in pieces:
             trio.from_thread.check_cancelled()
             yield piece
+
+
+async def _measured(job: Job, result: Result, tick: float) -> Answer:
+    """The answer that the result is, once it can be read. This is a trio-flavored async function."""
+    for _ in range(STORE_TRIES):
+        try:
+            return await trio.to_thread.run_sync(_measure, job.entry, result, limiter=BULK)
+        except Refused as exc:
+            await _pause(job, exc, tick)
+    return await trio.to_thread.run_sync(_measure, job.entry, result, limiter=BULK)
 
 
 def _measure(entry: Entry, result: Result) -> Answer:
@@ -258,9 +320,10 @@ def _measure(entry: Entry, result: Result) -> Answer:
 
 
 def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
-    """Whether the run was interrupted, and its method may be started once more."""
+    """Whether the run was interrupted, and its method may be started once more, on what it was started on before."""
     interrupted = job.started and failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
-    return interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
+    may = interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
+    return may and job.entry.payload.exists()  # it may have made room for the result
 
 
 async def _keep(job: Job, tick: float) -> None:
@@ -281,20 +344,25 @@ def _note(job: Job) -> None:
     job.entry.note_progress(job.progress, job.message)
 
 
-async def _store_later(job: Job, failure: JobFailed, tick: float) -> None:
-    """What could not be written down may be later: until then this process alone can tell it."""
+async def _store_later(job: Job, outcome: Outcome, why: str, tick: float) -> Outcome:
+    """What could not be written down may be later, and is told then. What there is to be told.
+
+    This is a trio-flavored async function. Cancelled: nobody is told, and the next server calls the run interrupted.
+    """
     name, stored = job.entry.id, False
+    log.warning("job %s: its outcome could not be stored: %s", name, why)
     try:
         for _ in range(STORE_TRIES):
-            await trio.sleep(tick)
-            try:
-                await trio.to_thread.run_sync(_write_failure, job, failure)
-            except (Refused, OSError):
-                if await trio.to_thread.run_sync(_cannot_be_written_to, job.entry):
-                    return
-            else:
-                stored = True
-                return
+            with _waiting(job, why):
+                await trio.sleep(tick)
+                outcome, why = await trio.to_thread.run_sync(_store, job, outcome)
+            if not why:
+                stored = not await trio.to_thread.run_sync(_cannot_be_written_to, job.entry)
+                return outcome
+        if isinstance(outcome, Answer):
+            outcome, why = await trio.to_thread.run_sync(_store, job, _not_stored(why))
+            stored = not why
+        return outcome
     finally:
         if stored:
             log.warning("job %s: its outcome is stored now", name)
@@ -302,20 +370,25 @@ async def _store_later(job: Job, failure: JobFailed, tick: float) -> None:
             log.warning("job %s: its outcome is given up; from now on nobody is told how it ended", name)
 
 
-def _store_failure(job: Job, error: JobFailed) -> bool:
-    """Write down why there is no answer; whether nothing more can be done about it. Blocks."""
+def _store(job: Job, outcome: Outcome) -> tuple[Outcome, str]:
+    """Write the outcome down. The one that is to be told, and why that is not stored, which may pass; "" where nothing
+    more can be done. Blocks.
+    """
     try:
-        _write_failure(job, error)
+        job.entry.store(_fields_of(outcome))
     except (Refused, OSError) as exc:
-        log.warning("job %s: its outcome could not be stored: %s", job.entry.id, exc)
-        return _cannot_be_written_to(job.entry)
-    return True
+        passes = isinstance(exc, Refused) and exc.retry_after is not None and not job.request.plain
+        if isinstance(outcome, Answer) and not passes:
+            return _store(job, _not_stored(_why(exc)))
+        return outcome, "" if _cannot_be_written_to(job.entry) else _why(exc)
+    return outcome, ""
 
 
-def _write_failure(job: Job, error: JobFailed) -> None:
-    fields = {"phase": _phase_of(error).name, "reason": error.reason, "message": error.message}
-    fields |= {name: error.metadata[name] for name in TOLD if name in error.metadata}
-    job.entry.store(fields)
+def _fields_of(outcome: Outcome) -> dict[str, Any]:
+    if isinstance(outcome, Answer):
+        return outcome.fields
+    fields = {"phase": _phase_of(outcome).name, "reason": outcome.reason, "message": outcome.message}
+    return fields | {name: outcome.metadata[name] for name in TOLD if name in outcome.metadata}
 
 
 def _cannot_be_written_to(entry: Entry) -> bool:
@@ -328,24 +401,26 @@ def _cannot_be_written_to(entry: Entry) -> bool:
         return False
 
 
-def _phase_of(failure: JobFailed) -> Phase:
-    return Phase.CANCELLED if failure.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED
+def _phase_of(outcome: Outcome) -> Phase:
+    if isinstance(outcome, Answer):
+        return Phase.DONE
+    return Phase.CANCELLED if outcome.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED
 
 
-def _log_end(job: Job) -> None:
+def _log_end(job: Job, outcome: Outcome | None) -> None:
     took = time.monotonic() - job.began
     request = job.request
-    if job.handed_over:
+    if outcome is None:
         log.info("job %s %s@%s waits for the next server", request.job_id, request.method, request.version)
         return
-    if job.error is None:
+    if isinstance(outcome, Answer):
         log.info("job %s %s@%s done in %.3f s", request.job_id, request.method, request.version, took)
         return
-    level = logging.INFO if job.error.reason == "CANCELLED" else logging.WARNING
-    trace = job.error.metadata.get("trace", "")
+    level = logging.INFO if outcome.reason == "CANCELLED" else logging.WARNING
+    trace = outcome.metadata.get("trace", "")
     log.log(
         level,
         "job %s %s@%s ended in %.3f s: %s: %s%s",
-        *(request.job_id, request.method, request.version, took, job.error.reason, job.error.message),
+        *(request.job_id, request.method, request.version, took, outcome.reason, outcome.message),
         f"\n{trace}" if trace else "",
     )

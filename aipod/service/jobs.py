@@ -124,7 +124,7 @@ class Jobs:
             look = self._spool.look(job_id)
             fields, live, free = await trio.to_thread.run_sync(self._read, look)
             if not fields:
-                raise Refused("NOT_FOUND", "there is no such job here: it never was, or has expired")
+                raise self._not_found()
             if free and job_id not in self.held:
                 if self.draining:
                     raise self.draining_with_job()
@@ -147,7 +147,8 @@ class Jobs:
         """Keep `told` up to date until the job has ended or is somebody's to take. This is a trio-flavored function."""
         while not told.ended:
             await trio.sleep(self._config.tick)
-            await trio.to_thread.run_sync(told.look.watch)
+            if told.phase != Phase.RECEIVING:  # an upload has its time, however many wait for its end
+                await trio.to_thread.run_sync(told.look.watch)
             fields, live, free = await trio.to_thread.run_sync(self._read, told.look)
             if not fields or free or told.look.id in self.held:
                 break
@@ -350,7 +351,7 @@ class Jobs:
         told = Told(self._spool.look(job_id), self._spool.id, self._keep)
         fields, live, _ = await trio.to_thread.run_sync(self._read, told.look)
         if not fields:
-            raise Refused("NOT_FOUND", "there is no such job here: it never was, or has expired")
+            raise self._not_found()
         told.learn(fields, live)
         return told
 
@@ -424,6 +425,12 @@ class Jobs:
             raise Refused(
                 "OTHER_REQUEST", "this ticket is another request's: method, version, arguments or source differ"
             )
+
+    def _not_found(self) -> Refused:
+        # `spool`: who knows that the job is in another one waits until that has its server again.
+        return Refused(
+            "NOT_FOUND", "there is no such job here: it never was, or has expired", {"spool": self._spool.id}
+        )
 
     def _not_started(self) -> Refused:
         # `ttl`: seconds for which every job is remembered. One that sent `last` longer ago may be forgotten instead.

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from aipod.errors import refused_when_exhausted
 from aipod.job.request import Request, stored_request
 from aipod.spool import ENDED, MAX_ATTEMPTS, Entry
 
@@ -18,6 +19,7 @@ _UNASKED = 3
 NO_OUTCOME = "the method was started, how it ended is not known: the server was killed, or could not store the outcome"
 
 
+@refused_when_exhausted()
 def recover(entry: Entry, methods: Mapping[str, Any], asked: bool) -> Request | None:
     """What is to be run of a job that nobody worked on; None where there is nothing, perhaps only now. Blocks.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aipod.config import GIB
-from aipod.errors import AipodError, Refused, refused_when_exhausted
+from aipod.errors import NEVER, AipodError, Refused, refused_when_exhausted
 from aipod.spool.entry import Entry
 from aipod.spool.locks import POLL, Lock, is_locked, try_lock
 from aipod.spool.look import Look, sync
@@ -126,11 +126,15 @@ class Spool:
 
     def check_space(self, wanted: int) -> None:
         """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes would eat into the reserve."""
-        free = self.free()
+        stat = os.statvfs(self.path)
+        free, all_of_it = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
         if free - wanted < self.reserve:
             room = {"free": str(free), "wanted": str(wanted), "reserve": str(self.reserve)}
             text = f"{free} bytes are free, {wanted} more are wanted, {self.reserve} stay free for results (--reserve)"
-            raise Refused("SPOOL_FULL", f"the server's disk has no room for this payload: {text}; try later", room)
+            advice = "try later"
+            if 0 < wanted > all_of_it - self.reserve:
+                room[NEVER] = advice = f"it never has: all of it are {all_of_it} bytes"
+            raise Refused("SPOOL_FULL", f"the server's disk has no room for this payload: {text}; {advice}", room)
 
     # Entries
 

@@ -67,8 +67,9 @@ class Look:
         if self._journal.read().get("settled"):
             sync(self.path / "state")
 
+    @refused_when_exhausted()
     def kwargs(self) -> bytes:
-        """The keyword arguments, as JSON."""
+        """The keyword arguments, as JSON. Raises `Refused` (OVERLOADED, DAMAGED), `OSError`."""
         inline = self.read().get("kwargs")
         return inline.encode() if inline is not None else read_regular(self.path / "kw")
 
