@@ -174,7 +174,7 @@ class Served:
         self.log = directory / f"server-{time.monotonic_ns()}.log"
         command = [*program, "serve", model, "--bind", bind, "--spool", str(self.spool)]
         command += ["--data", str(self.data), "--reserve", "0", *options]
-        with self.log.open("w") as stderr:
+        with self.log.open("a") as stderr:
             if forked and (ready := starter("server")) is not None:
                 self.process = ready.start(command, stderr)
             else:

@@ -52,8 +52,8 @@ class InProcess(aipod.Model, Base):
     def no_text(self, context: Context, path: Path) -> bytes:
         return b"\xff"
 
-    def random(self, context: Context, path: Path, *, length: int) -> bytes:
-        context.log("x" * 200_000)
+    def random(self, context: Context, path: Path, *, length: int, log: int = 200_000) -> bytes:
+        context.log("x" * log)
         return os.urandom(length)
 
     def vandal(self, context: Context, path: Path) -> str:
