@@ -14,6 +14,7 @@ bound to the jobs that it begins: a ticket does not cross names.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import hmac
 import logging
@@ -36,9 +37,10 @@ log = logging.getLogger("aipod.identity")
 # Each call compares all of them: 1000 take 0.2 ms.
 MAX_NAMES = 1000
 MAX_FILE = 1 * MIB
-# Seconds between two looks at the file: a token that was taken out is good for no longer.
+# Seconds between two looks at the file. Who is taken out makes no more calls after it; those under way end as they may.
 LOOK = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z")
+NO_NAME = "a name has letters, digits and . _ @ -, at most 64"
 _HASH = re.compile(r"[0-9a-f]{64}\Z")
 _KEYS = {"sha256", "methods", "versions"}
 
@@ -89,14 +91,14 @@ def parse_tokens(text: str) -> dict[str, Caller]:
     """The callers by the hashes of their tokens. Raises `TokensError`."""
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # also a number of thousands of digits, and tables in tables in tables
         raise TokensError(f"it is no TOML: {exc}") from None
     if len(tables) > MAX_NAMES:
         raise TokensError(f"it has {len(tables)} names; at most {MAX_NAMES}")
     callers: dict[str, Caller] = {}
     for name, table in tables.items():
         if not _NAME.match(name):
-            raise TokensError(f"{name!r} is no name; use letters, digits and . _ @ -, at most 64")
+            raise TokensError(f"{name!r}: {NO_NAME}")
         if not isinstance(table, dict) or not set(table) <= _KEYS or not isinstance(table.get("sha256"), str):
             raise TokensError(f'[{name}] needs sha256 = "…" and may have methods and versions, nothing else')
         if not _HASH.match(table["sha256"]):
@@ -105,6 +107,15 @@ def parse_tokens(text: str) -> dict[str, Caller]:
             raise TokensError(f"[{name}] has the token of [{callers[table['sha256']].name}]")
         callers[table["sha256"]] = Caller(name, _names(name, table, "methods"), _names(name, table, "versions"))
     return callers
+
+
+def _checked(raw: bytes) -> str:
+    if len(raw) > MAX_FILE:
+        raise TokensError(f"it has more than {MAX_FILE} bytes")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as exc:
+        raise TokensError(f"it is no UTF-8: {exc}") from None
 
 
 def _names(name: str, table: Mapping[str, Any], key: str) -> frozenset[str] | None:
@@ -144,7 +155,10 @@ class Identities:
     def _by_token(self, authorization: str) -> Caller:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise Refused("UNAUTHENTICATED", "this server wants a token: header authorization: Bearer … (--token)")
+            raise Refused(
+                "UNAUTHENTICATED",
+                "this server wants a token: header authorization: Bearer … (--token-file, AIPOD_TOKEN)",
+            )
         told = hash_of(token.strip())
         found = None
         for known, caller in self._callers.items():  # all of them, however early one fits
@@ -179,13 +193,11 @@ class Identities:
             seen = found.st_ino, found.st_mtime_ns, found.st_size
             if seen == self._seen:
                 return False
-            self._seen = seen
             with self._path.open("rb") as file:
                 raw = file.read(MAX_FILE + 1)
-            if len(raw) > MAX_FILE:
-                raise TokensError(f"it has more than {MAX_FILE} bytes")
-            self._callers = parse_tokens(raw.decode())
-        except (OSError, UnicodeDecodeError, TokensError) as exc:
+            self._seen = seen  # what could not even be read may be readable next time
+            self._callers = parse_tokens(_checked(raw))
+        except (OSError, TokensError) as exc:
             raise TokensError(f"cannot use the tokens in {str(self._path)!r}: {exc}") from None
         return True
 
@@ -202,25 +214,45 @@ def _name_in(certificate: Mapping[str, Any]) -> str:
 
 
 def add_token(path: Path, name: str, methods: Collection[str], versions: Collection[str]) -> str:
-    """Append a table for `name` to the file, which is made where there is none; the token. Raises `TokensError`."""
+    """Add a table for `name` to the file, which is made where there is none; the token. Raises `TokensError`. Blocks.
+
+    One after the other, where several do so at once; the file is never half written, and keeps its mode and owner.
+    """
     token = new_token()
     lines = [f'["{name}"]', f'sha256 = "{hash_of(token)}"']
     for key, listed in (("methods", methods), ("versions", versions)):
         if listed:
             lines.append(f"{key} = [{', '.join(_quoted(item) for item in listed)}]")
     try:
-        before = path.read_text() if path.exists() else ""
-        text = before + ("\n" if before else "") + "\n".join(lines) + "\n"
-        parse_tokens(text)
-        fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        if not _NAME.match(name):
+            raise TokensError(NO_NAME)
+        path = path.resolve()  # a link stays one
+        with (path.parent / f".{path.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = path.stat() if path.exists() else None
+            before = _checked(path.read_bytes()) if found is not None else ""
+            text = before.rstrip("\n") + ("\n\n" if before.strip() else "") + "\n".join(lines) + "\n"
+            parse_tokens(_checked(text.encode()))
+            _replace(path, text, found)
+    except (OSError, TokensError) as exc:
+        raise TokensError(f"cannot add {name!r} to {str(path)!r}: {exc}") from None
+    return token
+
+
+def _replace(path: Path, text: str, like: os.stat_result | None) -> None:
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            if like is not None:
+                os.fchmod(file.fileno(), like.st_mode & 0o777)
+                if (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(file.fileno(), like.st_uid, like.st_gid)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
-    except (OSError, UnicodeDecodeError, TokensError) as exc:
-        raise TokensError(f"cannot add {name!r} to {str(path)!r}: {exc}") from None
-    return token
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _quoted(text: str) -> str:

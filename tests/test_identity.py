@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from aipod.errors import Refused
 from aipod.identity import ANYONE, MAX_NAMES, Caller, Identities, TokensError, add_token, hash_of, parse_tokens
 from tests import stranger
 from tests.conftest import ROOT, Serve, Served, run, wait_until
+from tests.spools import descriptors
 from tests.test_tls import Files, make_files
 
 MODEL = "aipod.examples.basics:Echo"
 BAD_FILES = {
     "no TOML": "[alice",
+    "a long number": "x = " + "1" * 5000,
+    "deep": "x = " + "[" * 100_000,
     "no table": 'alice = "x"',
     "no hash": "[alice]",
     "a short hash": '[alice]\nsha256 = "00"',
@@ -74,9 +78,36 @@ def test_what_was_added_is_known(tokens: Tokens) -> None:
     assert tokens.alice not in tokens.path.read_text()
     with pytest.raises(TokensError, match="cannot add 'alice'"):
         add_token(tokens.path, "alice", [], [])
-    with pytest.raises(TokensError, match="cannot add"):
-        add_token(tokens.path, 'x"]\n["y', [], [])
-    assert os.listdir(tokens.path.parent) == ["tokens.toml"]
+    with pytest.raises(TokensError, match="a name has letters"):
+        add_token(tokens.path, f'x"]\nsha256="{"0" * 64}"\n["y', [], [])
+    assert sorted(os.listdir(tokens.path.parent)) == [".tokens.toml.lock", "tokens.toml"]
+
+
+def test_tokens_that_are_added_at_once_are_all_there(tmp_path: Path) -> None:
+    """The file keeps its mode, and a link stays one. Mutants seen: no lock; a fresh file in the link's place."""
+    real, path = tmp_path / "real.toml", tmp_path / "tokens.toml"
+    real.touch(mode=0o640)
+    path.symlink_to(real)
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda number: add_token(path, f"name{number}", [], []), range(20)))
+    known = Identities(str(path))
+    assert [known.identify(f"Bearer {token}", None).name for token in made] == [f"name{n}" for n in range(20)]
+    assert path.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_read_the_next_time(tmp_path: Path) -> None:
+    """Mutant seen: it counts as seen, and who was taken out stays known."""
+    path = tmp_path / "tokens.toml"
+    gone = add_token(path, "gone", [], [])
+    known = Identities(str(path))
+    path.unlink()
+    add_token(path, "other", [], [])
+    with descriptors(0), pytest.raises(TokensError, match="Too many open files"):
+        known._read()
+    assert known._read()
+    with pytest.raises(Refused):
+        known.identify(f"Bearer {gone}", None)
 
 
 @pytest.mark.parametrize("said", ["", "Bearer", "Bearer ", "Basic YTpi", "Bearer x", "Bearer \udcff", "{alice}"])
@@ -270,9 +301,9 @@ def test_a_token_made_and_used_on_the_command_line(serve: Serve, tmp_path: Path)
     mine.write_text(made.stdout)
     served = serve(MODEL, "--tokens", path)
     call = ("call", "--to", served.address)
-    assert len(aipod_command(*call, "predict", "--token", str(mine)).stdout) == 67
+    assert len(aipod_command(*call, "predict", "--token-file", str(mine)).stdout) == 67
     assert len(aipod_command(*call, "predict", env={"AIPOD_TOKEN": made.stdout}).stdout) == 67
-    denied = aipod_command(*call, "sleep", "--token", str(mine))
+    denied = aipod_command(*call, "sleep", "--token-file", str(mine))
     assert (denied.returncode, denied.stderr) == (
         1,
         "aipod: PERMISSION_DENIED: erin may not use method 'sleep'; it may use: predict\n",
@@ -280,7 +311,17 @@ def test_a_token_made_and_used_on_the_command_line(serve: Serve, tmp_path: Path)
     without = aipod_command(*call, "predict")
     assert without.returncode == 1
     assert without.stderr.startswith("aipod: UNAUTHENTICATED: ")
-    assert "--token" in without.stderr
+    assert "--token-file" in without.stderr
+    # The command line goes before the environment, and that before the file.
+    config = tmp_path / "config.toml"
+    config.write_text(f'[aipod]\ntoken_file = "{mine}"')
+    assert len(aipod_command(*call, "predict", "--config", str(config)).stdout) == 67
+    wrong = {"AIPOD_TOKEN": "wrong"}
+    assert "does not know" in aipod_command(*call, "predict", "--config", str(config), env=wrong).stderr
+    assert len(aipod_command(*call, "predict", "--token-file", str(mine), env=wrong).stdout) == 67
+    config.write_text('[aipod]\ntoken = "secret"')
+    refused = aipod_command(*call, "predict", "--config", str(config))
+    assert (refused.returncode, "secret" in refused.stderr) == (2, False)
 
 
 def test_a_file_of_tokens_that_cannot_be_used(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _BYTES = {
 
 _DEFAULTS = Config()
 # Settings of `call` that are no part of `Config`; one file may serve both commands.
-CALL_SETTINGS = ("token", "to", "version", "upstream", "meta", "timeout", "output", "ticket")
+CALL_SETTINGS = ("token_file", "to", "version", "upstream", "meta", "timeout", "output", "ticket")
 # What of `Config` says how a client connects, and how long it tries.
 _CONNECTION = ("tls", "tls_ca", "tls_cert", "tls_key", "silence", "connect_timeout", "attempts", "reconnect")
 
@@ -68,11 +68,12 @@ to_option = click.option(
 upstream_option = click.option(
     "--upstream", default="", envvar="AIPOD_UPSTREAM", help="Which servers, for a proxy that asks (header x-upstream)."
 )
-# Not the token itself: who lists the machine's processes would see it.
+# Not the token itself: who lists the machine's processes, or reads a --config that many may read, would see it.
 token_option = click.option(
-    "--token",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File with the token that says who calls; or the token is in AIPOD_TOKEN.",
+    "--token-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="AIPOD_TOKEN_FILE",
+    help="File with the token that says who calls; AIPOD_TOKEN may be the token itself.",
 )
 meta_option = click.option("--meta", multiple=True, metavar="K=V", envvar="AIPOD_META", help="Call metadata.")
 output_option = click.option(
@@ -114,7 +115,7 @@ def take_server(options: dict[str, Any]) -> Server:
     """The server from what the options of `server_options` are. Raises click.UsageError."""
     rest = dict(options)
     to, upstream, meta = rest.pop("to"), rest.pop("upstream"), rest.pop("meta")
-    rest["token"] = _token(rest["token"])
+    rest["token"] = _token(rest.pop("token_file"))
     metadata = [split_pair(pair, "--meta") for pair in meta]
     if upstream:
         metadata.append(("x-upstream", upstream))
@@ -122,12 +123,17 @@ def take_server(options: dict[str, Any]) -> Server:
 
 
 def _token(path: Path | None) -> str:
-    if path is None:
-        return os.environ.get("AIPOD_TOKEN", "").strip()
+    """From the file that the command line names, else from the environment, else from the file that --config names."""
+    source = click.get_current_context().get_parameter_source("token_file")
+    told = os.environ.get("AIPOD_TOKEN", "").strip()
+    if path is None or (told and source is not ParameterSource.COMMANDLINE):
+        return told
     try:
         return path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise click.UsageError(f"--token {path}: {exc}") from exc
+    except OSError as exc:
+        raise click.UsageError(f"--token-file {path}: {exc.strerror}") from exc
+    except UnicodeDecodeError:
+        raise click.UsageError(f"--token-file {path}: it is no text") from None
 
 
 def repeat_server(context: click.Context) -> str:
@@ -135,7 +141,7 @@ def repeat_server(context: click.Context) -> str:
     words: list[str] = []
     for param in context.command.params:
         name = str(param.name)
-        if name not in ("to", "upstream", "meta", "token", *_CONNECTION):
+        if name not in ("to", "upstream", "meta", "token_file", *_CONNECTION):
             continue
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             value = context.params[name]
@@ -223,7 +229,7 @@ def _use_file(context: click.Context, _: click.Parameter, path: Path | None) -> 
         table = tomllib.loads(path.read_text()).get("aipod", {})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise click.UsageError(f"{path} is no TOML file: {exc}") from exc
-    known = [field.name for field in dataclasses.fields(Config)]
+    known = [field.name for field in dataclasses.fields(Config) if field.repr]  # a secret is not for such a file
     if not isinstance(table, dict):
         raise click.UsageError(f"{path}: aipod is not a table; write [aipod]")
     for name in table:

@@ -24,6 +24,6 @@ def token(name: str, tokens: Path, methods: tuple[str, ...], versions: tuple[str
     """Make a token for the caller NAME, write its hash into the file, and the token itself to stdout.
 
     A server that has the file knows it within a second. The token is nowhere else: give it to the caller, who calls
-    with --token FILE or AIPOD_TOKEN. To take it back, delete the caller's table from the file.
+    with --token-file FILE or AIPOD_TOKEN. To take it back, delete the caller's table from the file.
     """
     click.echo(add_token(tokens, name, methods, versions))
