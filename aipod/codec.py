@@ -56,6 +56,11 @@ def job_id(ticket: bytes) -> str:
     return hashlib.sha256(ticket).hexdigest()[:32]
 
 
+def spool_name(spool_id: str) -> str:
+    """The part of a spool's id that outlives a reboot of its machine: two ids with the same are one spool's."""
+    return spool_id.partition("-")[0]
+
+
 class Compressor:
     """Makes one zstd frame per call, with its size and checksum in it. Not to be shared between threads."""
 

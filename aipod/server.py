@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import outcome
 import trio
 
+from aipod.codec import spool_name
 from aipod.config import Config, state_home
 from aipod.errors import AipodError
 from aipod.heaps import share_heaps
@@ -167,7 +168,7 @@ def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool
     if not spool.has_room():
         text = "spool %s: %d bytes are free, fewer than the %d that uploads must leave (--reserve): all are refused"
         log.warning(text, spool_path, spool.free(), spool.reserve)
-    versions = Versions(data_path, f"{spool.id.partition('-')[0]}.")
+    versions = Versions(data_path, f"{spool_name(spool.id)}.")
     try:
         versions.sweep(spool.is_held)
     except OSError as exc:

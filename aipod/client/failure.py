@@ -25,6 +25,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 
+from aipod.codec import spool_name
 from aipod.errors import DOMAIN, TOLD, AipodError, JobFailed, JobLost, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
@@ -219,7 +220,7 @@ def _of_reason(
         return Decision(Action.ELSEWHERE if known.elsewhere else Action.STOP, refused, exc)
     if reason in ("WRONG_SPOOL", "NOT_FOUND"):
         # Behind a proxy a server that is away looks like this, and the job is as safe as where nothing answers.
-        away = reason == "WRONG_SPOOL" or (spool and known.spool and not _is_same(spool, known.spool))
+        away = reason == "WRONG_SPOOL" or (spool and known.spool and spool_name(spool) != spool_name(known.spool))
         return Decision(Action.RETRY, _not_there(known, text), exc, within=None if away else OUT_OF_SIGHT, missed=True)
     if reason == "NOT_STARTED":
         if not _anew(spool, ttl, known):
@@ -244,11 +245,6 @@ def _of_reason(
     if reason in _ENDED:
         return Decision(Action.STOP, job_failed(reason, text, metadata), exc)
     return Decision(Action.STOP, refused, exc)
-
-
-def _is_same(spool: str, other: str) -> bool:
-    """Whether two ids are one spool's, before or after a reboot of its machine."""
-    return spool.partition("-")[0] == other.partition("-")[0]
 
 
 def _anew(spool: str, ttl: float, known: Known) -> bool:

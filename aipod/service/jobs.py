@@ -28,8 +28,7 @@ from aipod.identity import Caller
 from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
 from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
-from aipod.service.forget import forget_answer
-from aipod.service.recover import NO_OUTCOME, recover
+from aipod.service.recover import end, recover
 from aipod.spool import ENDED, Entry, Look, Spool, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
@@ -334,7 +333,7 @@ class Jobs:
             if entry is not None:
                 try:
                     with trio.CancelScope(shield=True):
-                        await trio.to_thread.run_sync(_end, entry, release)
+                        await trio.to_thread.run_sync(end, entry, release)
                 finally:
                     with trio.CancelScope(shield=True):
                         await trio.to_thread.run_sync(entry.let_go)
@@ -439,17 +438,6 @@ class Jobs:
             "ttl": str(int(min(self._config.ttl, self._config.upload_ttl, KEEP_ANSWERED))),
         }
         return Refused("NOT_STARTED", "there is no such job, and none can start under this ticket", known)
-
-
-def _end(entry: Entry, release: bool) -> None:
-    """Cancel a job that nobody works on, or forget its answer. Blocks."""
-    phase = entry.read().get("phase", "RECEIVING")
-    if phase == "RUNNING":
-        entry.store({"phase": "FAILED", "reason": "INTERRUPTED", "message": NO_OUTCOME})
-    elif phase not in ENDED:
-        entry.store({"phase": "CANCELLED", "reason": "CANCELLED", "message": "it was cancelled by its client"})
-    if release and phase in ENDED:
-        forget_answer(entry)
 
 
 def _words(jobs: list[Job]) -> list[Words]:

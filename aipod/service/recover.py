@@ -1,4 +1,4 @@
-"""What becomes of a job whose process has died before its end."""
+"""What becomes of a job that nobody works on: it goes on, or it ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from aipod.errors import refused_when_exhausted
 from aipod.job.request import Request, stored_request
+from aipod.service.forget import forget_answer
 from aipod.spool import ENDED, MAX_ATTEMPTS, Entry
 
 log = logging.getLogger("aipod.job")
@@ -49,3 +50,14 @@ def recover(entry: Entry, methods: Mapping[str, Any], asked: bool) -> Request | 
         log.warning("job %s: taken up %d times before it began; from now on only for a caller", entry.id, times)
     entry.record({"phase": "QUEUED", "adopted": times})
     return stored_request(entry.id, fields, entry.kwargs() if "kwargs" in fields else None)
+
+
+def end(entry: Entry, release: bool) -> None:
+    """Cancel a job that nobody works on, or forget its answer. Blocks."""
+    phase = entry.read().get("phase", "RECEIVING")
+    if phase == "RUNNING":
+        entry.store({"phase": "FAILED", "reason": "INTERRUPTED", "message": NO_OUTCOME})
+    elif phase not in ENDED:
+        entry.store({"phase": "CANCELLED", "reason": "CANCELLED", "message": "it was cancelled by its client"})
+    if release and phase in ENDED:
+        forget_answer(entry)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aipod.codec import spool_name
 from aipod.config import GIB
 from aipod.errors import NEVER, AipodError, Refused, refused_when_exhausted
 from aipod.spool.entry import Entry
@@ -101,7 +102,7 @@ class Spool:
 
     def is_named(self, name: str) -> bool:
         """Whether `name` is this spool's, before or after a reboot."""
-        return name.partition("-")[0] == self.id.partition("-")[0]
+        return spool_name(name) == spool_name(self.id)
 
     def lock_path(self, job_id: str) -> Path:
         return self.path / f"{job_id}.lock"
