@@ -62,7 +62,9 @@ class Config:
 
     # Jobs
     runner: str = _setting("auto", "What executes methods: auto, process or loop.")
-    instances: int = _setting(1, "Instances per version (process runner).", low=1, high=1024)
+    instances: int = _setting(
+        1, "Instances per version (process runner); `train` has one more of its own.", low=1, high=1024
+    )
     # Each instance is a process with a model in it; beyond this an idle one of another version is closed first.
     max_instances: int = _setting(16, "Instances of all versions together.", low=1, high=4096)
     # Async methods wait for others, so hundreds at once are usual. Each has its kwargs in memory while it runs, 16 MiB

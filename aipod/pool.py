@@ -58,6 +58,7 @@ class Instance:
     """
 
     version: str
+    beside: bool  # see `Waiter`
     runner: Runner
     data: Data
     users: int = 0
@@ -72,10 +73,14 @@ class Instance:
 
 @dataclasses.dataclass(eq=False)
 class Waiter:
-    """A job in line. `instance` is what it was given. `again`: it has had its turn, but no runner that worked."""
+    """A job in line. `instance` is what it was given. `again`: it has had its turn, but no runner that worked.
+
+    `beside`: it takes long, so it uses none of the instances that its version's other jobs have, but one more.
+    """
 
     version: str
     again: bool = False
+    beside: bool = False
     given: trio.Event = dataclasses.field(default_factory=trio.Event)
     instance: Instance | None = None
 
@@ -102,6 +107,8 @@ class Pool:
         # One instance per version runs the jobs that it has, or several run one each.
         self._at_once = at_once if shared else 1
         self._per_version = 1 if shared else per_version
+        # Where there may be one only, it would be closed for the other, and loaded again, with each change of methods.
+        self._has_beside = not shared and total > 1
         self._total = total
         self._idle = idle  # seconds
         self._restarts = restarts
@@ -146,16 +153,18 @@ class Pool:
             # What becomes free from now on is due later than all of these.
             await trio.sleep_until(min((one.free_since for one in self._free()), default=now) + self._idle)
 
+    def _of(self, version: str) -> list[Instance]:
+        return [instance for instance in self._instances if instance.version == version]
+
     def _free(self) -> list[Instance]:
         return [instance for instance in self._instances if instance.users == 0 and instance.ready]
 
     def place(self, waiter: Waiter) -> int:
-        """How many jobs of the same version are before `waiter` in line; none once an instance is its own, or loads."""
+        """How many jobs are before `waiter` in its line; none once an instance is its own, or loads."""
         if waiter.given.is_set():
             return 0
-        return sum(
-            other.version == waiter.version for other in itertools.takewhile(lambda w: w is not waiter, self._line)
-        )
+        before = itertools.takewhile(lambda w: w is not waiter, self._line)
+        return sum((other.version, other.beside) == (waiter.version, waiter.beside) for other in before)
 
     @contextlib.asynccontextmanager
     async def lease(self, version: str, waiter: Waiter) -> AsyncIterator[Lease]:
@@ -173,6 +182,7 @@ class Pool:
             self._return(instance)
 
     async def _wait(self, waiter: Waiter) -> Instance:
+        waiter.beside = waiter.beside and self._has_beside
         self._line.insert(0 if waiter.again else len(self._line), waiter)
         self._assign()
         try:
@@ -258,30 +268,31 @@ class Pool:
 
     def _assign(self) -> None:
         """Give instances to whom they are due, in the order of the line."""
-        blocked: set[str] = set()
+        blocked: set[tuple[str, bool]] = set()
         for waiter in list(self._line):
-            if waiter.version in blocked:
+            line = waiter.version, waiter.beside
+            if line in blocked:
                 continue
-            instance = self._find(waiter.version)
+            instance = self._find(*line)
             if instance is None:
-                blocked.add(waiter.version)
+                blocked.add(line)
                 continue
             instance.users += 1
             waiter.instance = instance
             self._line.remove(waiter)
             waiter.given.set()
 
-    def _find(self, version: str) -> Instance | None:
-        for instance in [one for one in self._instances if one.version == version]:
+    def _find(self, version: str, beside: bool) -> Instance | None:
+        for instance in self._of(version):
             if instance.ready and instance.users == 0 and instance.runner.broken:
                 self._shut(instance)  # it died while nobody used it
             elif not instance.retired and instance.data.replaced:
                 self._retire(instance)  # by another process, which cannot call `retire`
-        mine = [instance for instance in self._instances if instance.version == version and not instance.retired]
+        mine = [instance for instance in self._of(version) if instance.beside == beside and not instance.retired]
         for instance in sorted(mine, key=lambda one: (not one.ready, -one.last_used)):
             if instance.users < (self._at_once if instance.ready else 1):  # one that loads has who hears of its failure
                 return instance
-        if len(mine) >= self._per_version:
+        if len(mine) >= (1 if beside else self._per_version):
             return None
         if len(self._instances) + len(self._closing) >= self._total:
             if not self._closing:
@@ -292,7 +303,7 @@ class Pool:
                 self._waking.add(version)
                 self._timers.start_soon(self._wake, version)
             return None
-        instance = Instance(version, self._make(version), self._data(version))
+        instance = Instance(version, beside, self._make(version), self._data(version))
         self._instances.append(instance)
         return instance
 
@@ -331,7 +342,7 @@ class Pool:
 
     def retire(self, version: str) -> None:
         """The version's data has changed: its instances end when they are free, the next job gets a new one."""
-        for instance in [one for one in self._instances if one.version == version]:
+        for instance in self._of(version):
             self._retire(instance)
         self._assign()
 
@@ -410,8 +421,9 @@ async def open_pool(
 ) -> AsyncIterator[Pool]:
     """A pool whose instances are all gone when the `async with` is left. This is a trio-flavored async function.
 
-    At most `per_version` instances of a version and `total` of all; where they are `shared`, one of a version, with
-    `at_once` jobs. Those that nobody has used for `idle` seconds are shut, where that is not 0.
+    At most `per_version` instances of a version, one more for the jobs that want it beside them, and `total` of all;
+    where they are `shared`, one of a version, with `at_once` jobs. Those that nobody has used for `idle` seconds are
+    shut, where that is not 0.
     """
     async with trio.open_nursery() as nursery, trio.open_nursery() as timers:
         pool = Pool(

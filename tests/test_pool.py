@@ -104,6 +104,44 @@ async def test_as_many_instances_as_the_limits_allow(
     assert len(models.made) == min(per_version, total)
 
 
+async def test_who_wants_an_instance_beside_the_others_takes_none_of_theirs(autojump_clock: MockClock) -> None:
+    """One more, whatever there is of them; its line is its own. Mutants seen: as many of it as of the others; the
+    place in line counts them; the one that is free is given to any."""
+    models, long = Models(), [Waiter("v", beside=True) for _ in range(3)]
+    async with open_pool(models, shared=False, per_version=2, total=9) as pool, trio.open_nursery() as nursery:
+        await line_up(nursery, *(lambda w=w: use(pool, "v", 100, w) for w in long))
+        assert await use(pool, "v") == LOAD + 1
+        assert [pool.place(waiter) for waiter in long] == [0, 0, 1]
+        async with trio.open_nursery() as others:
+            last = Waiter("v")
+            await line_up(others, *(lambda w=w: use(pool, "v", 10, w) for w in (Waiter("v"), Waiter("v"), last)))
+            assert pool.place(last) == 0
+        assert trio.current_time() == LOAD + 1 + 20
+    assert trio.current_time() == LOAD + 300 + CLOSE
+    assert [runner.verbs.count("run sleep") for _, runner in models.made] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_where_there_is_room_for_one_instance_all_jobs_have_it(autojump_clock: MockClock, shared: bool) -> None:
+    """Mutant seen: it is closed, and another one loaded, for each job that wants one beside it."""
+    models = Models(shared=shared)
+    async with open_pool(models, shared=shared, per_version=4, total=9 if shared else 1) as pool:
+        for n in range(6):
+            await use(pool, "v", 1, Waiter("v", beside=n % 2 == 1))
+    assert models.versions == ["v"]
+
+
+async def test_an_instance_beside_others_makes_room_as_they_do(autojump_clock: MockClock) -> None:
+    """And is made room for. Mutant seen: it does not count to the total."""
+    models = Models()
+    async with open_pool(models, shared=False, per_version=2, total=2) as pool, trio.open_nursery() as nursery:
+        await line_up(nursery, lambda: use(pool, "v", 3), lambda: use(pool, "v", 10))
+        await line_up(nursery, lambda: use(pool, "v", 20, Waiter("v", beside=True)), lambda: use(pool, "v", 1))
+        await trio.sleep(LOAD + 3 + CLOSE + LOAD + 1)
+        assert [runner.verbs[-1] for _, runner in models.made] == ["shutdown", "run sleep", "run sleep"]
+    assert [runner.verbs.count("run sleep") for _, runner in models.made] == [1, 2, 1]
+
+
 async def test_a_shared_instance_runs_all_jobs_at_once_and_loads_once(autojump_clock: MockClock) -> None:
     models, began = Models(shared=True), trio.current_time()
     async with open_pool(models, shared=True, per_version=1, total=16) as pool:
