@@ -45,8 +45,7 @@ class _Fixed:
 
     replaced = False
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -112,6 +111,7 @@ class Pool:
         self._total = total
         self._idle = idle  # seconds
         self._restarts = restarts
+        self._probing = False  # a task tries to load what has failed
         self._waking: set[str] = set()  # versions whose turn a task waits for
         self._timers = timers  # cancelled before the instances are shut down
         # The pool's own: instances that are evicted or retired are shut down in it, not by the job that found them.
@@ -127,8 +127,7 @@ class Pool:
 
         Raises `JobFailed` where one does not load.
         """
-        count = min(self._per_version, self._total)
-        left, loaded = count, trio.Event()
+        left, loaded = min(self._per_version, self._total), trio.Event()
 
         async def start() -> None:
             nonlocal left
@@ -139,7 +138,7 @@ class Pool:
                 await loaded.wait()  # else the next one would lease the same instance
 
         async with trio.open_nursery() as nursery:
-            for _ in range(count):
+            for _ in range(left):
                 nursery.start_soon(start)
 
     async def end_idle(self) -> None:
@@ -214,10 +213,7 @@ class Pool:
                 instance.ready = True
         except Exception as exc:  # Refused too: there may be no process to be had
             instance.failure = exc
-            able = self._restarts.able
-            self._restarts.not_loaded(instance.version, others=any(one.ready for one in self._instances))
-            if able and not self._restarts.able:
-                self._timers.start_soon(self._probe)
+            self._failed(instance.version)
             if not instance.users:
                 log.warning("version %s: what nobody waits for any more did not load: %s", instance.version, exc)
         finally:
@@ -244,9 +240,15 @@ class Pool:
         status = await instance.runner.wait()
         if instance in self._free():
             log.warning("an instance of version %s has died, unused: exit status %s", instance.version, status)
-            self._restarts.failed(instance.version)
+            self._failed(instance.version)
             self._shut(instance)
             self._assign()
+
+    def _failed(self, version: str) -> None:
+        self._restarts.failed(version, others=any(one.ready and not one.runner.broken for one in self._instances))
+        if not self._restarts.able and not self._probing:
+            self._probing = True
+            self._timers.start_soon(self._probe)
 
     async def _probe(self) -> None:
         while not self._restarts.able:
@@ -259,6 +261,7 @@ class Pool:
                     log.warning("version %s cannot be loaded yet: %s: %s", version, exc.reason, exc)
                 except Exception as exc:  # whatever it is: nobody asked, and all that runs would end with the server
                     log.error("version %s cannot be loaded yet: a bug of aipod", version, exc_info=exc)
+        self._probing = False
 
     async def _wake(self, version: str) -> None:
         """Assign once an instance of `version` may be started."""
@@ -303,9 +306,8 @@ class Pool:
                 self._waking.add(version)
                 self._timers.start_soon(self._wake, version)
             return None
-        instance = Instance(version, beside, self._make(version), self._data(version))
-        self._instances.append(instance)
-        return instance
+        self._instances.append(Instance(version, beside, self._make(version), self._data(version)))
+        return self._instances[-1]
 
     def _evict(self) -> None:
         """Begin to make room: close the instance that nobody has wanted for longest, where there is one.
@@ -336,7 +338,7 @@ class Pool:
     def learn(self, instance: Instance) -> None:
         """A run has ended by itself."""
         if instance.runner.broken:
-            self._restarts.failed(instance.version)
+            self._failed(instance.version)
         else:
             self._restarts.ran(instance.version)
 
@@ -402,9 +404,8 @@ class Lease:
         except (JobFailed, RunnerBroken):
             self._pool.learn(self._instance)
             raise
-        else:
-            self._pool.learn(self._instance)
-            return result
+        self._pool.learn(self._instance)
+        return result
 
 
 @contextlib.asynccontextmanager

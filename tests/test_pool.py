@@ -410,6 +410,49 @@ async def test_whatever_keeps_an_instance_from_starting_counts_and_ends_nobody_e
     assert told == [False, True]
 
 
+async def test_while_no_instance_may_be_started_because_they_die_in_their_runs_the_pool_says_so(
+    autojump_clock: MockClock,
+) -> None:
+    """Ready again with the next that has loaded, whoever asked for it. Mutants seen: the one that has just died is
+    taken for one that can run; a load ends the row of deaths; each time that it is not ready it has one more who tries.
+    """
+    models, told = Models(load=lambda: trio.sleep(0)), list[tuple[float, bool]]()
+    restarts = Restarts(lambda version: True, lambda able: told.append((trio.current_time(), able)))
+
+    async def crash() -> None:
+        async with pool.lease("v", Waiter("v")) as lease, trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def run() -> None:
+                with pytest.raises(JobFailed, match="SIGKILL"):
+                    await lease.run(task("v", 1), lambda *report: None)
+
+            await trio.testing.wait_all_tasks_blocked()
+            models.made[-1][1].crash()
+
+    async with open_pool(models, shared=False, per_version=1, total=2, restarts=restarts) as pool:
+        for _ in range(3):
+            assert told == []
+            await crash()
+        assert told == [(0, False)]
+        await crash()  # after a second
+        await crash()  # after two
+        assert told == [(0, False), (1, True), (1, False), (3, True), (3, False)]
+        await trio.sleep(PROBE)  # nobody calls
+        assert told[5:] == [(PROBE, True)]
+        await use(pool, "v")
+        await crash()
+        await crash()
+        assert len(told) == 6
+        await use(pool, "w")
+        await crash()
+        assert len(told) == 6
+        for _ in range(3):
+            await crash()  # another version has one that can run
+        assert len(told) == 6
+    assert models.versions.count("v") == 11
+
+
 async def test_an_instance_that_runs_is_reason_enough_to_be_ready(autojump_clock: MockClock) -> None:
     models, told = Models(load=lambda: trio.sleep(0)), []
     async with open_pool(
@@ -423,11 +466,22 @@ async def test_an_instance_that_runs_is_reason_enough_to_be_ready(autojump_clock
     assert told == []
 
 
+async def test_what_may_be_started_is_tried_before_what_must_wait(autojump_clock: MockClock) -> None:
+    """Mutant seen: what has failed last is waited for, though another version would load."""
+    restarts = Restarts(lambda version: True, lambda able: None)
+    restarts.loaded("v")
+    restarts.failed("w", others=False)
+    assert restarts.suspects == ["w", "v"]
+    for _ in range(2):
+        restarts.failed("w", others=False)
+    assert restarts.suspects == ["v", "w"]
+
+
 async def test_of_many_names_the_failures_are_forgotten(autojump_clock: MockClock) -> None:
     restarts = Restarts(lambda version: False, lambda able: None)
     for n in range(2 * VERSIONS):
         for _ in range(3):
-            restarts.failed(f"v{n}")
+            restarts.failed(f"v{n}", others=False)
     assert restarts.due("v0") == 0
     assert restarts.due(f"v{2 * VERSIONS - 1}") > 0
     assert len(restarts._failures) == len(restarts._due) == VERSIONS
