@@ -32,7 +32,7 @@ _MODEL = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z")
 # RFC 6750 section 2.1.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*\Z")
 
-RUNNERS = ("auto", "process", "loop")
+RUNNERS = ("auto", "process", "thread", "loop")
 
 
 class ConfigError(ValueError):
@@ -61,8 +61,20 @@ class Config:
     tokens: str = _setting("", "TOML file with who may call, and what (see aipod token); read again when it changes.")
 
     # Jobs
-    runner: str = _setting("auto", "What executes methods: auto, process or loop.")
-    instances: int = _setting(1, "Instances per version (process runner).", low=1, high=1024)
+    # A class with async methods runs on the loop, any other in processes. Threads are for plain methods that cannot be
+    # in a process of their own: models that share memory, libraries that do not bear it. A crash ends the server then,
+    # and code that holds the GIL stops its heartbeats.
+    runner: str = _setting(
+        "auto",
+        "What executes methods: auto (process, or loop for a class with async methods), process, thread (of this "
+        "process: what shares memory, or cannot have a process of its own) or loop.",
+    )
+    instances: int = _setting(
+        1,
+        "Instances per version, one job at a time each (process and thread runner); `train` has one more of its own.",
+        low=1,
+        high=1024,
+    )
     # Each instance is a process with a model in it; beyond this an idle one of another version is closed first.
     max_instances: int = _setting(16, "Instances of all versions together.", low=1, high=4096)
     # Async methods wait for others, so hundreds at once are usual. Each has its kwargs in memory while it runs, 16 MiB

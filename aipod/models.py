@@ -26,9 +26,10 @@ class Model:
 
     A method is called as `method(context, path, **kwargs)`: `path` is the payload in a file (empty without a payload),
     read-only. It returns anything JSON can hold, `bytes`, or a `pathlib.Path` to a file. A class with only plain
-    methods runs in worker processes, one job at a time each. A class with any `async def` is one instance in the
-    server's process: its async methods run concurrently (trio-flavored unless `@method(flavor="asyncio")`), its plain
-    ones in threads.
+    methods runs in worker processes (threads of the server's with `--runner thread`), one job at a time each; one
+    method, `train`, in an instance that runs nothing else, so that the others go on with the former data. A class with
+    any `async def` is one instance in the server's process: its async methods run concurrently (trio-flavored unless
+    `@method(flavor="asyncio")`), its plain ones in threads.
     """
 
     version: str = DEFAULT_VERSION

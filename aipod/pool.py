@@ -45,8 +45,7 @@ class _Fixed:
 
     replaced = False
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,6 +57,7 @@ class Instance:
     """
 
     version: str
+    beside: bool  # see `Waiter`
     runner: Runner
     data: Data
     users: int = 0
@@ -72,10 +72,14 @@ class Instance:
 
 @dataclasses.dataclass(eq=False)
 class Waiter:
-    """A job in line. `instance` is what it was given. `again`: it has had its turn, but no runner that worked."""
+    """A job in line. `instance` is what it was given. `again`: it has had its turn, but no runner that worked.
+
+    `beside`: it takes long, so it uses none of the instances that its version's other jobs have, but one more.
+    """
 
     version: str
     again: bool = False
+    beside: bool = False
     given: trio.Event = dataclasses.field(default_factory=trio.Event)
     instance: Instance | None = None
 
@@ -102,9 +106,12 @@ class Pool:
         # One instance per version runs the jobs that it has, or several run one each.
         self._at_once = at_once if shared else 1
         self._per_version = 1 if shared else per_version
+        # Where there may be one only, it would be closed for the other, and loaded again, with each change of methods.
+        self._has_beside = not shared and total > 1
         self._total = total
         self._idle = idle  # seconds
         self._restarts = restarts
+        self._probing = False  # a task tries to load what has failed
         self._waking: set[str] = set()  # versions whose turn a task waits for
         self._timers = timers  # cancelled before the instances are shut down
         # The pool's own: instances that are evicted or retired are shut down in it, not by the job that found them.
@@ -120,8 +127,7 @@ class Pool:
 
         Raises `JobFailed` where one does not load.
         """
-        count = min(self._per_version, self._total)
-        left, loaded = count, trio.Event()
+        left, loaded = min(self._per_version, self._total), trio.Event()
 
         async def start() -> None:
             nonlocal left
@@ -132,7 +138,7 @@ class Pool:
                 await loaded.wait()  # else the next one would lease the same instance
 
         async with trio.open_nursery() as nursery:
-            for _ in range(count):
+            for _ in range(left):
                 nursery.start_soon(start)
 
     async def end_idle(self) -> None:
@@ -146,16 +152,18 @@ class Pool:
             # What becomes free from now on is due later than all of these.
             await trio.sleep_until(min((one.free_since for one in self._free()), default=now) + self._idle)
 
+    def _of(self, version: str) -> list[Instance]:
+        return [instance for instance in self._instances if instance.version == version]
+
     def _free(self) -> list[Instance]:
         return [instance for instance in self._instances if instance.users == 0 and instance.ready]
 
     def place(self, waiter: Waiter) -> int:
-        """How many jobs of the same version are before `waiter` in line; none once an instance is its own, or loads."""
+        """How many jobs are before `waiter` in its line; none once an instance is its own, or loads."""
         if waiter.given.is_set():
             return 0
-        return sum(
-            other.version == waiter.version for other in itertools.takewhile(lambda w: w is not waiter, self._line)
-        )
+        before = itertools.takewhile(lambda w: w is not waiter, self._line)
+        return sum((other.version, other.beside) == (waiter.version, waiter.beside) for other in before)
 
     @contextlib.asynccontextmanager
     async def lease(self, version: str, waiter: Waiter) -> AsyncIterator[Lease]:
@@ -173,6 +181,7 @@ class Pool:
             self._return(instance)
 
     async def _wait(self, waiter: Waiter) -> Instance:
+        waiter.beside = waiter.beside and self._has_beside
         self._line.insert(0 if waiter.again else len(self._line), waiter)
         self._assign()
         try:
@@ -204,10 +213,7 @@ class Pool:
                 instance.ready = True
         except Exception as exc:  # Refused too: there may be no process to be had
             instance.failure = exc
-            able = self._restarts.able
-            self._restarts.not_loaded(instance.version, others=any(one.ready for one in self._instances))
-            if able and not self._restarts.able:
-                self._timers.start_soon(self._probe)
+            self._failed(instance.version)
             if not instance.users:
                 log.warning("version %s: what nobody waits for any more did not load: %s", instance.version, exc)
         finally:
@@ -234,9 +240,15 @@ class Pool:
         status = await instance.runner.wait()
         if instance in self._free():
             log.warning("an instance of version %s has died, unused: exit status %s", instance.version, status)
-            self._restarts.failed(instance.version)
+            self._failed(instance.version)
             self._shut(instance)
             self._assign()
+
+    def _failed(self, version: str) -> None:
+        self._restarts.failed(version, others=any(one.ready and not one.runner.broken for one in self._instances))
+        if not self._restarts.able and not self._probing:
+            self._probing = True
+            self._timers.start_soon(self._probe)
 
     async def _probe(self) -> None:
         while not self._restarts.able:
@@ -249,6 +261,7 @@ class Pool:
                     log.warning("version %s cannot be loaded yet: %s: %s", version, exc.reason, exc)
                 except Exception as exc:  # whatever it is: nobody asked, and all that runs would end with the server
                     log.error("version %s cannot be loaded yet: a bug of aipod", version, exc_info=exc)
+        self._probing = False
 
     async def _wake(self, version: str) -> None:
         """Assign once an instance of `version` may be started."""
@@ -258,30 +271,31 @@ class Pool:
 
     def _assign(self) -> None:
         """Give instances to whom they are due, in the order of the line."""
-        blocked: set[str] = set()
+        blocked: set[tuple[str, bool]] = set()
         for waiter in list(self._line):
-            if waiter.version in blocked:
+            line = waiter.version, waiter.beside
+            if line in blocked:
                 continue
-            instance = self._find(waiter.version)
+            instance = self._find(*line)
             if instance is None:
-                blocked.add(waiter.version)
+                blocked.add(line)
                 continue
             instance.users += 1
             waiter.instance = instance
             self._line.remove(waiter)
             waiter.given.set()
 
-    def _find(self, version: str) -> Instance | None:
-        for instance in [one for one in self._instances if one.version == version]:
+    def _find(self, version: str, beside: bool) -> Instance | None:
+        for instance in self._of(version):
             if instance.ready and instance.users == 0 and instance.runner.broken:
                 self._shut(instance)  # it died while nobody used it
             elif not instance.retired and instance.data.replaced:
                 self._retire(instance)  # by another process, which cannot call `retire`
-        mine = [instance for instance in self._instances if instance.version == version and not instance.retired]
+        mine = [instance for instance in self._of(version) if instance.beside == beside and not instance.retired]
         for instance in sorted(mine, key=lambda one: (not one.ready, -one.last_used)):
             if instance.users < (self._at_once if instance.ready else 1):  # one that loads has who hears of its failure
                 return instance
-        if len(mine) >= self._per_version:
+        if len(mine) >= (1 if beside else self._per_version):
             return None
         if len(self._instances) + len(self._closing) >= self._total:
             if not self._closing:
@@ -292,9 +306,8 @@ class Pool:
                 self._waking.add(version)
                 self._timers.start_soon(self._wake, version)
             return None
-        instance = Instance(version, self._make(version), self._data(version))
-        self._instances.append(instance)
-        return instance
+        self._instances.append(Instance(version, beside, self._make(version), self._data(version)))
+        return self._instances[-1]
 
     def _evict(self) -> None:
         """Begin to make room: close the instance that nobody has wanted for longest, where there is one.
@@ -325,13 +338,13 @@ class Pool:
     def learn(self, instance: Instance) -> None:
         """A run has ended by itself."""
         if instance.runner.broken:
-            self._restarts.failed(instance.version)
+            self._failed(instance.version)
         else:
             self._restarts.ran(instance.version)
 
     def retire(self, version: str) -> None:
         """The version's data has changed: its instances end when they are free, the next job gets a new one."""
-        for instance in [one for one in self._instances if one.version == version]:
+        for instance in self._of(version):
             self._retire(instance)
         self._assign()
 
@@ -391,9 +404,8 @@ class Lease:
         except (JobFailed, RunnerBroken):
             self._pool.learn(self._instance)
             raise
-        else:
-            self._pool.learn(self._instance)
-            return result
+        self._pool.learn(self._instance)
+        return result
 
 
 @contextlib.asynccontextmanager
@@ -410,8 +422,9 @@ async def open_pool(
 ) -> AsyncIterator[Pool]:
     """A pool whose instances are all gone when the `async with` is left. This is a trio-flavored async function.
 
-    At most `per_version` instances of a version and `total` of all; where they are `shared`, one of a version, with
-    `at_once` jobs. Those that nobody has used for `idle` seconds are shut, where that is not 0.
+    At most `per_version` instances of a version, one more for the jobs that want it beside them, and `total` of all;
+    where they are `shared`, one of a version, with `at_once` jobs. Those that nobody has used for `idle` seconds are
+    shut, where that is not 0.
     """
     async with trio.open_nursery() as nursery, trio.open_nursery() as timers:
         pool = Pool(

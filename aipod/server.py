@@ -32,7 +32,7 @@ from aipod.pool import MakeRunner, Pool, open_pool
 from aipod.restarts import Restarts
 from aipod.runner import Description
 from aipod.runner.capture import captured
-from aipod.runner.loop import LoopRunner
+from aipod.runner.loop import LoopRunner, ThreadRunner
 from aipod.runner.process import ProcessRunner
 from aipod.service.ai import AI
 from aipod.service.health import ServingStatus
@@ -206,7 +206,7 @@ async def _look_at_model(config: Config, files: int) -> Description:
     with tempfile.TemporaryDirectory(prefix="aipod-look-") as directory:  # for the lock that a worker has
         spool = Spool.open(Path(directory), config.app)
         description = await ProcessRunner(config.model, "", Path(), spool, **bounds, files=files).look()
-    if config.runner == "process" and description.is_async:
+    if config.runner in ("process", "thread") and description.is_async:
         raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
     if config.runner == "loop" and not description.is_async:
         description = Description(description.name, description.methods, True)
@@ -219,10 +219,11 @@ def _runners(config: Config, description: Description, spool: Spool, versions: V
     def process(version: str) -> ProcessRunner:
         return ProcessRunner(config.model, version, versions.data_dir(version), spool, **bounds, files=files)
 
-    def loop(version: str) -> LoopRunner:
-        return LoopRunner(config.model, version, versions.data_dir(version), **bounds)
+    def inside(version: str) -> LoopRunner:
+        runner = LoopRunner if description.is_async else ThreadRunner
+        return runner(config.model, version, versions.data_dir(version), **bounds)
 
-    return loop if description.is_async else process
+    return inside if description.is_async or config.runner == "thread" else process
 
 
 async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]) -> None:

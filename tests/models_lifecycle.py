@@ -82,6 +82,25 @@ class Work(aipod.Model):
         self.stubborn(context, path, mark=mark)
 
 
+class Taught(aipod.Model):
+    """It reads its data once, when it is loaded."""
+
+    def load(self) -> None:
+        data = self.data_dir / "data"
+        self.data = data.read_text() if data.exists() else ""
+
+    def predict(self, context: Context, path: Path) -> tuple[str, int]:
+        return self.data, os.getpid()
+
+    def train(self, context: Context, path: Path, *, mark: str, until: str) -> int:
+        """Train until the file `until` is there."""
+        (context.new_version / "data").write_bytes(path.read_bytes())
+        say(mark, str(os.getpid()))
+        while not Path(until).exists():
+            time.sleep(0.01)
+        return os.getpid()
+
+
 class Together(aipod.Model):
     """Async methods: one instance in the server's process."""
 

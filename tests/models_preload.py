@@ -20,3 +20,6 @@ class Marked(aipod.Model):
 
     def predict(self, context: aipod.Context, path: Path) -> str:
         return self.version
+
+    def die(self, context: aipod.Context, path: Path) -> None:
+        os._exit(7)

@@ -101,6 +101,12 @@ class Plain(aipod.Model):
         say(self.data_dir / "running", str(os.getpid()))
         time.sleep(60)
 
+    def deaf(self, context: Context, path: Path) -> None:
+        """Ends when there is a file, and no earlier."""
+        say(self.data_dir / "running", str(os.getpid()))
+        while not (self.data_dir / "enough").exists():
+            time.sleep(0.01)
+
     def crash(self, context: Context, path: Path) -> None:
         os.kill(os.getpid(), 9)
 

@@ -62,7 +62,7 @@ def test_ranges(name: str, low: float, high: float | None) -> None:
         ({"bind": "127.0.0.1:1"}, "bind = '127.0.0.1:1' is not a list of strings"),
         ({"bind": [1]}, "bind = .* is not a list of strings"),
         ({"bind": []}, "bind is empty"),
-        ({"runner": "thread"}, "runner = 'thread' is not one of auto, process, loop"),
+        ({"runner": "fibre"}, "runner = 'fibre' is not one of auto, process, thread, loop"),
         ({"preload": ["a", "b"], "max_instances": 1}, "a, b takes 2 instances, .* max_instances to at least 2"),
         ({"preload": ["a", "b", "c"], "instances": 6}, "takes 18 instances, max_instances = 16: "),
         ({"stream_window": 128 * MIB}, "connection_window must be at least stream_window"),

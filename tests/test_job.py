@@ -213,7 +213,7 @@ class Story:
         )
 
     def run(self, job: Job, terms: Terms) -> None:
-        self.nursery.start_soon(run_job, job, Place(self.pool, "v"), self.versions, terms)
+        self.nursery.start_soon(run_job, job, Place(self.pool, "v", "train"), self.versions, terms)
 
     async def end(self, job: Job) -> Phase:
         """Wait for the job's end, and let it go."""
@@ -542,7 +542,7 @@ async def test_a_long_answer_before_the_first_tick_is_told_at_once_and_safe_afte
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(look)
-        await run_job(job, Place(story.pool, "v"), story.versions, Terms(0.5))
+        await run_job(job, Place(story.pool, "v", "train"), story.versions, Terms(0.5))
     await settle_later(job, 0.01)
     assert job.answer is not None
     assert job.answer.size == size

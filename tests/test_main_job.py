@@ -11,7 +11,8 @@ import pytest
 
 import aipod
 from aipod.client import Event
-from tests.conftest import Serve, left_in, run, wait_until
+from tests.calls import calls, marked
+from tests.conftest import Serve, alive, left_in, run, wait_until
 
 
 def call(address: str, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -119,6 +120,29 @@ def test_a_train_is_visible_to_the_next_predict_and_a_failed_one_is_not(serve: S
         call(served.address, "train", b"three", version="v", fail=True)
     assert call(served.address, "log", version="v") == b"two"
     assert sorted(path.name for path in served.data.iterdir() if not path.name.startswith("closed")) == ["v"]
+
+
+def test_while_a_train_runs_its_version_predicts_from_the_former_data(serve: Serve, tmp_path: Path) -> None:
+    """With one instance per version. Mutant seen: what predicts waits in line until the train is over."""
+    served = serve("tests.models_lifecycle:Taught", "--runner", "process", "--instances", "1")
+    mark, until = tmp_path / "mark", tmp_path / "until"
+    until.touch()
+    call(served.address, "train", b"old", version="v", kwargs={"mark": str(mark), "until": str(until)})
+    mark.unlink()
+    until.unlink()
+    with calls() as threads:
+        kwargs = {"mark": str(mark), "until": str(until)}
+        train = threads.submit(call, served.address, "train", b"new", version="v", kwargs=kwargs)
+        trains = int(marked(mark))
+        answers = [call(served.address, "predict", version="v") for _ in range(3)]
+        assert [data for data, _ in answers] == ["old"] * 3
+        assert trains not in {pid for _, pid in answers}
+        assert len({pid for _, pid in answers}) == 1
+        assert not train.done()
+        until.touch()
+        assert train.result() == trains
+    assert call(served.address, "predict", version="v")[0] == "new"
+    wait_until(lambda: not any(alive(pid) for pid in (trains, answers[0][1])))  # both had the former data
 
 
 def test_close_hooks_run_at_the_end(serve: Serve) -> None:

@@ -139,7 +139,7 @@ def test_a_class_whose_method_no_call_could_fit_is_not_served(
         load_class(f"{__name__}:{name}")
 
 
-@pytest.mark.parametrize("runner", ["process", "loop"])
+@pytest.mark.parametrize("runner", ["process", "thread", "loop"])
 def test_callers_hear_of_methods_and_of_what_does_not_fit(serve: Serve, tmp_path: Path, runner: str) -> None:
     """Before the payload is sent."""
     served = serve("tests.models_methods:Described", "--runner", runner)

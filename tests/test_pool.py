@@ -104,6 +104,44 @@ async def test_as_many_instances_as_the_limits_allow(
     assert len(models.made) == min(per_version, total)
 
 
+async def test_who_wants_an_instance_beside_the_others_takes_none_of_theirs(autojump_clock: MockClock) -> None:
+    """One more, whatever there is of them; its line is its own. Mutants seen: as many of it as of the others; the
+    place in line counts them; the one that is free is given to any."""
+    models, long = Models(), [Waiter("v", beside=True) for _ in range(3)]
+    async with open_pool(models, shared=False, per_version=2, total=9) as pool, trio.open_nursery() as nursery:
+        await line_up(nursery, *(lambda w=w: use(pool, "v", 100, w) for w in long))
+        assert await use(pool, "v") == LOAD + 1
+        assert [pool.place(waiter) for waiter in long] == [0, 0, 1]
+        async with trio.open_nursery() as others:
+            last = Waiter("v")
+            await line_up(others, *(lambda w=w: use(pool, "v", 10, w) for w in (Waiter("v"), Waiter("v"), last)))
+            assert pool.place(last) == 0
+        assert trio.current_time() == LOAD + 1 + 20
+    assert trio.current_time() == LOAD + 300 + CLOSE
+    assert [runner.verbs.count("run sleep") for _, runner in models.made] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_where_there_is_room_for_one_instance_all_jobs_have_it(autojump_clock: MockClock, shared: bool) -> None:
+    """Mutant seen: it is closed, and another one loaded, for each job that wants one beside it."""
+    models = Models(shared=shared)
+    async with open_pool(models, shared=shared, per_version=4, total=9 if shared else 1) as pool:
+        for n in range(6):
+            await use(pool, "v", 1, Waiter("v", beside=n % 2 == 1))
+    assert models.versions == ["v"]
+
+
+async def test_an_instance_beside_others_makes_room_as_they_do(autojump_clock: MockClock) -> None:
+    """And is made room for. Mutant seen: it does not count to the total."""
+    models = Models()
+    async with open_pool(models, shared=False, per_version=2, total=2) as pool, trio.open_nursery() as nursery:
+        await line_up(nursery, lambda: use(pool, "v", 3), lambda: use(pool, "v", 10))
+        await line_up(nursery, lambda: use(pool, "v", 20, Waiter("v", beside=True)), lambda: use(pool, "v", 1))
+        await trio.sleep(LOAD + 3 + CLOSE + LOAD + 1)
+        assert [runner.verbs[-1] for _, runner in models.made] == ["shutdown", "run sleep", "run sleep"]
+    assert [runner.verbs.count("run sleep") for _, runner in models.made] == [1, 2, 1]
+
+
 async def test_a_shared_instance_runs_all_jobs_at_once_and_loads_once(autojump_clock: MockClock) -> None:
     models, began = Models(shared=True), trio.current_time()
     async with open_pool(models, shared=True, per_version=1, total=16) as pool:
@@ -372,6 +410,49 @@ async def test_whatever_keeps_an_instance_from_starting_counts_and_ends_nobody_e
     assert told == [False, True]
 
 
+async def test_while_no_instance_may_be_started_because_they_die_in_their_runs_the_pool_says_so(
+    autojump_clock: MockClock,
+) -> None:
+    """Ready again with the next that has loaded, whoever asked for it. Mutants seen: the one that has just died is
+    taken for one that can run; a load ends the row of deaths; each time that it is not ready it has one more who tries.
+    """
+    models, told = Models(load=lambda: trio.sleep(0)), list[tuple[float, bool]]()
+    restarts = Restarts(lambda version: True, lambda able: told.append((trio.current_time(), able)))
+
+    async def crash() -> None:
+        async with pool.lease("v", Waiter("v")) as lease, trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def run() -> None:
+                with pytest.raises(JobFailed, match="SIGKILL"):
+                    await lease.run(task("v", 1), lambda *report: None)
+
+            await trio.testing.wait_all_tasks_blocked()
+            models.made[-1][1].crash()
+
+    async with open_pool(models, shared=False, per_version=1, total=2, restarts=restarts) as pool:
+        for _ in range(3):
+            assert told == []
+            await crash()
+        assert told == [(0, False)]
+        await crash()  # after a second
+        await crash()  # after two
+        assert told == [(0, False), (1, True), (1, False), (3, True), (3, False)]
+        await trio.sleep(PROBE)  # nobody calls
+        assert told[5:] == [(PROBE, True)]
+        await use(pool, "v")
+        await crash()
+        await crash()
+        assert len(told) == 6
+        await use(pool, "w")
+        await crash()
+        assert len(told) == 6
+        for _ in range(3):
+            await crash()  # another version has one that can run
+        assert len(told) == 6
+    assert models.versions.count("v") == 11
+
+
 async def test_an_instance_that_runs_is_reason_enough_to_be_ready(autojump_clock: MockClock) -> None:
     models, told = Models(load=lambda: trio.sleep(0)), []
     async with open_pool(
@@ -385,11 +466,22 @@ async def test_an_instance_that_runs_is_reason_enough_to_be_ready(autojump_clock
     assert told == []
 
 
+async def test_what_may_be_started_is_tried_before_what_must_wait(autojump_clock: MockClock) -> None:
+    """Mutant seen: what has failed last is waited for, though another version would load."""
+    restarts = Restarts(lambda version: True, lambda able: None)
+    restarts.loaded("v")
+    restarts.failed("w", others=False)
+    assert restarts.suspects == ["w", "v"]
+    for _ in range(2):
+        restarts.failed("w", others=False)
+    assert restarts.suspects == ["v", "w"]
+
+
 async def test_of_many_names_the_failures_are_forgotten(autojump_clock: MockClock) -> None:
     restarts = Restarts(lambda version: False, lambda able: None)
     for n in range(2 * VERSIONS):
         for _ in range(3):
-            restarts.failed(f"v{n}")
+            restarts.failed(f"v{n}", others=False)
     assert restarts.due("v0") == 0
     assert restarts.due(f"v{2 * VERSIONS - 1}") > 0
     assert len(restarts._failures) == len(restarts._due) == VERSIONS

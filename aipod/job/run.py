@@ -56,11 +56,11 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
     outcome: Outcome | None = None  # told once it is stored: a kill before that may make it another one
     try:
         job.scope.deadline = terms.deadline
-        with job.scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_keep, job, terms.tick)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_keep, job, terms.tick)  # also while a method that was stopped takes its time to end
+            with job.scope:
                 outcome = await _queue_and_run(job, queue, versions, terms)
-                nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
         # A cancel that comes when there is an answer is caught too: too late, what the run did stands.
         if outcome is None and not job.handed_over:
             outcome = job.stopped()

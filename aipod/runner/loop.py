@@ -1,4 +1,8 @@
-"""The loop runner: one instance in the server's process. Async methods run concurrently, plain ones in threads."""
+"""Instances in the server's process: the loop runner and the thread runner.
+
+The loop runner has one, whose async methods run concurrently and whose plain ones run in threads; the thread runner has
+several of a class of plain methods, which run one job each.
+"""
 
 from __future__ import annotations
 
@@ -118,9 +122,10 @@ class LoopRunner:
     ) -> Any:
         """Run a method. Cancelled: `context.cancelled` is true before the method is, so that its cleanup sees it.
 
-        A plain method's thread, or one that an async method waits for, cannot be stopped: this asks and waits.
+        A plain method's thread, or one that an async method waits for, cannot be stopped: this asks and waits, and says
+        so where it takes long.
         """
-        inner = trio.CancelScope(shield=True)
+        inner, patience = trio.CancelScope(shield=True), trio.CancelScope(shield=True)
 
         async def ask_when_cancelled() -> None:
             try:
@@ -128,12 +133,17 @@ class LoopRunner:
             finally:
                 context.cancel()
                 inner.cancel()
+                with patience:
+                    await trio.sleep(self._grace)
+                    text = "job %s: %s was asked to stop %g s ago and goes on: nothing can end what runs in the server"
+                    log.warning(text, context.job_id, context.method, self._grace)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_when_cancelled)
             with inner:
                 result = await outcome.acapture(functools.partial(self._call, method, context, payload, **kwargs))
             nursery.cancel_scope.cancel()
+            patience.cancel()
         return result.unwrap()
 
     # Else Ctrl-C in a program that serves and computes could be raised in the model's code, as if that had done it.
@@ -172,3 +182,9 @@ class LoopRunner:
     async def wait(self) -> int | None:
         await self._ended.wait()
         return None
+
+
+class ThreadRunner(LoopRunner):
+    """One of several instances of a class of plain methods, whose run is in a thread: one job at a time, as leased."""
+
+    shared = False

@@ -428,12 +428,12 @@ async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
 
 
 class Place:
-    """A job's place in the pool's line."""
+    """A job's place in the pool's line. A `train` may take hours, so it does not take the others' instance."""
 
-    def __init__(self, pool: Pool, version: str) -> None:
+    def __init__(self, pool: Pool, version: str, method: str) -> None:
         self._pool = pool
         self._version = version
-        self._waiter = Waiter(version)
+        self._waiter = Waiter(version, beside=method == "train")
         self._leased = False
 
     def place(self) -> int:
@@ -441,7 +441,7 @@ class Place:
 
     def lease(self) -> AbstractAsyncContextManager[Lease]:
         if self._leased:
-            self._waiter = Waiter(self._version, again=True)
+            self._waiter = Waiter(self._version, again=True, beside=self._waiter.beside)
         self._leased = True
         return self._pool.lease(self._version, self._waiter)
 

@@ -273,7 +273,7 @@ class Jobs:
         options = self._methods[job.request.method]
         restartable = bool(options.get("restartable"))
         terms = Terms(self._config.tick, options["timeout"], deadline, restartable)
-        queue: Queue = self._make_queue(job.request.version)
+        queue: Queue = self._make_queue(job.request.version, job.request.method)
         self.held[job.entry.id] = job
         self._nursery.start_soon(self._run, job, queue, terms)
 

@@ -19,7 +19,7 @@ from aipod.errors import AipodError, JobFailed, ModelError
 from aipod.results import Result
 from aipod.runner import Runner, RunnerBroken, Task
 from aipod.runner.fake import FakeRunner
-from aipod.runner.loop import LoopRunner
+from aipod.runner.loop import LoopRunner, ThreadRunner
 from aipod.runner.process import ProcessRunner, _startable
 from aipod.spool import Spool
 from aipod.spool.locks import is_locked
@@ -28,7 +28,14 @@ from tests import models_runner
 from tests.conftest import alive, children
 
 # Kind of runner and the class in models_runner that it runs.
-KINDS = {"process": "Plain", "threads": "Plain", "trio": "Trio", "asyncio": "Asyncio", "fake": "Trio"}
+KINDS = {
+    "process": "Plain",
+    "thread": "Plain",
+    "threads": "Plain",  # of the loop runner
+    "trio": "Trio",
+    "asyncio": "Asyncio",
+    "fake": "Trio",
+}
 Make = Callable[..., Runner]
 
 
@@ -50,7 +57,8 @@ class Fixture:
             spec = f"tests.models_runner:{name}"
             return ProcessRunner(spec, "v1", self.data, self.spool, load_timeout=load_timeout, grace=grace)
         if self.kind != "fake":
-            return LoopRunner(f"tests.models_runner:{name}", "v1", self.data, load_timeout=load_timeout, grace=grace)
+            make = ThreadRunner if self.kind == "thread" else LoopRunner
+            return make(f"tests.models_runner:{name}", "v1", self.data, load_timeout=load_timeout, grace=grace)
         model = getattr(models_runner, name)()
         model.version, model.data_dir = "v1", self.data
         names = [name for name in vars(type(model)) if not name.startswith("_") and name not in ("load", "close")]
@@ -197,6 +205,36 @@ async def test_a_thread_that_outlives_its_run_hears_of_that_and_takes_nothing_fr
     await runner.shutdown()
 
 
+@pytest.mark.parametrize("its", ["thread", "threads"], indirect=True)
+async def test_a_thread_that_does_not_obey_is_said_to_go_on_and_is_waited_for(
+    its: Fixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mutants seen: the run is over when it is cancelled; nobody hears that it is not; that is said of every run."""
+    runner = its.make(grace=0.1)
+    await runner.start()
+    ended = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def run() -> None:
+            try:
+                await runner.run(its.task("deaf"), ignore)
+            finally:
+                ended.set()
+
+        await its.appears("running")
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True), trio.fail_after(10):
+            while "deaf was asked to stop 0.1 s ago and goes on" not in caplog.text:
+                await trio.sleep(0.01)
+            assert not ended.is_set()
+            (its.data / "enough").touch()
+            await ended.wait()
+    assert await runner.run(its.task("give", kind="bytes"), ignore) == Result("bytes", b"\xff\x00")
+    await runner.shutdown()
+    assert caplog.text.count("goes on") == 1
+
+
 async def test_a_run_that_is_cancelled_before_it_starts_does_not_start(its: Fixture) -> None:
     runner = its.make()
     await runner.start()
@@ -227,7 +265,7 @@ async def test_a_load_that_fails(its: Fixture) -> None:
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(its: Fixture) -> None:
-    if its.kind == "threads":
+    if its.kind in ("thread", "threads"):
         pytest.skip("a thread cannot be stopped")
     runner = its.make("Slow")
     async with trio.open_nursery() as nursery:
