@@ -60,6 +60,9 @@ class Config:
     insecure: bool = _setting(False, "Allow other than loopback addresses without --tokens or --tls-ca.")
     tokens: str = _setting("", "TOML file with who may call, and what (see aipod token); read again when it changes.")
 
+    # Paths and source lines of the model are in them.
+    tracebacks: bool = _setting(False, "Tell callers the traceback of a model's exception, not only the log.")
+
     # Jobs
     runner: str = _setting("auto", "What executes methods: auto, process or loop.")
     instances: int = _setting(1, "Instances per version (process runner).", low=1, high=1024)

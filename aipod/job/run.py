@@ -40,6 +40,7 @@ class Terms:
     timeout: float | None = None
     deadline: float = math.inf
     restartable: bool = False
+    tracebacks: bool = False  # who asks for the outcome is told the model's traceback
 
 
 async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> None:
@@ -90,13 +91,16 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             with _going_on(job):
                 if job.handed_over:
                     await trio.to_thread.run_sync(_note_hand_over, job.entry)
-            stored = failure is None
+            stored, trace = failure is None, ""
             if failure is not None:
+                trace = failure.metadata.get("trace", "")
+                if not terms.tracebacks:
+                    failure.metadata.pop("trace", None)
                 with _going_on(job):
                     stored = await trio.to_thread.run_sync(_store_failure, job, failure)
                 job.error = failure
                 job.enter(_phase_of(failure))
-            _log_end(job)
+            _log_end(job, trace)
             if stored and not job.request.plain:
                 with _going_on(job):
                     await trio.to_thread.run_sync(job.entry.let_go)
@@ -332,7 +336,7 @@ def _phase_of(failure: JobFailed) -> Phase:
     return Phase.CANCELLED if failure.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED
 
 
-def _log_end(job: Job) -> None:
+def _log_end(job: Job, trace: str) -> None:
     took = time.monotonic() - job.began
     request = job.request
     if job.handed_over:
@@ -342,7 +346,6 @@ def _log_end(job: Job) -> None:
         log.info("job %s %s@%s done in %.3f s", request.job_id, request.method, request.version, took)
         return
     level = logging.INFO if job.error.reason == "CANCELLED" else logging.WARNING
-    trace = job.error.metadata.get("trace", "")
     log.log(
         level,
         "job %s %s@%s ended in %.3f s: %s: %s%s",

@@ -30,7 +30,7 @@ from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
 from aipod.service.forget import forget_answer
 from aipod.service.recover import NO_OUTCOME, recover
-from aipod.spool import ENDED, Entry, Look, Spool, Words
+from aipod.spool import ENDED, Entry, Look, Spool
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
 
@@ -167,6 +167,8 @@ class Jobs:
                     return fields, look.live(), free and fields.get("phase") == phase
             if fields.get("phase") in ENDED:
                 look.make_sure()  # its holder may not have synced it yet, and may have been killed before it did
+            if not self._config.tracebacks:  # the server that ran it may have told them
+                fields = {name: value for name, value in fields.items() if name != "trace"}
             return fields, {}, False
 
     # Beginning
@@ -272,7 +274,7 @@ class Jobs:
         """Run the job in a task of its own. `deadline`: the caller's, by trio's clock."""
         options = self._methods[job.request.method]
         restartable = bool(options.get("restartable"))
-        terms = Terms(self._config.tick, options["timeout"], deadline, restartable)
+        terms = Terms(self._config.tick, options["timeout"], deadline, restartable, self._config.tracebacks)
         queue: Queue = self._make_queue(job.request.version)
         self.held[job.entry.id] = job
         self._nursery.start_soon(self._run, job, queue, terms)
@@ -365,7 +367,7 @@ class Jobs:
     async def _heed_once(self) -> None:
         jobs = [job for job in self.held.values() if not job.request.plain and not job.over.is_set()]
         if jobs:
-            words = await trio.to_thread.run_sync(_words, jobs)
+            words = await trio.to_thread.run_sync(lambda: [job.entry.words() for job in jobs])
             for job, word in zip(jobs, words, strict=True):
                 job.heed(word, time.monotonic(), self._config.grace)
 
@@ -443,7 +445,3 @@ def _end(entry: Entry, release: bool) -> None:
         entry.store({"phase": "CANCELLED", "reason": "CANCELLED", "message": "it was cancelled by its client"})
     if release and phase in ENDED:
         forget_answer(entry)
-
-
-def _words(jobs: list[Job]) -> list[Words]:
-    return [job.entry.words() for job in jobs]

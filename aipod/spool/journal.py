@@ -48,6 +48,7 @@ class Fields(TypedDict, total=False):
     reason: str  # why there is no answer, one of errors.TABLE
     message: str  # the same for a person
     type: str  # name of the exception's class, where the method raised one
+    trace: str  # its traceback, where the server gives that away
 
 
 class _Known(NamedTuple):

@@ -136,7 +136,7 @@ class Error(betterproto2.Message):
 
     trace: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    The model's traceback; only where the server was told to give it away.
+    The model's traceback; only where the server was told to give it away (--tracebacks).
     """
 
     reason: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
