@@ -126,7 +126,7 @@ class Config:
     )
     # What gRPC's C core takes at most; 40 bytes of it can come as one byte.
     max_headers: int = _setting(16 * KIB, "Largest list of headers, uncompressed.", low=4 * KIB, high=64 * KIB)
-    # The widest of our messages has 15 fields, nested ones included twice that; `Open.released` repeats, so a few
+    # The widest of our messages has 16 fields, nested ones included twice that; `Open.released` repeats, so a few
     # hundred are honest.
     max_fields: int = _setting(512, "Protobuf fields in one message.", low=128, high=100_000)
     # Above it the connection is read more slowly (RFC 9113 section 10.5), but never punished: stock clients may ping as

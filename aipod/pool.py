@@ -384,6 +384,11 @@ class Lease:
         """The worker lock that is held until the run is over; empty where the server's own process runs it."""
         return self._instance.runner.lock_name
 
+    @property
+    def stopped(self) -> bool:
+        """As `Runner.stopped`."""
+        return self._instance.runner.stopped
+
     async def run(self, task: Task, report: Report) -> Result:
         """Run the task; as `Runner.run`."""
         try:

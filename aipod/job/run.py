@@ -55,9 +55,12 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
         job.scope.deadline = terms.deadline
         with job.scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_keep, job, terms.tick)
-                await _queue_and_run(job, queue, versions, terms)
-                nursery.cancel_scope.cancel()
+                keeping = trio.CancelScope(shield=True)  # a run that is cancelled goes on for a while
+                nursery.start_soon(_keep, job, terms.tick, keeping)
+                try:
+                    await _queue_and_run(job, queue, versions, terms)
+                finally:
+                    keeping.cancel()
         # A cancel that comes while the answer is stored is caught too: too late, what the run did stands.
         if job.scope.cancelled_caught and job.answer is None and not job.handed_over:
             failure = job.stopped()
@@ -167,6 +170,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         res=entry.result,
         new_version=versions.fresh(request.job_id),
         timeout=None,
+        remark=job.remark,
     )
     job.queue = queue
     if job.phase != Phase.QUEUED:
@@ -191,6 +195,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
             left = min(terms.deadline - trio.current_time(), timeout or math.inf)
             timed = dataclasses.replace(task, kwargs=kwargs, timeout=None if left == math.inf else left)
             try:
+                job.lease = lease
                 with trio.move_on_after(timeout or math.inf) as patience:
                     result = await lease.run(timed, job.report)
             except RunnerBroken:
@@ -207,6 +212,8 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     raise
                 log.warning("job %s: its worker died, its method is started once more: %s", request.job_id, exc.message)
                 job.enter(Phase.QUEUED)
+            finally:
+                job.lease = None
             if patience.cancelled_caught:
                 raise job_failed("DEADLINE_EXCEEDED", f"{request.method} ran longer than its timeout of {timeout:g} s")
     with _result_lost():
@@ -267,14 +274,19 @@ def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
     return interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
 
 
-async def _keep(job: Job, tick: float) -> None:
-    """Once a tick: what was logged and reported goes to disk; at the first, the job becomes safe from power cuts."""
-    while True:
-        await trio.sleep(tick)
-        await job.save_log()
-        done = job.entry.settled and job.entry.is_noted(job.progress, job.message)
-        if not job.request.plain and not done:  # most ticks of most jobs: a thread has better things to do
-            await trio.to_thread.run_sync(_note, job)
+async def _keep(job: Job, tick: float, scope: trio.CancelScope) -> None:
+    """Once a tick until `scope` is cancelled: what was logged and reported goes to disk.
+
+    At the first, the job becomes safe from power cuts.
+    """
+    with scope:
+        while True:
+            await trio.sleep(tick)
+            job.look_at_worker()
+            await job.save_log()
+            done = job.entry.settled and job.entry.is_noted(job.progress, job.message, job.heard)
+            if not job.request.plain and not done:  # most ticks of most jobs: a thread has better things to do
+                await trio.to_thread.run_sync(_note, job)
 
 
 def _note(job: Job) -> None:
@@ -282,7 +294,7 @@ def _note(job: Job) -> None:
         job.entry.settle()
     except (Refused, OSError) as exc:
         log.warning("job %s: it would not survive a power cut: %s", job.entry.id, exc)
-    job.entry.note_progress(job.progress, job.message)
+    job.entry.note_progress(job.progress, job.message, job.heard)
 
 
 async def _store_later(job: Job, failure: JobFailed, tick: float) -> None:

@@ -164,7 +164,7 @@ class Jobs:
                 free = not self._spool.is_held(look.id)
                 fields = look.read()  # again: it may have ended between the first look and the lock
                 if fields.get("phase") not in ENDED:
-                    return fields, look.live(), free and fields.get("phase") == phase
+                    return fields, look.live() | {"quiet": look.quiet()}, free and fields.get("phase") == phase
             if fields.get("phase") in ENDED:
                 look.make_sure()  # its holder may not have synced it yet, and may have been killed before it did
             if not self._config.tracebacks:  # the server that ran it may have told them

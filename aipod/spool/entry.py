@@ -28,6 +28,7 @@ logger = logging.getLogger("aipod.spool")
 
 SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
+HEARD_EVERY = 5.0  # seconds between two notes of a model that reports the same again and again
 MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
 # What the journal of a released job tells: that it was there, whose request it was, and what its viewers were told.
@@ -86,6 +87,7 @@ class Entry(Look):
         self._began = self._synced_at = time.monotonic()
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
         self._progress: tuple[float, str] = (0.0, "")
+        self._heard = 0.0
 
     # The beginning
 
@@ -298,13 +300,21 @@ class Entry(Look):
 
     # The run
 
-    def is_noted(self, progress: float, message: str) -> bool:
-        """Whether that is what `note_progress` has told last."""
-        return (progress, message) == self._progress
+    def is_noted(self, progress: float, message: str, heard: float) -> bool:
+        """Whether that is what `note_progress` has told last; nearly, of `heard`."""
+        return (progress, message) == self._progress and heard - self._heard < HEARD_EVERY
 
-    def note_progress(self, progress: float, message: str) -> None:
-        """Tell other processes what the model has reported; they may miss it."""
-        if self.is_noted(progress, message):
+    def note_progress(self, progress: float, message: str, heard: float = 0.0) -> None:
+        """Tell other processes what the model has reported, and that it has (`heard`: when, monotonic).
+
+        They may miss it.
+        """
+        if self.is_noted(progress, message, heard):
+            return
+        self._heard = heard
+        if (progress, message) == self._progress:
+            with contextlib.suppress(OSError):
+                os.utime(self.path / "live")  # who does nothing but log needs none: the log tells
             return
         self._progress = progress, message
         fresh = self.path / "live.tmp"
