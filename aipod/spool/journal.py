@@ -29,6 +29,7 @@ class Fields(TypedDict, total=False):
     size: int | None  # bytes of the payload, where the caller has told
     metadata: dict[str, str]  # headers for the method, without credentials
     kwargs: str  # a JSON object, where it is not longer than INLINE; else it is in the file `kw`
+    owner: str  # who asked for it, where callers have names; nobody else may know of it
     fenced: bool  # there never was a job: it is RELEASED from the beginning, so that none can start under this ticket
 
     # By who holds the entry.
@@ -49,6 +50,8 @@ class Fields(TypedDict, total=False):
     message: str  # the same for a person
     type: str  # name of the exception's class, where the method raised one
     trace: str  # its traceback, where the server gives that away
+    signal: str  # what ended the worker, where it was a signal: its name
+    exit: str  # the worker's exit status, where it ended by itself
 
 
 class _Known(NamedTuple):
