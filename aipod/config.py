@@ -94,6 +94,8 @@ class Config:
     max_kwargs: int = _setting(16 * MIB, "Largest kwargs, as JSON; 0 is none.", low=0, high=256 * MIB)
     max_message: int = _setting(64 * MIB, "Largest gRPC message; 0 is none.", low=0, high=1 * GIB)
     reserve: int = _setting(1 * GIB, "Free disk space that uploads leave for results.", low=0)
+    # Nearly: see spool.quota.
+    max_spool: int = _setting(0, "What all jobs in the spool may take on its disk; 0 is none.", low=0)
     # Many missed heartbeats of a client that is gone without a word.
     upload_stall: float = _setting(60 * SECONDS, "Seconds without a message before an upload is given up.", low=1)
     upload_ttl: float = _setting(
