@@ -60,6 +60,9 @@ class Config:
     insecure: bool = _setting(False, "Allow other than loopback addresses without --tokens or --tls-ca.")
     tokens: str = _setting("", "TOML file with who may call, and what (see aipod token); read again when it changes.")
 
+    # Paths and source lines of the model are in them.
+    tracebacks: bool = _setting(False, "Tell callers the traceback of a model's exception, not only the log.")
+
     # Jobs
     # A class with async methods runs on the loop, any other in processes. Threads are for plain methods that cannot be
     # in a process of their own: models that share memory, libraries that do not bear it. A crash ends the server then,
@@ -103,6 +106,8 @@ class Config:
     max_kwargs: int = _setting(16 * MIB, "Largest kwargs, as JSON; 0 is none.", low=0, high=256 * MIB)
     max_message: int = _setting(64 * MIB, "Largest gRPC message; 0 is none.", low=0, high=1 * GIB)
     reserve: int = _setting(1 * GIB, "Free disk space that uploads leave for results.", low=0)
+    # Nearly: see spool.quota.
+    max_spool: int = _setting(0, "What all jobs in the spool may take on its disk; 0 is none.", low=0)
     # Many missed heartbeats of a client that is gone without a word.
     upload_stall: float = _setting(60 * SECONDS, "Seconds without a message before an upload is given up.", low=1)
     upload_ttl: float = _setting(
@@ -135,7 +140,7 @@ class Config:
     )
     # What gRPC's C core takes at most; 40 bytes of it can come as one byte.
     max_headers: int = _setting(16 * KIB, "Largest list of headers, uncompressed.", low=4 * KIB, high=64 * KIB)
-    # The widest of our messages has 15 fields, nested ones included twice that; `Open.released` repeats, so a few
+    # The widest of our messages has 16 fields, nested ones included twice that; `Open.released` repeats, so a few
     # hundred are honest.
     max_fields: int = _setting(512, "Protobuf fields in one message.", low=128, high=100_000)
     # Above it the connection is read more slowly (RFC 9113 section 10.5), but never punished: stock clients may ping as

@@ -133,17 +133,20 @@ class Refused(AipodError):
     """The server refused the request: this call did not run the method. SUPERSEDED: a newer one of the same job may."""
 
 
-# What is told of a `JobFailed`'s metadata to whoever asks for the outcome, now or later: the exception's class, and how
-# the worker ended.
-TOLD = ("type", "signal", "exit")
+# What is told of a `JobFailed`'s metadata to whoever asks for the outcome, now or later: the exception's class, how the
+# worker ended, and the traceback, which a job has only where the server gives it away (Config.tracebacks).
+TOLD = ("type", "signal", "exit", "trace")
 
 
 class JobFailed(AipodError):
-    """The job ended without a result. `metadata` says more where there is more (`type`, `signal`, `exit`)."""
+    """The job ended without a result. `metadata` says more where there is more: see `TOLD`."""
 
 
 class ModelError(JobFailed):
-    """The model's method raised; `metadata["type"]` is the exception's class name there."""
+    """The model's method raised; `metadata["type"]` is the exception's class name there.
+
+    `metadata["trace"]` is the traceback, where the server tells it (`serve --tracebacks`).
+    """
 
 
 class JobCancelled(JobFailed):

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
 
 import trio
 
@@ -19,6 +18,7 @@ from aipod.errors import JobFailed, Refused, job_failed
 from aipod.restarts import Restarts
 from aipod.results import Result
 from aipod.runner import Report, Runner, RunnerBroken, Task
+from aipod.versions import Data, Fixed
 
 log = logging.getLogger("aipod.pool")
 
@@ -28,24 +28,6 @@ PROBE = 10.0
 LOADS = 5
 
 MakeRunner = Callable[[str], Runner]
-
-
-class Data(Protocol):
-    """What a version's data was when an instance began to load it."""
-
-    @property
-    def replaced(self) -> bool:
-        """It has other data now. Asked for every job, so it must not take long."""
-
-    def close(self) -> None: ...
-
-
-class _Fixed:
-    """Data that nobody replaces."""
-
-    replaced = False
-
-    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -397,6 +379,11 @@ class Lease:
         """The worker lock that is held until the run is over; empty where the server's own process runs it."""
         return self._instance.runner.lock_name
 
+    @property
+    def stopped(self) -> bool:
+        """As `Runner.stopped`."""
+        return self._instance.runner.stopped
+
     async def run(self, task: Task, report: Report) -> Result:
         """Run the task; as `Runner.run`."""
         try:
@@ -411,7 +398,7 @@ class Lease:
 @contextlib.asynccontextmanager
 async def open_pool(
     make: MakeRunner,
-    data: Callable[[str], Data] = lambda version: _Fixed(),
+    data: Callable[[str], Data] = lambda version: Fixed(),
     *,
     shared: bool,
     at_once: int = 256,

@@ -164,8 +164,8 @@ async def _unless(stop: trio.Event, fn: Callable[..., Awaitable[T]], *args: Any)
 
 
 def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool, Versions]:
-    spool = Spool.open(spool_path, config.app, reserve=config.reserve)
-    if not spool.has_room():
+    spool = Spool.open(spool_path, config.app, reserve=config.reserve, max_spool=config.max_spool)
+    if spool.free() < spool.reserve:
         text = "spool %s: %d bytes are free, fewer than the %d that uploads must leave (--reserve): all are refused"
         log.warning(text, spool_path, spool.free(), spool.reserve)
     versions = Versions(data_path, f"{spool_name(spool.id)}.")

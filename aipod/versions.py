@@ -20,6 +20,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from aipod.errors import Refused
 from aipod.models import DEFAULT_VERSION, VERSION
@@ -46,6 +47,24 @@ def exchange(one: Path, other: Path) -> bool:
         return False
     names = os.fsencode(one), os.fsencode(other)
     return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+class Data(Protocol):
+    """What a version's data was when an instance began to load it."""
+
+    @property
+    def replaced(self) -> bool:
+        """It has other data now. Asked for every job, so it must not take long."""
+
+    def close(self) -> None: ...
+
+
+class Fixed:
+    """Data that nobody replaces."""
+
+    replaced = False
+
+    def close(self) -> None: ...
 
 
 class Present:

@@ -314,8 +314,14 @@ def explain(exc: BaseException) -> dict[str, str]:
     return {
         "type": type(exc).__name__[:200],
         "message": _told(str, exc)[:4096],
-        "trace": _told(lambda: "".join(traceback.format_exception(exc)))[-16384:],
+        # As it is logged, and may go on the wire: lines of the source, and texts, need not be UTF-8.
+        "trace": _told(_trace_of, exc),
     }
+
+
+def _trace_of(exc: BaseException) -> str:
+    text = "".join(traceback.format_exception(exc))[-16384:]
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _told(function: Callable[..., str], *args: Any) -> str:

@@ -154,6 +154,20 @@ class Together(aipod.Model):
         time.sleep(60)
 
 
+class Gated(aipod.Model):
+    """Goes on until there is the file `gate`, cancelled or not."""
+
+    def predict(self, context: Context, path: Path, *, mark: str, gate: str) -> str:
+        say(mark, "running")
+        while not Path(gate).exists():
+            time.sleep(0.01)
+        return "done"
+
+    @aipod.method(timeout=0.2)
+    def chaos(self, context: Context, path: Path, *, mark: str, gate: str) -> None:
+        self.predict(context, path, mark=mark, gate=gate)
+
+
 class SlowLoad(aipod.Model):
     def load(self) -> None:
         say(self.data_dir.parent / "loading", str(os.getpid()))

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 import aipod
+import aipod.client
 from aipod.errors import Refused
 from tests import stranger
 from tests.calls import own, plain_version
@@ -51,6 +52,36 @@ def test_one_version_does_not_take_the_room_of_others(serve: Serve, tmp_path: Pa
                 assert await client.predict(version="a", **kwargs) == "done"
 
     run(main)
+
+
+def test_a_payload_that_exceeds_the_spool_s_quota_waits_until_there_is_room(serve: Serve, tmp_path: Path) -> None:
+    """Refused before its first byte, and sent by itself when the other job is over. Mutant seen: both are taken."""
+    served = serve("tests.models_lifecycle:Gated", "--instances", "2", "--max-spool", "8MiB")
+    gate, large = tmp_path / "gate", tmp_path / "large"
+    large.write_bytes(bytes(5_000_000))
+    waits: list[str] = []
+    entries: list[int] = []
+
+    def note(event: aipod.client.Event) -> None:
+        if event.phase == "WAITING":
+            waits.append(event.message)
+            entries.append(len(list(served.spool.glob("*/state"))))
+            gate.touch()
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            first = await client.submit("predict", large, mark=str(tmp_path / "first"), gate=str(gate))
+            kwargs = {"mark": str(tmp_path / "second"), "gate": str(tmp_path / "first")}
+            second = asyncio.create_task(client.predict(large, on_event=note, kwargs=kwargs))
+            assert await first.wait() == "done"
+            await first.release()
+            assert await second == "done"
+
+    run(main)
+    assert entries[0] == 1
+    assert waits[0].startswith("SPOOL_FULL: ")
+    assert "(--max-spool)" in waits[0]
+    assert served.log_text().count("calls are refused") == 1
 
 
 def test_plain_clients_stand_in_the_same_line(serve: Serve, tmp_path: Path) -> None:

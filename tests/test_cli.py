@@ -565,6 +565,19 @@ def test_progress_is_one_line_on_any_terminal(monkeypatch: pytest.MonkeyPatch, w
     assert screen.getvalue().count("\x1b[1A") == 1
 
 
+def test_a_method_that_is_quiet_is_told_for_how_long() -> None:
+    """Mutant seen: each that says nothing, at once."""
+    progress = Progress(io.StringIO())
+
+    def told(**what: Any) -> str:
+        return progress._detail(Event("RUNNING", **what), 0, None)
+
+    assert told(quiet=9) == ""
+    assert told(quiet=40) == "quiet for 40 s"
+    assert told(quiet=40, runs=2, progress=0.5, message="half") == "run 2 50% half quiet for 40 s"
+    assert told(quiet=0, runs=2) == "run 2"
+
+
 def test_a_terminal_shows_retries(terminal: Terminal) -> None:
     with start("call", "chaos", "--attempts", "2", "--to", f"127.0.0.1:{free_port()}", stderr=terminal.end) as process:
         terminal.read_until_closed(process)

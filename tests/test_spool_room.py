@@ -20,6 +20,7 @@ from tests.spools import (
     TICKETED,
     A,
     B,
+    Broom,
     claimed,
     largest_file,
     left_empty,
@@ -195,3 +196,137 @@ def test_the_reserve_is_kept_while_a_payload_of_unknown_size_comes_in(tmp_path: 
     spool.reserve = 1 << 62
     assert refusal(entry.write, b"x") == "SPOOL_FULL"
     entry.destroy()
+
+
+# A quota
+
+
+def limited(path: Path, limit: int) -> Spool:
+    return Spool.open(path, "m.Class", reserve=0, max_spool=limit)
+
+
+def test_of_two_payloads_that_fit_alone_one_is_refused_before_its_first_byte(tmp_path: Path) -> None:
+    """Until what the other takes is given back, however that comes. Mutant seen: only what is written counts."""
+    spool = limited(tmp_path, 10 * MIB)
+    assert refusal(spool.claim, A, PLAIN, size=11 * MIB) == "SPOOL_FULL"
+    first = claimed(spool, A, TICKETED, size=500_000)  # not set aside on the disk
+    assert refusal(spool.claim, B, PLAIN, size=10 * MIB) == "SPOOL_FULL"
+    assert left_in(tmp_path) == [A, f"{A}.lock", f"{A}/in", f"{A}/state"]
+    first.destroy()
+    second = claimed(spool, B, TICKETED, size=9 * MIB)
+    with pytest.raises(Refused, match=r"of 10485760 bytes are free \(--max-spool\)") as caught:
+        spool.claim(A, PLAIN, size=2 * MIB)
+    assert caught.value.retry_after
+    assert not spool.has_room(2 * MIB)
+    second.write(bytes(9 * MIB))
+    second.seal()
+    second.result.write_bytes(bytes(5 * MIB))
+    second.store({"phase": "DONE"})
+    assert refusal(spool.claim, A, PLAIN, size=6 * MIB) == "SPOOL_FULL"
+    first = claimed(spool, A, PLAIN, size=4 * MIB)
+    second.release()
+    second.destroy()
+    first.destroy()
+    claimed(spool, A, PLAIN, size=9 * MIB).destroy()
+    assert left_in(tmp_path) == []
+
+
+def test_of_many_payloads_at_once_as_many_are_taken_as_fit(tmp_path: Path) -> None:
+    """Mutant seen: each looks whether there is room, and takes it later."""
+    spool = limited(tmp_path, 10 * MIB)
+    start = threading.Barrier(16)
+    entries: list[Any] = []
+
+    def claim(n: int) -> None:
+        start.wait()
+        with contextlib.suppress(Refused):
+            entries.append(spool.claim(f"{n:032x}", PLAIN, size=3 * MIB))
+
+    threads = [threading.Thread(target=claim, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(entries) == 3
+    for entry in entries:
+        entry.destroy()
+    assert left_in(tmp_path) == []
+
+
+def test_an_upload_of_unknown_size_pauses_at_the_quota_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """Who comes back before that brings nothing. Mutant seen: each who comes back brings a second's worth."""
+    spool = limited(tmp_path, 10 * MIB)
+    other = claimed(spool, B, PLAIN, size=6 * MIB)
+    entry = claimed(spool, A, TICKETED)
+    entry.write(bytes(4 * MIB + 1))
+    entry._synced_at -= SYNC_AFTER
+    assert refusal(entry.checkpoint) == "SPOOL_FULL"
+    entry.let_go()
+    for _ in range(2):
+        again = spool.hold(A)
+        assert again is not None
+        assert again.durable == 4 * MIB + 1
+        assert refusal(again.resume) == "SPOOL_FULL"
+        again.let_go()
+    other.destroy()
+    again = spool.hold(A)
+    assert again is not None
+    again.resume()
+    again.write(b"x")
+    again._synced_at -= SYNC_AFTER
+    again.checkpoint()
+    assert again.durable == 4 * MIB + 2
+    again.destroy()
+    assert left_in(tmp_path) == []
+
+
+def test_what_other_servers_and_runs_take_is_known_after_a_sweep_or_a_start(tmp_path: Path) -> None:
+    """Mutants seen: what has gone counts on; a work directory does not count."""
+    spool = limited(tmp_path, 10 * MIB)
+    other = limited(tmp_path, 10 * MIB)
+    theirs = claimed(other, A, TICKETED, size=6 * MIB)
+    (theirs.work / "deep").mkdir(parents=True)
+    (theirs.work / "deep" / "file").write_bytes(bytes(3 * MIB))
+    assert refusal(limited(tmp_path, 10 * MIB).claim, B, PLAIN, size=2 * MIB) == "SPOOL_FULL"
+    claimed(spool, B, PLAIN, size=2 * MIB).destroy()
+    broom = Broom(spool)
+    broom.sweep()
+    assert refusal(spool.claim, B, PLAIN, size=2 * MIB) == "SPOOL_FULL"
+    theirs.destroy()
+    broom.sweep()
+    claimed(spool, B, PLAIN, size=9 * MIB).destroy()
+    assert left_in(tmp_path) == []
+
+
+def test_a_ticket_that_is_there_already_is_counted_once_and_not_harmed(tmp_path: Path) -> None:
+    """By who comes with it again. Mutant seen: a refusal removes what is there."""
+    spool = limited(tmp_path, 10 * MIB)
+    entry = claimed(spool, A, TICKETED, size=6 * MIB)
+    entry.let_go()
+    assert spool.claim(A, TICKETED, size=3 * MIB) is None
+    assert refusal(spool._promise, spool.hold(A), 20 * MIB) == "SPOOL_FULL"
+    again = spool.hold(A)
+    assert again is not None
+    claimed(spool, B, PLAIN, size=3 * MIB).destroy()
+    again.destroy()
+    assert left_in(tmp_path) == []
+
+
+def test_an_upload_goes_on_for_which_there_was_room_when_it_began(tmp_path: Path) -> None:
+    """Its journal takes a page of the disk as well. Mutant seen: it pauses for ever, for what it has been given."""
+    spool = limited(tmp_path, 4 * MIB)
+    entry = claimed(spool, A, TICKETED | {"size": 4 * MIB - 100}, size=4 * MIB - 100)
+    broom = Broom(spool)
+    for _ in range(2):
+        entry.write(bytes(MIB))
+        broom.sweep()
+        assert not spool.has_room(1)
+        entry._synced_at -= SYNC_AFTER
+        entry.checkpoint()
+        entry.let_go()
+        again = spool.hold(A)
+        assert again is not None
+        assert again.resume()
+        entry = again
+    entry.destroy()
+    assert left_in(tmp_path) == []

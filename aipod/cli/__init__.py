@@ -188,6 +188,7 @@ def run(arguments: list[str]) -> int:
     except (Exception, BaseExceptionGroup) as exc:
         if flags.debug:
             traceback.print_exc()
+            _show_traces(exc)
         if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(exc)):
             return _stopped(flags)
         return _explain(exc, flags.left)
@@ -197,6 +198,13 @@ def _stopped(flags: Flags) -> int:
     for number in SIGNALS:  # another one must not put a traceback behind the last line
         signal.signal(number, signal.SIG_IGN)
     return _fail("STOPPED", f"by {flags.stopped_by or 'Ctrl-C'}{flags.left}", STOPPED)
+
+
+def _show_traces(exc: BaseException) -> None:
+    """The model's own, where the server has told it."""
+    for leaf in leaves(exc):
+        if isinstance(leaf, AipodError) and (trace := leaf.metadata.get("trace")):
+            click.echo("\n".join(("\nIn the model:", *map(plain, trace.splitlines()))), err=True)
 
 
 def _explain(exc: BaseException, left: str) -> int:

@@ -12,7 +12,7 @@ import click
 
 from aipod.cli import end_on_signals, plain, run_async
 from aipod.cli.options import Server, server_options, take_server, timeout_option
-from aipod.cli.progress import amount
+from aipod.cli.progress import amount, silence
 from aipod.client import Client
 
 HEADINGS = ("ID", "METHOD", "VERSION", "PHASE", "PROGRESS", "MESSAGE")
@@ -50,7 +50,7 @@ async def _ask(server: Server, timeout: float) -> list[dict[str, Any]]:
 
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:
-    cells = (job["id"], job["method"], job["version"], job["phase"], _progress(job), job["message"])
+    cells = (job["id"], job["method"], job["version"], job["phase"], _progress(job), _message(job))
     return tuple(plain(str(cell)) for cell in cells)
 
 
@@ -59,6 +59,10 @@ def _progress(job: dict[str, Any]) -> str:
     if job["phase"] == "RECEIVING":
         return amount(job["received"], job["size"])
     return f"{job['progress']:.0%}" if job["phase"] == "RUNNING" and job["progress"] else ""
+
+
+def _message(job: dict[str, Any]) -> str:
+    return " ".join(filter(None, (job["message"], silence(job.get("quiet", 0)))))
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

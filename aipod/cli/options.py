@@ -27,8 +27,8 @@ _TIMES = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": MINUTES, "min": MINUTES, "h": HOUR
 
 # Integers that count bytes; the others are plain numbers.
 _BYTES = {
-    "max_payload", "max_kwargs", "max_message", "reserve", "stream_window", "max_window", "connection_window",
-    "max_frame", "max_headers",
+    "max_payload", "max_kwargs", "max_message", "reserve", "max_spool", "stream_window", "max_window",
+    "connection_window", "max_frame", "max_headers",
 }  # fmt: skip
 
 _DEFAULTS = Config()

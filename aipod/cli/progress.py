@@ -28,6 +28,9 @@ _PHASES = {
     "RELEASED": "released",
 }
 
+# Seconds for which a method may be quiet before that is told: many have nothing to say.
+QUIET = 10
+
 # Reasons of which a command tells: in some there are numbers, which differ each time.
 _NOTES = 5
 
@@ -106,8 +109,9 @@ class Progress:
         if event.phase == "QUEUED":
             return f"{event.place} before" if event.place else ""
         if event.phase == "RUNNING":
-            again = f"run {event.runs} " if event.runs > 1 else ""  # a restartable method
-            return again + (f"{event.progress:.0%} {message}" if event.progress or message else "")
+            again = f"run {event.runs}" if event.runs > 1 else ""  # a restartable method
+            said = f"{event.progress:.0%} {message}" if event.progress or message else ""
+            return " ".join(filter(None, (again, said, silence(event.quiet))))
         if event.phase not in ("RECEIVING", "DONE"):
             return ""
         took, before = time.monotonic() - self._since[0], self._since[1]
@@ -118,6 +122,11 @@ class Progress:
             if total:
                 text += f"  {(total - done) / rate:.0f} s left"
         return text
+
+
+def silence(quiet: int) -> str:
+    """What to say of a method that has said nothing for `quiet` seconds."""
+    return f"quiet for {quiet} s" if quiet >= QUIET else ""
 
 
 def amount(done: int, total: float | None) -> str:

@@ -314,6 +314,7 @@ class Attempt:
             heartbeats=course.event.heartbeats + 1,
             offset=course.offset,
             runs=state.attempt,
+            quiet=state.quiet,
         )
 
     async def _download(self, state: State, message: Raw | None) -> Any:

@@ -30,6 +30,7 @@ class Event:
     offset: int = 0  # bytes of the payload that are durable at the server
     job_id: str = ""
     runs: int = 0  # how often the method was started for this job
+    quiet: int = 0  # RUNNING: seconds since it was last heard of: started, progress, log
 
 
 OnEvent = Callable[[Event], Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Generator
@@ -19,6 +20,10 @@ from aipod.runner import Report, Task
 from aipod.runner.output import Excerpt
 from aipod.spool import ENDED, MAX_LOG, Entry, Look, Words
 from aipod.wire.ai import Error, Phase, State
+
+log = logging.getLogger("aipod.job")
+
+STOPPED = "the worker process is stopped"
 
 # Seconds that an ended job with an answer of at most `INLINE` is kept at least once that was sent, however short room
 # is, for its client may have lost it and look for it that long (Config.reconnect, and then some); and once its client
@@ -41,6 +46,9 @@ class Lease(Protocol):
 
     @property
     def lock_name(self) -> str: ...
+
+    @property
+    def stopped(self) -> bool: ...
 
     async def run(self, task: Task, report: Report) -> Result: ...
 
@@ -122,7 +130,7 @@ class Watched(abc.ABC):
         self.answer: Answer | None = None
         self.error: JobFailed | None = None
         self.progress = 0.0
-        self.message = ""
+        self.message = ""  # the model's, or what is said of the run instead
         self.attempt = 0
         self.epoch = 0
         self.changed = trio.Event()
@@ -140,6 +148,11 @@ class Watched(abc.ABC):
     def place(self) -> int:
         """Jobs that will be run before this one."""
         return 0
+
+    @property
+    @abc.abstractmethod
+    def quiet(self) -> int:
+        """Seconds since the running method was last heard of."""
 
     @property
     def ended(self) -> bool:
@@ -166,6 +179,7 @@ class Watched(abc.ABC):
             message=self.message,
             attempt=self.attempt,
             place=self.place,
+            quiet=self.quiet if self.phase == Phase.RUNNING else 0,
             epoch=self.epoch,
             ttl=self._keep.of(self.phase, small=self.small),
         )
@@ -196,6 +210,11 @@ class Told(Watched):
     def __init__(self, look: Look, spool_id: str, keep: Keep) -> None:
         super().__init__(look, spool_id, keep)
         self._fields: dict[str, Any] = {}
+        self._quiet = 0
+
+    @property
+    def quiet(self) -> int:
+        return self._quiet
 
     @property
     def durable(self) -> int:
@@ -209,6 +228,7 @@ class Told(Watched):
         self.epoch = fields.get("epoch", 0)
         self.attempt = fields.get("attempt", 0)
         self.progress, self.message = live.get("progress", 0.0), live.get("message", "")
+        self._quiet = live.get("quiet", 0)
         if self.phase == Phase.DONE:
             self.answer = stored_answer(fields)
         elif self.ended:
@@ -230,6 +250,11 @@ class Job(Watched):
         self.epoch = request.open.epoch if request.open is not None else 0
         self.attempt = request.attempt
         self.queue: Queue | None = None
+        self.lease: Lease | None = None  # while the method runs
+        self.heard = 0.0  # when the method was started, or has last said something; monotonic
+        self._said = ""  # the model's message
+        self._remark = ""  # the runner's
+        self._is_stopped = False
         self.released = trio.Event()  # nobody wants the answer any more
         self.scope = trio.CancelScope()  # of the run: cancelled, the method is stopped
         self.upload = trio.CancelScope()
@@ -258,11 +283,18 @@ class Job(Watched):
     def place(self) -> int:
         return self.queue.place() if self.queue is not None and self.phase == Phase.QUEUED else 0
 
+    @property
+    def quiet(self) -> int:
+        return int(time.monotonic() - self.heard)
+
     def enter(self, phase: Phase) -> None:
         """Go to `phase` and wake who watches."""
         self.phase = phase
         if phase == Phase.RUNNING:
             self.attempt += 1
+            self.heard = time.monotonic()
+        self._remark, self._is_stopped = "", False
+        self._set_message()
         self.notify()
 
     def unstart(self) -> None:
@@ -272,10 +304,31 @@ class Job(Watched):
 
     def report(self, progress: float | None, message: str | None, text: str | None) -> None:
         """What the method says; kept until the next tick."""
+        self.heard = time.monotonic()
         if progress is not None:
-            self.progress, self.message = progress, message or ""
+            self.progress, self._said = progress, message or ""
+            self._set_message()
         if text is not None:
             self._log.add(text)
+
+    def remark(self, text: str) -> None:
+        """What the runner says of the run."""
+        log.info("job %s: %s", self.request.job_id, text)
+        self._remark = text
+        self._set_message()
+        self.notify()
+
+    def look_at_worker(self) -> None:
+        """Take note of whether what runs the method computes at all."""
+        is_stopped = self.lease is not None and self.lease.stopped
+        if is_stopped != self._is_stopped:
+            self._is_stopped = is_stopped
+            log.warning("job %s: %s", self.request.job_id, STOPPED if is_stopped else "its worker process goes on")
+            self._set_message()
+
+    def _set_message(self) -> None:
+        remarks = filter(None, (self._remark, STOPPED if self._is_stopped else ""))
+        self.message = "; ".join(remarks) or self._said
 
     async def save_log(self, *, last: bool = False) -> None:
         """Write what was logged since the last time. This is a trio-flavored async function.

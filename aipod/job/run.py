@@ -41,6 +41,7 @@ class Terms:
     timeout: float | None = None
     deadline: float = math.inf
     restartable: bool = False
+    tracebacks: bool = False  # who asks for the outcome is told the model's traceback
 
 
 Outcome = Answer | JobFailed
@@ -98,10 +99,15 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             with _going_on(job):
                 if job.handed_over:
                     await trio.to_thread.run_sync(_note_hand_over, job.entry)
+            trace = ""
+            if isinstance(outcome, JobFailed):
+                trace = outcome.metadata.get("trace", "")
+                if not terms.tracebacks:
+                    outcome.metadata.pop("trace", None)
             with _going_on(job):
                 if outcome is not None:
                     outcome, why = await trio.to_thread.run_sync(_store, job, outcome)
-            _log_end(job, outcome)
+            _log_end(job, outcome, trace)
             if outcome is not None and (not why or job.request.plain):
                 _tell(job, outcome)
         try:
@@ -202,6 +208,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         res=entry.result,
         new_version=versions.fresh(request.job_id),
         timeout=None,
+        remark=job.remark,
     )
     job.queue = queue
     while job.phase != Phase.QUEUED:
@@ -230,6 +237,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                 left = min(terms.deadline - trio.current_time(), timeout or math.inf)
                 timed = dataclasses.replace(task, kwargs=kwargs, timeout=None if left == math.inf else left)
                 try:
+                    job.lease = lease
                     with trio.move_on_after(timeout or math.inf) as patience:
                         result = await lease.run(timed, job.report)
                 except RunnerBroken:
@@ -248,6 +256,8 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     text = "job %s: its worker died, its method is started once more: %s"
                     log.warning(text, request.job_id, exc.message)
                     job.enter(Phase.QUEUED)
+                finally:
+                    job.lease = None
                 if patience.cancelled_caught:
                     text = f"{request.method} ran longer than its timeout of {timeout:g} s"
                     raise job_failed("DEADLINE_EXCEEDED", text)
@@ -330,8 +340,9 @@ async def _keep(job: Job, tick: float) -> None:
     """Once a tick: what was logged and reported goes to disk; at the first, the job becomes safe from power cuts."""
     while True:
         await trio.sleep(tick)
+        job.look_at_worker()
         await job.save_log()
-        done = job.entry.settled and job.entry.is_noted(job.progress, job.message)
+        done = job.entry.settled and job.entry.is_noted(job.progress, job.message, job.heard)
         if not job.request.plain and not done:  # most ticks of most jobs: a thread has better things to do
             await trio.to_thread.run_sync(_note, job)
 
@@ -341,7 +352,7 @@ def _note(job: Job) -> None:
         job.entry.settle()
     except (Refused, OSError) as exc:
         log.warning("job %s: it would not survive a power cut: %s", job.entry.id, exc)
-    job.entry.note_progress(job.progress, job.message)
+    job.entry.note_progress(job.progress, job.message, job.heard)
 
 
 async def _store_later(job: Job, outcome: Outcome, why: str, tick: float) -> Outcome:
@@ -407,7 +418,7 @@ def _phase_of(outcome: Outcome) -> Phase:
     return Phase.CANCELLED if outcome.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED
 
 
-def _log_end(job: Job, outcome: Outcome | None) -> None:
+def _log_end(job: Job, outcome: Outcome | None, trace: str) -> None:
     took = time.monotonic() - job.began
     request = job.request
     if outcome is None:
@@ -417,7 +428,6 @@ def _log_end(job: Job, outcome: Outcome | None) -> None:
         log.info("job %s %s@%s done in %.3f s", request.job_id, request.method, request.version, took)
         return
     level = logging.INFO if outcome.reason == "CANCELLED" else logging.WARNING
-    trace = outcome.metadata.get("trace", "")
     log.log(
         level,
         "job %s %s@%s ended in %.3f s: %s: %s%s",

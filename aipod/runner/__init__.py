@@ -43,6 +43,11 @@ def failed(event: Mapping[str, str]) -> JobFailed:
     )
 
 
+# What is told of a run that was cancelled, and is not over.
+STOPPING = "cancelled; waiting for it to stop"
+GOES_ON = "cancelled; it runs in a thread, which cannot be stopped"
+
+
 class RunnerBroken(Exception):
     """This runner cannot run jobs any more and has not started this one: take another."""
 
@@ -75,6 +80,8 @@ class Task:
     res: Path
     new_version: Path
     timeout: float | None  # seconds
+    # Called in the trio thread with what the runner itself says of the run; it is told until the run is over.
+    remark: Callable[[str], None] = lambda text: None
 
 
 class Runner(Protocol):
@@ -93,6 +100,10 @@ class Runner(Protocol):
     def broken(self) -> bool:
         """True once it cannot run jobs any more, however it came to that."""
 
+    @property
+    def stopped(self) -> bool:
+        """True while its process exists and computes nothing, because somebody has stopped it. Does not block."""
+
     async def start(self) -> Description:
         """Load the instance. Raises `JobFailed` (LOAD_FAILED), `Refused` (OVERLOADED).
 
@@ -102,8 +113,8 @@ class Runner(Protocol):
     async def run(self, task: Task, report: Report) -> Result:
         """Run one method. Raises `JobFailed`, or `RunnerBroken` where nothing was started.
 
-        Cancelled: the method is asked to stop, then made to; this returns when it has really ended. Cancelled before
-        it is called: the method is not started.
+        Cancelled: the method is asked to stop, then made to, which `task.remark` tells; this returns when it has really
+        ended. Cancelled before it is called: the method is not started.
         """
 
     async def shutdown(self) -> None:

@@ -24,7 +24,7 @@ from aipod.errors import job_failed
 from aipod.methods import describe_method
 from aipod.models import Context, Options
 from aipod.results import BadResult, Result, settle
-from aipod.runner import Description, Report, RunnerBroken, Task, load_failed, model_failed
+from aipod.runner import STOPPING, Description, Report, RunnerBroken, Task, load_failed, model_failed
 
 
 async def _nothing() -> None: ...
@@ -51,6 +51,7 @@ class FakeRunner:
         self.lock_name = lock_name
         self.shared = shared
         self.verbs: list[str] = []
+        self.stopped = False  # for tests to set
         self._methods = methods
         self._load = load
         self._close = close
@@ -105,6 +106,8 @@ class FakeRunner:
             except BadResult as exc:
                 raise job_failed(exc.reason, str(exc)) from None
             except BaseException as exc:
+                if isinstance(exc, trio.Cancelled) and not self._crashed:
+                    task.remark(STOPPING)
                 raise await model_failed(exc) from exc
             finally:
                 self._runs.discard(scope)

@@ -21,7 +21,7 @@ from aipod.errors import job_failed
 from aipod.methods import describe
 from aipod.models import Context, Options, load_class
 from aipod.results import BadResult, Result, settle
-from aipod.runner import Description, Report, RunnerBroken, Task, load_failed, model_failed
+from aipod.runner import GOES_ON, STOPPING, Description, Report, RunnerBroken, Task, load_failed, model_failed
 from aipod.runner.capture import Capture
 from aipod.runner.output import ServerLog
 from aipod.transport import bridge
@@ -38,6 +38,7 @@ class LoopRunner:
 
     lock_name = ""
     shared = True
+    stopped = False  # who reads this is not
 
     def __init__(self, model: str, version: str, data_dir: Path, *, load_timeout: float, grace: float) -> None:
         self._model = model
@@ -109,7 +110,7 @@ class LoopRunner:
         try:
             method = getattr(self._instance, task.method)
             with capture:
-                value = await self._call_for(context, method, task.payload, kwargs)
+                value = await self._call_for(context, method, task, kwargs)
             keep = functools.partial(settle, payload=task.payload, work_dir=task.work_dir, res=task.res)
             return await trio.to_thread.run_sync(keep, value)
         except BadResult as exc:
@@ -117,20 +118,22 @@ class LoopRunner:
         except BaseException as exc:
             raise await model_failed(exc) from exc
 
-    async def _call_for(
-        self, context: Context, method: Callable[..., Any], payload: Path, kwargs: dict[str, Any]
-    ) -> Any:
+    async def _call_for(self, context: Context, method: Callable[..., Any], task: Task, kwargs: dict[str, Any]) -> Any:
         """Run a method. Cancelled: `context.cancelled` is true before the method is, so that its cleanup sees it.
 
         A plain method's thread, or one that an async method waits for, cannot be stopped: this asks and waits, and says
         so where it takes long.
         """
         inner, patience = trio.CancelScope(shield=True), trio.CancelScope(shield=True)
+        ended = False
+        remark = STOPPING if inspect.iscoroutinefunction(method) else GOES_ON
 
         async def ask_when_cancelled() -> None:
             try:
                 await trio.sleep_forever()
             finally:
+                if not ended:
+                    task.remark(remark)
                 context.cancel()
                 inner.cancel()
                 with patience:
@@ -141,7 +144,9 @@ class LoopRunner:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_when_cancelled)
             with inner:
-                result = await outcome.acapture(functools.partial(self._call, method, context, payload, **kwargs))
+                call = functools.partial(self._call, method, context, task.payload, **kwargs)
+                result = await outcome.acapture(call)
+            ended = True
             nursery.cancel_scope.cancel()
             patience.cancel()
         return result.unwrap()

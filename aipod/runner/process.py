@@ -20,7 +20,7 @@ import trio
 from aipod import worker
 from aipod.errors import JobFailed, Refused, job_failed, refused_when_exhausted
 from aipod.results import Result
-from aipod.runner import Description, Report, RunnerBroken, Task, failed
+from aipod.runner import STOPPING, Description, Report, RunnerBroken, Task, failed
 from aipod.runner.output import Output
 from aipod.spool import Spool
 
@@ -137,6 +137,16 @@ class ProcessRunner:
     def broken(self) -> bool:
         return self._broken or self._process is None or self._process.poll() is not None
 
+    @property
+    def stopped(self) -> bool:
+        if self._process is None or self._process.returncode is not None:
+            return False
+        try:
+            with open(f"/proc/{self._process.pid}/stat", "rb") as file:  # made by the kernel: no disk to wait for
+                return file.read().rpartition(b")")[2].split(maxsplit=1)[0] in (b"T", b"t")
+        except (OSError, IndexError):  # it is gone; or elsewhere than on Linux
+            return False
+
     async def run(self, task: Task, report: Report) -> Result:
         if self.broken or self._output is None:
             raise RunnerBroken
@@ -162,6 +172,7 @@ class ProcessRunner:
             running = True
             return await self._result(report)
         except trio.Cancelled:
+            task.remark(STOPPING)
             with trio.CancelScope(shield=True):
                 await self._stop(report, ask=running)
             raise

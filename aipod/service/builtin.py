@@ -21,7 +21,7 @@ def _jobs(spool: Spool, caller: Caller) -> list[dict[str, Any]]:
     """What is the caller's in the spool, newest first: id, method, version, phase, attempt, progress, message.
 
     No tickets. `received`: durable bytes of the payload; `size`: all that were announced, None where nobody has said
-    how many.
+    how many. `quiet`: seconds since a running method was last heard of.
     """
     listed = []
     for look in spool.newest(MAX_LISTED):
@@ -33,6 +33,7 @@ def _jobs(spool: Spool, caller: Caller) -> list[dict[str, Any]]:
             told = {name: fields[name] for name in ("method", "version")}
             told |= {"phase": fields.get("phase", "RECEIVING"), "attempt": fields.get("attempt", 0)}
             told |= {"received": fields.get("offset", 0), "size": fields.get("size")}
+            told["quiet"] = look.quiet() if told["phase"] == "RUNNING" else 0
             listed.append({"id": look.id, **told, "progress": 0.0, "message": "", **live})
     return listed
 

@@ -29,7 +29,7 @@ from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
 from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
 from aipod.service.recover import end, recover
-from aipod.spool import ENDED, Entry, Look, Spool, Words
+from aipod.spool import ENDED, Entry, Look, Spool
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase
 
@@ -164,9 +164,11 @@ class Jobs:
                 free = not self._spool.is_held(look.id)
                 fields = look.read()  # again: it may have ended between the first look and the lock
                 if fields.get("phase") not in ENDED:
-                    return fields, look.live(), free and fields.get("phase") == phase
+                    return fields, look.live() | {"quiet": look.quiet()}, free and fields.get("phase") == phase
             if fields.get("phase") in ENDED:
                 look.make_sure()  # its holder may not have synced it yet, and may have been killed before it did
+            if not self._config.tracebacks:  # the server that ran it may have told them
+                fields = {name: value for name, value in fields.items() if name != "trace"}
             return fields, {}, False
 
     # Beginning
@@ -272,7 +274,7 @@ class Jobs:
         """Run the job in a task of its own. `deadline`: the caller's, by trio's clock."""
         options = self._methods[job.request.method]
         restartable = bool(options.get("restartable"))
-        terms = Terms(self._config.tick, options["timeout"], deadline, restartable)
+        terms = Terms(self._config.tick, options["timeout"], deadline, restartable, self._config.tracebacks)
         queue: Queue = self._make_queue(job.request.version, job.request.method)
         self.held[job.entry.id] = job
         self._nursery.start_soon(self._run, job, queue, terms)
@@ -365,7 +367,7 @@ class Jobs:
     async def _heed_once(self) -> None:
         jobs = [job for job in self.held.values() if not job.request.plain and not job.over.is_set()]
         if jobs:
-            words = await trio.to_thread.run_sync(_words, jobs)
+            words = await trio.to_thread.run_sync(lambda: [job.entry.words() for job in jobs])
             for job, word in zip(jobs, words, strict=True):
                 job.heed(word, time.monotonic(), self._config.grace)
 
@@ -438,7 +440,3 @@ class Jobs:
             "ttl": str(int(min(self._config.ttl, self._config.upload_ttl, KEEP_ANSWERED))),
         }
         return Refused("NOT_STARTED", "there is no such job, and none can start under this ticket", known)
-
-
-def _words(jobs: list[Job]) -> list[Words]:
-    return [job.entry.words() for job in jobs]

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from google.protobuf.duration_pb2 import Duration
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import DebugInfo, ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 from grpclib.metadata import encode_grpc_message
@@ -21,6 +21,10 @@ log = logging.getLogger("aipod.service")
 # Bytes of the text as it is sent. It goes out twice, in grpc-message and (base64) in grpc-status-details-bin, and
 # gRPC's C core begins to refuse trailers at 8 KiB (GRPC_ARG_MAX_METADATA_SIZE), with the status that they carry.
 MAX_TEXT = 2048
+# Bytes of all trailers that leave room for those of the answer. The end of a traceback gets what the rest leaves of
+# them, as it is not base64 yet.
+MAX_TRAILERS = 7 * 1024
+MAX_TRACE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +47,10 @@ def ending_of(exc: BaseException) -> Ending:
                 RetryInfo(retry_delay=Duration(nanos=int(known.retry_after % 1 * 1e9), seconds=int(known.retry_after)))
             )
         kind = known.metadata.get("type")
-        text = f"{kind}: {known.message}" if kind else known.message
-        return Ending(Status(int(known.code)), _cut(text), details)
+        text = _cut(f"{kind}: {known.message}" if kind else known.message)
+        if "trace" in known.metadata:
+            details.append(DebugInfo(detail=_end_of(known.metadata["trace"], _left(text, details))))
+        return Ending(Status(int(known.code)), text, details)
     wire = next((leaf for leaf in leaves(exc) if isinstance(leaf, GRPCError)), None)
     if wire is not None:
         details = [ErrorInfo(reason="BAD_MESSAGE", domain=DOMAIN)]
@@ -57,3 +63,15 @@ def _cut(text: str) -> str:
     """The beginning of `text` that takes at most `MAX_TEXT` bytes as a header."""
     whole = re.sub("%.?\\Z", "", encode_grpc_message(text[:MAX_TEXT])[:MAX_TEXT])
     return unquote(whole, errors="ignore")
+
+
+def _left(text: str, details: list[Any]) -> int:
+    """Bytes that trailers with `text` and `details` leave for a traceback."""
+    taken: int = len(text.encode()) + sum(detail.ByteSize() + 64 for detail in details)  # 64: its type's name
+    return min(MAX_TRACE, (MAX_TRAILERS - len(encode_grpc_message(text))) * 3 // 4 - taken)
+
+
+def _end_of(trace: str, size: int) -> str:
+    """The last bytes of a traceback, at most `size`: there it says what was raised, and where."""
+    data = trace.encode()
+    return data[max(0, len(data) - size) :].decode("utf-8", "ignore")

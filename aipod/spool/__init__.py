@@ -30,6 +30,7 @@ answer that comes earlier is told at once; one that is too long for the journal 
     locks      flock through filelock           entry      a job's directory, held
     journal    checksummed lines                directory  the spool itself
     look       what can be done without a lock  sweep      what nobody wants any more
+    quota      what all entries take
 """
 
 from aipod.spool.directory import MAX_ATTEMPTS, Spool, SpoolError

@@ -18,6 +18,7 @@ from aipod.errors import NEVER, AipodError, Refused, refused_when_exhausted
 from aipod.spool.entry import Entry
 from aipod.spool.locks import POLL, Lock, is_locked, try_lock
 from aipod.spool.look import Look, sync
+from aipod.spool.quota import Quota
 from aipod.spool.regular import read_regular
 
 # Seconds for which the lock file of a job without an entry may be held: a sweep holds it until it has seen that there
@@ -53,17 +54,18 @@ def _boot_id() -> str:
 class Spool:
     """A spool directory, opened for one app. `open` it; methods block."""
 
-    def __init__(self, path: Path, *, reserve: int, boot: str) -> None:
+    def __init__(self, path: Path, *, reserve: int, max_spool: int, boot: str) -> None:
         self.path = path
         self.boot = boot
         self.workers = path / "workers"
         self.id = ""
         self.reserve = reserve  # bytes that uploads leave free
+        self.quota = Quota(path, max_spool)
 
     @classmethod
-    def open(cls, path: Path, app: str, *, reserve: int = GIB, boot: str | None = None) -> Spool:
+    def open(cls, path: Path, app: str, *, reserve: int = GIB, max_spool: int = 0, boot: str | None = None) -> Spool:
         """Make or open `path` for `app`. `boot`: what names this run of the machine. Raises `SpoolError`."""
-        spool = cls(path, reserve=reserve, boot=_boot_id() if boot is None else boot)
+        spool = cls(path, reserve=reserve, max_spool=max_spool, boot=_boot_id() if boot is None else boot)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             sync(path.parent)
@@ -82,6 +84,8 @@ class Spool:
             if probe is not None:
                 (path / ".probe").unlink(missing_ok=True)
                 probe.release()
+            for name in filter(is_job_id, names):
+                spool.quota.measure(name)
         except OSError as exc:
             raise SpoolError(f"spool {path} cannot be used: {exc}; choose a local directory with --spool") from exc
         return spool
@@ -117,8 +121,8 @@ class Spool:
             self.worker_lock(name).unlink()
 
     def has_room(self, wanted: int = 0) -> bool:
-        """Whether `wanted` more bytes would leave the reserve untouched."""
-        return self.free() - wanted >= self.reserve
+        """Whether `wanted` more bytes would leave the reserve untouched, and keep to the quota."""
+        return self.free() - wanted >= self.reserve and self.quota.has_room(wanted)
 
     def free(self) -> int:
         """Bytes that are free on its disk."""
@@ -126,7 +130,11 @@ class Spool:
         return stat.f_bavail * stat.f_frsize
 
     def check_space(self, wanted: int) -> None:
-        """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes would eat into the reserve."""
+        """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes would eat into the reserve, or exceed the quota."""
+        self.quota.check(wanted)
+        self._check_disk(wanted)
+
+    def _check_disk(self, wanted: int) -> None:
         stat = os.statvfs(self.path)
         free, all_of_it = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
         if free - wanted < self.reserve:
@@ -136,6 +144,11 @@ class Spool:
             if 0 < wanted > all_of_it - self.reserve:
                 room[NEVER] = advice = f"it never has: all of it are {all_of_it} bytes"
             raise Refused("SPOOL_FULL", f"the server's disk has no room for this payload: {text}; {advice}", room)
+
+    def check_growth(self, job_id: str, size: int) -> None:
+        """As `check_space`, for the next bytes of an upload that has brought `size`."""
+        self.quota.grown(job_id, size)
+        self._check_disk(0)
 
     # Entries
 
@@ -164,12 +177,14 @@ class Spool:
 
         Raises `Refused` (SPOOL_FULL, OVERLOADED).
         """
-        self.check_space((size or 0) + len(kwargs))
+        wanted = (size or 0) + len(kwargs)
+        self.check_space(wanted)
         with refused_when_exhausted():
             lock = self._lock_new(job_id)
             if lock is None:
                 return None
             entry = Entry(self, job_id, lock)
+            self._promise(entry, wanted)
             try:
                 entry.create(fields, kwargs, size)
                 return entry
@@ -178,6 +193,7 @@ class Spool:
             except BaseException:
                 entry.destroy()
                 raise
+            self.quota.measure(job_id, held=False)
             try:
                 exists = bool(entry.read())
             except BaseException:
@@ -188,6 +204,17 @@ class Spool:
                 return None
         entry.destroy()  # whoever made it was killed before its first line
         return self.claim(job_id, fields, kwargs, size=size)
+
+    def _promise(self, entry: Entry, wanted: int) -> None:
+        """Have the quota count a new entry; of many that come at once too many have got here."""
+        try:
+            self.quota.promise(entry.id, wanted)
+        except Refused:
+            if entry.path.exists():
+                entry._lock.release()
+            else:
+                entry.destroy()
+            raise
 
     def _lock_new(self, job_id: str) -> Lock | None:
         until = time.monotonic() + CLAIM_PATIENCE

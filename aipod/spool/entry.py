@@ -21,6 +21,7 @@ from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
 from aipod.spool.look import ENDED, Look, sync
+from aipod.spool.quota import Quota
 from aipod.spool.regular import NotKept, keep, open_regular
 from aipod.trash import remove
 
@@ -28,6 +29,7 @@ logger = logging.getLogger("aipod.spool")
 
 SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
+HEARD_EVERY = 5.0  # seconds between two notes of a model that reports the same again and again
 MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
 # What the journal of a released job tells: that it was there, whose request it was, and what its viewers were told.
@@ -61,7 +63,9 @@ class Home(Protocol):
     @property
     def boot(self) -> str: ...
 
-    def check_space(self, wanted: int) -> None: ...
+    quota: Quota
+
+    def check_growth(self, job_id: str, size: int) -> None: ...
 
 
 class Entry(Look):
@@ -83,9 +87,10 @@ class Entry(Look):
         self._settled = False  # the entry's files have their names on disk; from now on the journal is synced
         self._lost = False  # a sync has failed: none that comes later is believed; see `_note_loss`
         self._settling = threading.RLock()  # what is recorded meanwhile would count as on disk, and not be there
-        self._began = self._synced_at = time.monotonic()
+        self._synced_at = time.monotonic()
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
         self._progress: tuple[float, str] = (0.0, "")
+        self._heard = 0.0
 
     # The beginning
 
@@ -129,6 +134,7 @@ class Entry(Look):
             if found.st_size < self.written:
                 raise Refused("DAMAGED", f"the server has lost what it had of this payload below byte {self.written}")
             os.lseek(self._fd, self.written, os.SEEK_SET)
+            self._home.quota.resume(self.id, state.get("size"), self.written)
             self._reserve(state.get("size"))
         if self.written:
             # The offset is about to be told, and a killed process may have written it without having synced it.
@@ -153,7 +159,7 @@ class Entry(Look):
         """Append payload bytes. Raises `Refused` (SPOOL_FULL); then what had room is written."""
         assert self._fd is not None, "the payload is sealed"
         if self.written >= self._space_until:
-            self._home.check_space(0)
+            self._home.check_growth(self.id, self.written)
             self._space_until = self.written + SYNC_BYTES
         view = memoryview(data)
         with refused_when_exhausted():
@@ -170,11 +176,10 @@ class Entry(Look):
         Raises `Refused` (SPOOL_FULL, BUSY); what was durable before stays it. Where the disk has failed, that is so for
         as long as this holder has the entry: the next one writes anew what comes behind it.
         """
-        due = time.monotonic() - self._synced_at >= SYNC_AFTER or self.written - self.durable >= SYNC_BYTES
-        if not due and not now:
-            return
         if not now:
-            self._home.check_space(0)
+            if time.monotonic() - self._synced_at < SYNC_AFTER and self.written - self.durable < SYNC_BYTES:
+                return
+            self._home.check_growth(self.id, self.written)
         if self._fd is not None and self.written > self.durable:
             if self._lost:
                 raise _not_kept()
@@ -298,13 +303,18 @@ class Entry(Look):
 
     # The run
 
-    def is_noted(self, progress: float, message: str) -> bool:
-        """Whether that is what `note_progress` has told last."""
-        return (progress, message) == self._progress
+    def is_noted(self, progress: float, message: str, heard: float) -> bool:
+        """Whether that is what `note_progress` has told last; nearly, of `heard`."""
+        return (progress, message) == self._progress and heard - self._heard < HEARD_EVERY
 
-    def note_progress(self, progress: float, message: str) -> None:
-        """Tell other processes what the model has reported; they may miss it."""
-        if self.is_noted(progress, message):
+    def note_progress(self, progress: float, message: str, heard: float = 0.0) -> None:
+        """Tell other processes what the model has reported, and that it has (`heard`: when). They may miss it."""
+        if self.is_noted(progress, message, heard):
+            return
+        self._heard = heard
+        if (progress, message) == self._progress:
+            with contextlib.suppress(OSError):
+                os.utime(self.path / "live")  # who does nothing but log needs none: the log tells
             return
         self._progress = progress, message
         fresh = self.path / "live.tmp"
@@ -383,6 +393,7 @@ class Entry(Look):
                 remove(self.path / name)
         # The last: by it a sweep sees that this is still to be done.
         self._drop_payload()
+        self._home.quota.measure(self.id, held=False)
 
     def _drop_payload(self) -> None:
         self._close()
@@ -401,6 +412,8 @@ class Entry(Look):
                 self.destroy()
             self.stop_writing()
         finally:
+            if self._lock.is_locked:
+                self._home.quota.measure(self.id, held=False)
             self._lock.release()
 
     def _is_nothing(self) -> bool:
@@ -425,6 +438,7 @@ class Entry(Look):
             # A disk that has become read-only, say: the other jobs must not pay for it. A sweep comes back to it.
             logger.error("job %s: its entry could not be removed: %s", self.id, exc)
         finally:
+            self._home.quota.measure(self.id, held=False)
             self._lock.release()
 
     @property

@@ -23,7 +23,7 @@ class Fields(TypedDict, total=False):
     ticketed: bool  # False: a plain client's; nobody can come back to it
     boot: str  # names the machine's run; another one now, and not settled: most is not to be believed (look._is_lost)
     print: str  # the request's fingerprint: whoever comes with the same ticket must have the same
-    owner: str  # name of who began it, where the server asks
+    owner: str  # name of who began it, where callers have names; nobody else may know of it
     method: str
     version: str
     epoch: int  # of the connection that brought it; newer ones leave theirs as files
@@ -49,8 +49,9 @@ class Fields(TypedDict, total=False):
     reason: str  # why there is no answer, one of errors.TABLE
     message: str  # the same for a person
     type: str  # name of the exception's class, where the method raised one
-    signal: str  # that killed the worker, by its name
-    exit: str  # status with which the worker ended
+    trace: str  # its traceback, where the server gives that away
+    signal: str  # what ended the worker, where it was a signal: its name
+    exit: str  # the worker's exit status, where it ended by itself
 
 
 class _Known(NamedTuple):

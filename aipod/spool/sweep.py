@@ -96,10 +96,13 @@ class Sweeper:
         self._before = self._marks
         kept = set(self._unended).intersection(ids)
         self._unended = {job_id: since for job_id, since in self._unended.items() if job_id in kept}
+        self._spool.quota.swept(ids)
 
     def _look_at(self, job_id: str) -> bool:
         try:
-            return self._sweep_one(job_id)
+            removed = self._sweep_one(job_id)
+            self._spool.quota.measure(job_id)
+            return removed
         except (Refused, OSError) as exc:
             logger.error("job %s: its entry could not be swept: %s", job_id, exc)
         except Exception as exc:  # whatever is wrong with one entry must cost neither the others nor the server

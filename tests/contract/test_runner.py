@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ import trio.testing
 
 from aipod.errors import AipodError, JobFailed, ModelError
 from aipod.results import Result
-from aipod.runner import Runner, RunnerBroken, Task
+from aipod.runner import GOES_ON, STOPPING, Runner, RunnerBroken, Task
 from aipod.runner.fake import FakeRunner
 from aipod.runner.loop import LoopRunner, ThreadRunner
 from aipod.runner.process import ProcessRunner, _startable
@@ -233,6 +234,43 @@ async def test_a_thread_that_does_not_obey_is_said_to_go_on_and_is_waited_for(
     assert await runner.run(its.task("give", kind="bytes"), ignore) == Result("bytes", b"\xff\x00")
     await runner.shutdown()
     assert caplog.text.count("goes on") == 1
+
+
+async def test_a_run_that_is_cancelled_says_so_and_whether_it_can_be_stopped(its: Fixture) -> None:
+    """Before it has ended; one that ends by itself says nothing. Mutants seen: a thread is waited for; silence."""
+    runner = its.make()
+    await runner.start()
+    said: list[str] = []
+    task = dataclasses.replace(its.task("forever"), remark=said.append)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runner.run, task, ignore)
+        await its.appears("running")
+        assert said == []
+        nursery.cancel_scope.cancel()
+    assert said == [GOES_ON if its.kind in ("thread", "threads") else STOPPING]
+    await runner.run(dataclasses.replace(its.task("give", kind="json"), remark=said.append), ignore)
+    assert len(said) == 1
+    await runner.shutdown()
+
+
+async def test_whether_its_process_is_stopped(its: Fixture) -> None:
+    """Mutants seen: it is asked of a process that has gone; a name with a T in it is taken for the state."""
+    runner = its.make()
+    assert not runner.stopped
+    await runner.start()
+    assert not runner.stopped
+    if isinstance(runner, ProcessRunner):
+        assert runner._process is not None
+        os.kill(runner._process.pid, signal.SIGSTOP)
+        with trio.fail_after(10):
+            while not runner.stopped:
+                await trio.sleep(0.01)
+        os.kill(runner._process.pid, signal.SIGCONT)
+        with trio.fail_after(10):
+            while runner.stopped:
+                await trio.sleep(0.01)
+    await runner.shutdown()
+    assert not runner.stopped
 
 
 async def test_a_run_that_is_cancelled_before_it_starts_does_not_start(its: Fixture) -> None:

@@ -136,7 +136,7 @@ class Error(betterproto2.Message):
 
     trace: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    The model's traceback; only where the server was told to give it away.
+    The model's traceback; only where the server was told to give it away (--tracebacks).
     """
 
     reason: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -319,7 +319,8 @@ class State(betterproto2.Message):
 
     message: "str" = betterproto2.field(12, betterproto2.TYPE_STRING)
     """
-    What the model last said about its progress.
+    What the model last said about its progress; or what the server says of the run: that it was cancelled and goes on,
+    or that its process is stopped.
     """
 
     content_type: "str" = betterproto2.field(13, betterproto2.TYPE_STRING)
@@ -335,6 +336,11 @@ class State(betterproto2.Message):
     epoch: "int" = betterproto2.field(16, betterproto2.TYPE_UINT64)
     """
     The epoch that owns the upload.
+    """
+
+    quiet: "int" = betterproto2.field(17, betterproto2.TYPE_UINT32)
+    """
+    PHASE_RUNNING: seconds since the method was last heard of: it was started, or has reported progress, or logged.
     """
 
 
