@@ -1181,7 +1181,7 @@ def test_stock_grpclib_fails_these_tests() -> None:
         with peer() as fresh:
             assert fresh.call().status == 0
             stream = fresh.open(data=b"", end=False)
-            upload(fresh, stream, prefixed(BOMBS["unknown varints"][:300_000]))
+            upload(fresh, stream, prefixed(BOMBS["unknown varints"]))
             assert stuck(fresh, stream), "its loop stands still for seconds"
 
 

@@ -90,7 +90,10 @@ def test_a_download_goes_on_at_the_byte_that_is_here(served: Served, tmp_path: P
     received: list[int] = []
 
     async def main() -> Any:
-        async with open_proxy(served.port, Fault(cut_down=cut)) as proxy, aipod.Client(proxy.address) as client:
+        async with (
+            open_proxy(served.port, Fault(cut_down=cut, fin_down=True)) as proxy,
+            aipod.Client(proxy.address) as client,
+        ):
             answer = await client.chaos(
                 metadata=[("x-func-name", "seeded")],
                 length=4_000_000,
