@@ -23,6 +23,8 @@ from aipod.wire.ai import Raw
 from tests.conftest import run
 from tests.test_transport import HEADERS
 
+WATCH = "/grpc.health.v1.Health/Watch"
+
 
 class Service:
     """What grpclib takes for a service; asyncio-flavored but for what there is no spawner for."""
@@ -33,6 +35,7 @@ class Service:
             "/t/well": grpclib.const.Handler(self.well, *kinds),
             "/t/cancels": grpclib.const.Handler(self.cancels, *kinds),
             "/t/no-handler": object(),  # grpclib stumbles before it can answer, and says nothing
+            WATCH: grpclib.const.Handler(self.well, *kinds),
             "/t/no-spawner": TrioHandler(self.well, *kinds),
         }
 
@@ -109,20 +112,56 @@ def test_only_a_connection_without_a_call_makes_room_and_it_may_have_a_second() 
                 await stream.send_message(Raw(data=b"begun"))
                 assert (await stream.recv_message()).data == b"begun"
                 [protocol] = server.protocols
-                protocol.last_busy = 0.0
+                protocol.last_call = 0.0
                 assert not server._make_room()
                 await stream.end()
                 await read_status(stream)
             while protocol.processor.streams:
                 await asyncio.sleep(0)
-            protocol.last_busy = time.monotonic() + 600  # whatever the machine does meanwhile
+            protocol.last_call = time.monotonic() + 600  # whatever the machine does meanwhile
             assert not server._make_room()
-            protocol.last_busy = 0.0
+            protocol.last_call = 0.0
             while not server._make_room():  # what was written last has not been acknowledged yet
                 await asyncio.sleep(0)
             assert server.protocols == set()
             await protocol.ended.wait()
             assert not channel.connected
+
+    run(main)
+
+
+def test_who_only_watches_health_makes_room_too() -> None:
+    """Nobody needs a token for that. Beside a call it stays.
+
+    Mutants seen: what is open for it is a call (as it was); so is its beginning, or its end, for how long none was.
+    """
+
+    async def main() -> None:
+        async with channel_to_server() as (channel, server), contextlib.AsyncExitStack() as stack:
+            watch, other = [await stack.enter_async_context(call(channel, path)) for path in (WATCH, "/t/well")]
+            for stream in (watch, other):
+                await stream.send_message(Raw(data=b"begun"))
+                assert (await stream.recv_message()).data == b"begun"
+            [protocol] = server.protocols
+            protocol.last_call = 0.0
+            assert not server._make_room()
+            await other.end()
+            await read_status(other)
+            while len(protocol.processor.streams) > 1:
+                await asyncio.sleep(0)
+            protocol.last_call = 0.0
+            async with call(channel, WATCH) as stream:
+                await stream.send_message(Raw(data=b"asked"), end=True)
+                assert (await stream.recv_message()).data == b"asked"
+                await read_status(stream)
+            while len(protocol.processor.streams) > 1:
+                await asyncio.sleep(0)
+            assert protocol.last_call == 0.0
+            while not server._make_room():  # what was written last has not been acknowledged yet
+                await asyncio.sleep(0)
+            assert server.protocols == set()
+            with pytest.raises(StreamTerminatedError):
+                await watch.recv_message()
 
     run(main)
 

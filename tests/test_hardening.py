@@ -28,9 +28,12 @@ import pytest
 from h2.errors import ErrorCodes
 
 from aipod.codec import Compressor
+from aipod.config import Config
+from aipod.identity import add_token
+from aipod.transport.channel import Channel
 from aipod.transport.headers import MAX_REFUSAL
 from aipod.wire.ai import Raw
-from tests.conftest import ROOT, Serve, Served, cpu_seconds, left_in, wait_until
+from tests.conftest import ROOT, Serve, Served, cpu_seconds, left_in, run, wait_until
 from tests.test_transport import HEADERS, REQUEST, Answer, Peer, descriptors, honest, memory, prefixed, raw_frame
 
 KIB, MIB = 1024, 1024 * 1024
@@ -789,6 +792,46 @@ def test_the_connection_that_is_idle_longest_makes_room_for_a_new_one(serve: Ser
         busy.h2.send_data(stream, REQUEST[4:], end_stream=True)
         busy.flush()
         assert busy.answer(stream).status == 0
+
+
+def test_who_is_refused_because_there_are_enough_connections_is_told_of_the_limit(serve: Serve) -> None:
+    """As one reason of three: the server says nothing. Mutant seen: only the other two are named (as they were)."""
+    served = serve("Async", "--max-connections", "1")
+
+    async def main() -> None:
+        channel = Channel(served.address, Config())
+        try:
+            with pytest.raises(ConnectionResetError, match=r"wants TLS, or a certificate, or .* \(--max-connections\)"):
+                await channel.__connect__()
+        finally:
+            await channel.aclose()
+
+    with Peer(served) as busy:
+        stream = busy.open(data=REQUEST[:4], end=False)
+        run(main)
+        busy.h2.send_data(stream, REQUEST[4:], end_stream=True)
+        busy.flush()
+        assert busy.answer(stream).status == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/grpc.health.v1.Health/Watch", b""),
+        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", b"\x3a\0"),  # list_services
+    ],
+)
+def test_a_stream_for_which_nobody_needs_a_token_keeps_nobody_out(
+    serve: Serve, tmp_path: Path, path: str, message: bytes
+) -> None:
+    """Mutant seen: one that is open makes its connection a busy one (as it did)."""
+    tokens = tmp_path / "tokens"
+    add_token(tokens, "somebody", (), ())
+    served = serve("Async", "--max-connections", "1", "--tokens", str(tokens))
+    with Peer(served) as peer:
+        stream = peer.open((":path", path), data=prefixed(message), end=False)
+        peer.until(lambda: peer.answers[stream].data)
+        wait_until(lambda: lets_in(served))
 
 
 def test_a_connection_whose_answer_is_on_its_way_makes_no_room(serve: Serve) -> None:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import trio
@@ -72,14 +72,17 @@ def fake_job(open_: Open | None = None) -> Job:
 
 
 async def test_a_long_log_goes_on_when_the_run_is_over() -> None:
-    """So that there is room for what comes last. Mutants seen: that is dropped; the log stops without a word."""
+    """So that there is room for what comes last.
 
-    class Log(NoEntry):
+    Mutants seen: that is dropped; the log stops without a word; the disk is asked on the loop how long it is.
+    """
+
+    class Log:
         text = ""
 
-        def append_log(self, text: str) -> None:
+        def append_log(self, text: str) -> int:
             self.text += text
-            self.log_size = len(self.text)
+            return len(self.text)
 
     entry = Log()
     job = Job(request(), cast(Entry, entry), "spool")
@@ -814,8 +817,18 @@ async def test_an_interrupted_run_of_a_restartable_method_is_repeated_once(story
     assert (job.phase, job.attempt, starts) == (Phase.FAILED, 1, 3)
 
 
+class Noticed(type(Path())):  # type: ignore[misc]
+    """A path that notes whether the loop has waited for the disk."""
+
+    on_loop: ClassVar[list[bool]] = []
+
+    def exists(self) -> bool:
+        self.on_loop.append(trio.lowlevel.in_trio_run())
+        return super().exists()
+
+
 async def test_a_run_whose_payload_has_made_room_is_not_repeated(story: Story, model: Model) -> None:
-    """Mutant seen: the method is started once more, without a payload."""
+    """Mutants seen: the method is started once more, without a payload; the loop waits for the look at it."""
     starts = 0
 
     async def train(context: Any, path: Path) -> None:
@@ -827,9 +840,11 @@ async def test_a_run_whose_payload_has_made_room_is_not_repeated(story: Story, m
 
     model.train = train
     job = await story.begin(open_=OWN, restartable=True)
+    job.entry.payload = Noticed(job.entry.payload)
     with trio.fail_after(10):
         await job.over.wait()
     assert (job.phase, starts, written(job)["reason"]) == (Phase.FAILED, 1, "WORKER_CRASHED")
+    assert set(Noticed.on_loop) == {False}
 
 
 async def test_a_restartable_run_that_a_shutdown_ends_waits_for_the_next_server(tmp_path: Path, model: Model) -> None:

@@ -14,10 +14,12 @@ import pytest
 import aipod
 from aipod.client import Event
 from aipod.config import CHUNK
+from aipod.wire.ai import Op
 from tests.conftest import Serve, free_port, run
 from tests.gates import GATED, MODEL, SMALL, Feed, Gate, runs
 from tests.phases import until
 from tests.proxy import open_proxy
+from tests.tap import Chunks
 
 
 def test_a_server_that_is_drained_during_an_upload_is_not_sent_again_what_it_has(serve: Serve, tmp_path: Path) -> None:
@@ -147,3 +149,49 @@ def test_jobs_go_to_another_spool_only_before_they_are_complete(serve: Serve, tm
 
     run(main)
     assert (gate.runs, awaited.runs) == (1, 1)
+
+
+def test_a_job_is_ended_though_another_spool_answers_while_its_own_server_is_away(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the handle that has submitted it, and by one that was attached and has had a word from its server.
+
+    Mutants seen: who ends a job does not know its spool, or does not learn it, and gives it up after 60 s (here: 0 s).
+    """
+    monkeypatch.setattr("aipod.client.failure.OUT_OF_SIGHT", 0.0)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    options = ("--tick", "0.1", "--cancel-grace", "0.1")
+    one, two = (serve(MODEL, *options, directory=tmp_path / name) for name in ("one", "two"))
+    gate = Gate(tmp_path)
+    seen: list[Chunks] = []
+
+    def tap() -> Chunks:
+        seen.append(Chunks())
+        return seen[-1]
+
+    async def main() -> None:
+        async with open_proxy(one.port) as proxy, aipod.Client(proxy.address) as client:
+            proxy.tap = tap
+            job = await client.submit("gated", b"x", **gate.kwargs)
+            await until(gate.mark.exists)
+            attached = client.attach(job.ticket)
+            for op, end in ((Op.CANCEL, job.cancel), (Op.RELEASE, attached.release)):
+                seen.clear()
+                proxy.switch(two.port)
+                ending = asyncio.create_task(end())
+                await until(lambda op=op, ending=ending: ending.done() or asked(op) > 1)
+                assert not ending.done()
+                proxy.switch(one.port)
+                await ending
+                if op == Op.CANCEL:
+                    await attached.cancel()
+            with pytest.raises(aipod.JobFailed) as caught:
+                await attached.wait()
+            assert caught.value.reason == "RELEASED"
+
+    def asked(op: Op) -> int:
+        return sum(opening.op == op for chunks in seen for opening in chunks.openings)
+
+    run(main)
+    assert gate.runs == 1

@@ -122,16 +122,24 @@ class Follower:
 
 
 async def ask_surely(
-    link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int = 0, *, taken: bool = False
+    link: Link,
+    metadata: Sequence[tuple[str, str]],
+    ticket: bytes,
+    op: Op,
+    misses: int = 0,
+    *,
+    taken: bool = False,
+    spool: str = "",
 ) -> tuple[State, int]:
     """`ask`, as often as it makes sense; what it gave, and after how many misses. `taken`: the job is known to be at a
-    server, perhaps at none that answers now.
+    server, perhaps at none that answers now. `spool`: the one that it is in, where that is known.
 
     Raises `JobLost` where no connection lasts or that job is not found again, and `Refused` where there is none.
     This is an asyncio-flavored function.
     """
     patience, closes = Patience(link.config), link.closes
-    known = Known(link.target, Op.ATTACH, phase=Phase.QUEUED if taken else Phase.NONE, elsewhere=ELSEWHERE)
+    phase = Phase.QUEUED if taken else Phase.NONE
+    known = Known(link.target, Op.ATTACH, phase=phase, elsewhere=ELSEWHERE, spool=spool)
     while True:
         idle = link.channel().connected
         try:

@@ -167,9 +167,9 @@ class Job:
     async def _end(self, op: Op) -> None:
         for pause in ASK_AGAIN:  # the call that brought the job may be about to let go of its upload
             state, self._misses = await ask_surely(
-                self._link, self._metadata, self.ticket, op, self._misses, taken=self._taken
+                *(self._link, self._metadata, self.ticket, op, self._misses), taken=self._taken, spool=self._spool
             )
-            self._taken = True
+            self._taken, self._spool = True, state.spool
             if state.phase > Phase.RECEIVING:
                 return
             await asyncio.sleep(pause)

@@ -265,6 +265,7 @@ class Job(Watched):
         self._piece: tuple[int, int, bytes] | None = None
         self._reading: trio.Event | None = None  # somebody does this moment
         self._log = Excerpt(MAX_PENDING_LOG)
+        self._log_size = 0  # in the entry, as it was told last: an earlier process may have begun it
         self._log_is_long = False
         self._stopped_because: tuple[str, str] | None = None
         self.began = self._alone_since = time.monotonic()
@@ -337,14 +338,14 @@ class Job(Watched):
         """
         if not self._log:
             return
-        if last or self.entry.log_size < LONG_LOG:
+        if last or self._log_size < LONG_LOG:
             text = self._log.take()
         elif self._log_is_long:
             return
         else:
             self._log_is_long, text = True, LOG_IS_LONG
         with trio.CancelScope(shield=True):  # cancelled on the way to the thread, the text would be lost
-            await trio.to_thread.run_sync(self.entry.append_log, text)
+            self._log_size = await trio.to_thread.run_sync(self.entry.append_log, text)
 
     async def read_log(self, offset: int) -> bytes:
         """As for any, but read once for all viewers that have come as far: a thread for each takes 0.2 ms."""

@@ -92,7 +92,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                 # Before: who reads the outcome in another process reads the log a last time.
                 await job.save_log(last=True)
             with _going_on(job):
-                if isinstance(outcome, JobFailed) and _is_worth_another(job, terms, outcome):
+                if isinstance(outcome, JobFailed) and await _is_worth_another(job, terms, outcome):
                     outcome, job.handed_over = None, True
                     await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED"})
                     job.enter(Phase.QUEUED)
@@ -251,7 +251,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                         text = f"{broken} workers died before they could run the job"
                         raise job_failed("WORKER_CRASHED", text) from None
                 except JobFailed as exc:
-                    if exc.reason != "WORKER_CRASHED" or not _is_worth_another(job, terms, exc):
+                    if exc.reason != "WORKER_CRASHED" or not await _is_worth_another(job, terms, exc):
                         raise
                     text = "job %s: its worker died, its method is started once more: %s"
                     log.warning(text, request.job_id, exc.message)
@@ -329,11 +329,14 @@ def _measure(entry: Entry, result: Result) -> Answer:
     return Answer(result.kind, None, size, hasher.digest())
 
 
-def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
-    """Whether the run was interrupted, and its method may be started once more, on what it was started on before."""
+async def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
+    """Whether the run was interrupted, and its method may be started once more, on what it was started on before.
+
+    This is a trio-flavored async function.
+    """
     interrupted = job.started and failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
     may = interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
-    return may and job.entry.payload.exists()  # it may have made room for the result
+    return may and await trio.to_thread.run_sync(job.entry.payload.exists)  # it may have made room for the result
 
 
 async def _keep(job: Job, tick: float) -> None:

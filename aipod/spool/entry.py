@@ -324,12 +324,13 @@ class Entry(Look):
                 file.write(told)
             fresh.replace(self.path / "live")
 
-    def append_log(self, text: str) -> None:
-        """Append to the job's log, up to `MAX_LOG` and a line that says so."""
+    def append_log(self, text: str) -> int:
+        """Append to the job's log, up to `MAX_LOG` and a line that says so. How long it is then."""
         data = text.encode("utf-8", "replace")
-        room = MAX_LOG - self.log_size
+        size = self.log_size
+        room = MAX_LOG - size
         if room < 0:
-            return
+            return size
         if len(data) > room:
             # Cut at a character: `read_log` counts what it can decode.
             data = data[:room].decode("utf-8", "ignore").encode() + b"\n[the log is full; the rest is dropped]\n"
@@ -340,6 +341,8 @@ class Entry(Look):
         except (Refused, OSError) as exc:
             # A full disk costs the log, not the job.
             logger.warning("job %s: its log could not be written: %s", self.id, exc)
+            return size
+        return size + len(data)
 
     def forget_run(self) -> None:
         """Remove what a run that was killed has left: the next one begins where it began."""

@@ -100,7 +100,8 @@ class Channel(grpclib.client.Channel):
                 raise
         if not protocol.connection.alive:
             raise ConnectionResetError(
-                "the connection was closed before a word of HTTP/2; perhaps it wants TLS, or a certificate"
+                "the connection was closed before a word of HTTP/2; perhaps the server wants TLS, or a certificate, or "
+                "has as many connections as it takes (--max-connections)"
             )
         if self._closed:
             protocol.processor.close("closed while it was connecting")

@@ -150,7 +150,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self.greeted = asyncio.Event()  # the peer's SETTINGS have come; or nothing more will
         self.ended = asyncio.Event()  # the socket is closed
         self._watch: asyncio.TimerHandle | None = None
-        self.last_busy = time.monotonic()  # when there was a call, as far as is known
+        self.last_busy = time.monotonic()  # when there was a stream, as far as is known
         self._measuring = False  # a PING that measures a round trip is under way
         self._next_ping = self._pause = 0.0
 
@@ -414,11 +414,6 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
             self.processor.draining = True
             self.connection.goaway(self.h2.highest_inbound_stream_id)
             self.processor.close_if_drained()
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is no call, and the peer's system has taken all that it was sent."""
-        return not self.processor.streams and not self.connection.waiting
 
     def connection_lost(self, exc: BaseException | None) -> None:
         for timer in (self._watch, self._resting):

@@ -41,6 +41,10 @@ BACKLOG = 1024
 # moment would push each other out.
 _SETTLING = 1.0
 
+# gRPC's own services, health and reflection: nobody needs a token for them, so a stream of theirs is no call for which
+# a connection could keep others out.
+_FOR_ANYBODY = "/grpc."
+
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
 
@@ -52,7 +56,7 @@ class TrioHandler(grpclib.const.Handler):
 class Handler(grpclib.server.Handler):
     """Starts a task per request, after looking at its headers; every request gets an answer."""
 
-    protocol: H2Protocol
+    protocol: ServerProtocol
     _tasks: dict[Any, Any]  # asyncio tasks, and cancel scopes of trio tasks
     _cancelled: set[Any]
 
@@ -99,6 +103,9 @@ class Handler(grpclib.server.Handler):
             self._start(stream, release_stream, _reply(stream, problem))
             return
         self.protocol.last_busy = time.monotonic()
+        if not seen[":path"].startswith(_FOR_ANYBODY):
+            stream.is_call = True
+            self.protocol.last_call = time.monotonic()
         stream.inbox.encoding = seen.get("grpc-encoding", "identity")
         stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
         if isinstance(handler, TrioHandler):
@@ -151,6 +158,8 @@ class Handler(grpclib.server.Handler):
     ) -> None:
         self._tasks.pop(stream, None)
         self._cancelled.discard(task)
+        if stream.is_call:
+            self.protocol.last_call = time.monotonic()
         # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
         stream.reset_now(ErrorCodes.INTERNAL_ERROR if stream.owes_an_end else ErrorCodes.NO_ERROR)
         release_stream()
@@ -248,8 +257,8 @@ class Server(grpclib.server.Server):
     def _make_room(self) -> bool:
         """End the connection that has been idle longest, or whose handshake has; False where none has been for long."""
         settled = time.monotonic() - _SETTLING
-        quiet = [protocol for protocol in (*self.protocols, *self._arriving) if protocol.last_busy < settled]
-        for protocol in sorted(quiet, key=lambda protocol: protocol.last_busy):
+        quiet = [protocol for protocol in (*self.protocols, *self._arriving) if protocol.last_call < settled]
+        for protocol in sorted(quiet, key=lambda protocol: protocol.last_call):
             if protocol in self._arriving:
                 self._arriving.pop(protocol).cancel()
                 return True
@@ -280,6 +289,13 @@ class ServerProtocol(H2Protocol):
     def __init__(self, handler: Handler, server: Server) -> None:
         super().__init__(handler, server.settings, client=False)
         self._server = server
+        self.last_call = time.monotonic()  # when there was one; until then, when the connection was accepted
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no call, and the peer's system has taken all that it was sent."""
+        calls = any(cast(H2Stream, stream).is_call for stream in self.processor.streams.values())
+        return not calls and not self.connection.waiting
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -292,7 +308,8 @@ class ServerProtocol(H2Protocol):
     def make_room(self) -> None:
         """Say that nothing more is taken (GOAWAY) and close, without waiting for the peer to do so.
 
-        For an idle connection: nothing is lost with it, and what it asks for meanwhile it may ask for again.
+        For an idle connection: nothing is lost with it (who watches the server's health is told that the connection is
+        gone), and what it asks for meanwhile it may ask for again.
         """
         log.info("a connection makes room for a new one (--max-connections)")
         self.connection.goaway(self.h2.highest_inbound_stream_id)
