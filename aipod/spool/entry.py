@@ -34,19 +34,9 @@ MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what i
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
 # What the journal of a released job tells: that it was there, whose request it was, and what its viewers were told.
 _TOMBSTONE = (
-    "ticketed",
-    "boot",
-    "settled",
-    "fenced",
-    "print",
-    "owner",
-    "method",
-    "version",
-    "epoch",
-    "offset",
-    "attempt",
+    "ticketed", "boot", "settled", "fenced", "print", "owner", "method", "version", "epoch", "offset", "attempt",
     "phase",
-)
+)  # fmt: skip
 _KEPT = frozenset({"state", "seen", "in"})  # of an entry's files, when its job has ended
 
 
