@@ -203,9 +203,7 @@ def _with_room(config: Config, files: int) -> Config:
 async def _look_at_model(config: Config, files: int) -> Description:
     """Have a worker import the class and tell what it is: the server never imports a user's heavy module unasked."""
     bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
-    with tempfile.TemporaryDirectory(prefix="aipod-look-") as directory:  # for the lock that a worker has
-        spool = Spool.open(Path(directory), config.app)
-        description = await ProcessRunner(config.model, "", Path(), spool, **bounds, files=files).look()
+    description = await ProcessRunner(config.model, "", Path(), None, **bounds, files=files).look()
     if config.runner in ("process", "thread") and description.is_async:
         raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
     if config.runner == "loop" and not description.is_async:

@@ -4,7 +4,7 @@ Loads one instance of a class, then runs one job after the other. Speaks with it
 4 bytes length of a JSON head, 4 bytes length of a blob, both big-endian, then the two.
 
     server: load {model, version, data_dir, lock, path}      worker: ready {description} | error {reason, message}
-            (or look: the same without an instance)
+            (or look: the same without an instance, and without its lock)
     server: run {...} + kwargs JSON                          worker: report {progress, message} ...
     server: cancel                                           worker: done {kind} + result | error {...}
     server: close                                            worker: exits
@@ -362,7 +362,7 @@ def main() -> None:
     if frame is None:
         return
     head = frame[0]
-    lock = _hold(head["lock"])
+    lock = _hold(head["lock"]) if head["op"] == "load" else -1  # a look is no run that others would wait for
     if head["files"]:
         # The server has raised its own limit; select() takes no descriptor above 1023.
         resource.setrlimit(resource.RLIMIT_NOFILE, (head["files"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

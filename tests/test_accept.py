@@ -12,12 +12,14 @@ from typing import Any
 
 import grpclib.const
 import pytest
-from grpclib.const import Cardinality
-from grpclib.exceptions import StreamTerminatedError
+from grpclib.const import Cardinality, Status
+from grpclib.exceptions import GRPCError, StreamTerminatedError
 
 from aipod.config import Config
 from aipod.transport.channel import Channel, open_call, read_status
 from aipod.transport.headers import apart, check_headers, response_is_readable, trailers_are_readable
+from aipod.transport.limits import Bucket
+from aipod.transport.protocol import REFUSED
 from aipod.transport.server import Server, TrioHandler
 from aipod.wire.ai import Raw
 from tests.conftest import run
@@ -126,6 +128,35 @@ def test_only_a_connection_without_a_call_makes_room_and_it_may_have_a_second() 
             assert server.protocols == set()
             await protocol.ended.wait()
             assert not channel.connected
+
+    run(main)
+
+
+def test_methods_that_are_not_there_are_refused_and_slowed() -> None:
+    """A request that is refused counts as `REFUSED` frames, and the next ones wait.
+
+    Mutant seen: those for unknown methods count as none.
+    """
+
+    async def ask(channel: Channel, path: str) -> None:
+        async with call(channel, path) as stream:
+            await stream.send_message(Raw(data=b"well"), end=True)
+            assert (await stream.recv_message()).data == b"well"
+            await read_status(stream)
+
+    async def main() -> None:
+        async with channel_to_server() as (channel, server):
+            await channel.__connect__()
+            [protocol] = server.protocols
+            protocol._frames = Bucket(0.01, REFUSED - 1)  # what is owed stays so for as long as the test lasts
+            for _ in range(3):
+                await ask(channel, "/t/well")
+            assert protocol._resting is None
+            with pytest.raises(GRPCError) as caught:
+                await ask(channel, "/no.Such/method")
+            assert caught.value.status is Status.UNIMPLEMENTED
+            assert protocol._resting is not None
+            assert not protocol.transport.is_reading()
 
     run(main)
 

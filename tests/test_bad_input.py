@@ -802,7 +802,7 @@ def test_a_spool_that_cannot_be(tmp_path: Path) -> None:
         (["--tick", "soon"], "'soon' is not a time"),
         (["--max-payload", "much"], "'much' is not a size"),
         (["--instances", "0"], "instances"),
-        (["--runner", "thread"], "runner"),
+        (["--runner", "threads"], "runner"),
         (["--nonsense"], "nonsense"),
         (["--config", "no-such-file"], "no-such-file"),
     ],

@@ -12,6 +12,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -617,6 +618,19 @@ def test_health_prints_the_status(served: Served, to: tuple[str, str]) -> None:
     done = aipod("health", *to, "nothing")
     assert (done.status, done.out) == (1, b"")
     assert done.last.startswith("aipod: NOT_FOUND: the server knows no service 'nothing'")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_health_that_is_not_told_ends_on_signals_as_any_command(number: signal.Signals) -> None:
+    """Mutant seen: TERM and HUP kill it without a word (as they did)."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        with start("health", "--to", f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "60") as process:
+            with silent.accept()[0]:
+                process.send_signal(number)
+                said = process.communicate(timeout=30)[1].decode().strip()
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert (process.returncode, said) == (130, f"aipod: STOPPED: by {name}")
 
 
 def test_health_of_a_draining_server_is_status_1(serve: Serve, tmp_path: Path) -> None:

@@ -488,17 +488,6 @@ def test_what_a_peer_has_sent_comes_back_as_a_short_text(peer: Peer, extra: tupl
     assert 0 < len(answer.headers["grpc-message"]) <= 6 * MAX_REFUSAL
 
 
-def test_methods_that_are_not_there_are_refused_and_slowed(serve: Serve) -> None:
-    """A request that is refused counts as `REFUSED` frames. Mutant seen: those for unknown methods as none."""
-    served = serve("Async", "--frame-rate", "100")
-    with Peer(served) as peer:
-        began = time.monotonic()
-        for _ in range(8):
-            assert peer.call((":path", "/no.Such/method")).status == 12
-        # 8 * 50 of them; 100 are let through at once, then 100 a second, and what the last one owes nobody waits for.
-        assert time.monotonic() - began > 1.5, "more than they may be"
-
-
 def test_much_credit_beside_a_thousand_calls(served: Served) -> None:
     """grpclib wakes every stream for each WINDOW_UPDATE of the connection's window."""
     with Beside(served) as beside, Bare(served) as bare:

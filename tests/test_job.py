@@ -32,7 +32,7 @@ from aipod.runner.fake import FakeRunner
 from aipod.server import _sweep
 from aipod.service.ai import AI, Place, Viewer
 from aipod.service.viewer import Call, Writer
-from aipod.spool import MAX_LOG, Entry, Journal, Spool, Sweeper, Words
+from aipod.spool import MAX_LOG, Entry, Journal, Look, Spool, Sweeper, Words
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
@@ -1073,6 +1073,16 @@ async def test_how_a_run_ended_is_told_by_every_process_alike(
         assert of_state(watched.state()).metadata == metadata
 
 
+class Counted(Look):
+    """A job that counts how often it is read."""
+
+    reads = 0
+
+    def read(self) -> dict[str, Any]:
+        self.reads += 1
+        return super().read()
+
+
 async def test_an_upload_that_nobody_brings_goes_though_somebody_waits_for_it(story: Story) -> None:
     """Who waits learns that there is none. What runs elsewhere is kept. Mutants seen: both are watched; neither is."""
     ai, job = story.service(), story.make(open_=OWN)
@@ -1092,12 +1102,14 @@ async def test_an_upload_that_nobody_brings_goes_though_somebody_waits_for_it(st
     told = await ai._jobs.attach(job.look.id)
     assert isinstance(told, Told)
     assert told.phase == Phase.RECEIVING
+    told.look = look = Counted(story.spool.path, job.look.id, story.spool.boot)
     story.nursery.start_soon(ai._jobs.follow, told)
     job.entry.let_go()
-    for removed in (0, 1):
-        await trio.sleep(0.1)
-        assert sum(sweeper.sweep()) == removed
-        clock.now += 6
+    list(sweeper.sweep())  # from here on it has 5 s, unless somebody tells of life in it
+    before = look.reads
+    await until(lambda: look.reads >= before + 2)  # a whole tick of who waits: it would tell of that before it reads
+    clock.now += 6
+    assert sum(sweeper.sweep()) == 1
     with trio.fail_after(10):
         await told.over.wait()
     with pytest.raises(Refused) as caught:

@@ -108,7 +108,8 @@ def cli() -> None:
     in table [aipod] of a TOML file (--config). Command line, then environment, then file, then default.
 
     Exit status: 0; 1 the job failed, was cancelled or was refused, or its time was up; 2 wrong usage; 3 no server
-    answers, or the job is lost; 130 Ctrl-C, TERM or HUP. The last line on stderr is then `aipod: REASON: text`.
+    answers, or the job is lost; 130 Ctrl-C, TERM or HUP (with which a server drains, and ends with 0). The last line on
+    stderr is then `aipod: REASON: text`.
     """
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import click
 
+from aipod.cli import end_on_signals, run_async
 from aipod.cli.options import config_options, make_config, timeout_option, to_option, upstream_option
 from aipod.config import Config
 
@@ -23,9 +23,10 @@ def health(context: click.Context, /, service: str, to: str, timeout: float, ups
 
     SERVICE is one of ai.AI, liveness, readiness, or nothing for the whole server.
     """
+    end_on_signals()
     config = make_config({**options, "connect_timeout": max(timeout, 0.1)})
     metadata = [("x-upstream", upstream)] if upstream else []
-    status = asyncio.run(_check(service, to, timeout, config, metadata))
+    status = run_async(_check(service, to, timeout, config, metadata))
     click.echo(status)
     context.exit(0 if status == "SERVING" else 1)
 

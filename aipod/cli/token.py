@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from aipod.cli import end_on_signals
 from aipod.identity import add_token
 
 
@@ -26,4 +27,5 @@ def token(name: str, tokens: Path, methods: tuple[str, ...], versions: tuple[str
     A server that has the file knows it within a second. The token is nowhere else: give it to the caller, who calls
     with --token-file FILE or AIPOD_TOKEN. To take it back, delete the caller's table from the file.
     """
+    end_on_signals()
     click.echo(add_token(tokens, name, methods, versions))

@@ -41,13 +41,15 @@ class ProcessRunner:
         model: str,
         version: str,
         data_dir: Path,
-        spool: Spool,
+        spool: Spool | None,
         *,
         load_timeout: float,
         grace: float,
         files: int = 0,
     ) -> None:
-        """`files`: the worker's own limit of open files; 0 is this process's."""
+        """`spool`: None for one that is there to `look` only. `files`: the worker's own limit of open files; 0 is this
+        process's.
+        """
         self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._runs = 0  # that are over
         self._version = version
@@ -56,7 +58,7 @@ class ProcessRunner:
             "model": model,
             "version": version,
             "data_dir": str(data_dir),
-            "lock": str(spool.worker_lock(self.lock_name)),
+            "lock": "" if spool is None else str(spool.worker_lock(self.lock_name)),
             "path": sys.path,
             "files": files,
         }
@@ -148,6 +150,7 @@ class ProcessRunner:
             return False
 
     async def run(self, task: Task, report: Report) -> Result:
+        assert self._spool is not None, "who is there to look only runs nothing"
         if self.broken or self._output is None:
             raise RunnerBroken
         # Else a send that is cancelled before its first byte would cost the worker.
@@ -254,8 +257,9 @@ class ProcessRunner:
             self._tether = -1
         if self._output is not None:
             self._output.close()
-        for runs in (self._runs, self._runs + 1):  # a run that was over when it was ended has renamed it
-            self._spool.forget_worker(self._lock_of(runs))
+        if self._spool is not None:
+            for runs in (self._runs, self._runs + 1):  # a run that was over when it was ended has renamed it
+                self._spool.forget_worker(self._lock_of(runs))
 
     def _signal(self, number: int) -> None:
         """Signal the worker and the processes that the model started, which are in its session."""
