@@ -521,7 +521,10 @@ def test_a_stream_whose_answer_is_not_read_disturbs_no_other(serve: Serve) -> No
 
 
 def test_answers_share_what_a_connection_lets_through(serve: Serve) -> None:
-    """Its window is 64 KiB, as a peer has it that says nothing else. Mutant: two of six had everything, as it was."""
+    """Its window is 64 KiB, as a peer has it that says nothing else. Mutant: two of six had everything, as it was.
+
+    `test_turns` has the exact shares.
+    """
     served = serve("Plain", "--tick", "0.1", "--instances", "6")
     data = prefixed(bytes(Raw(data=Compressor(1).frame(b'{"length": 8388608}'))))
     with Peer(served) as peer:
@@ -531,7 +534,7 @@ def test_answers_share_what_a_connection_lets_through(serve: Serve) -> None:
         before = {stream: len(peer.answers[stream].data) for stream in streams}
         peer.until(lambda: sum(len(peer.answers[stream].data) for stream in streams) > sum(before.values()) + 24 * MIB)
         parts = [len(peer.answers[stream].data) - before[stream] for stream in streams]
-        assert min(parts) > 2 * MIB, parts
+        assert min(parts) > MIB // 2, parts  # how much each has depends on the threads that read it, too
         assert [len(peer.answer(stream).result) for stream in streams] == [8 * MIB] * 6
 
 
