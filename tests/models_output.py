@@ -87,6 +87,17 @@ class Worker(aipod.Model):
         return "done"
 
 
+class Resource:
+    """Garbage that only the collector finds, and that says when it does."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        print("closed")
+        log.warning("closed")
+
+
 class Loop(aipod.Model):
     def load(self) -> None:
         print("loading")
@@ -103,6 +114,12 @@ class Loop(aipod.Model):
 
     def in_thread(self, context: Context, path: Path) -> None:
         say(child=False)
+
+    def garbage(self, context: Context, path: Path) -> str:
+        for n in range(5000):
+            Resource()
+            context.log(f"line {n}")
+        return "done"
 
     async def both_at_once(self, context: Context, path: Path, *, name: str) -> None:
         print("first", name)
@@ -123,3 +140,7 @@ class Loop(aipod.Model):
 
     def report(self, context: Context, path: Path, **kwargs: Any) -> str:
         return Worker.report(self, context, path, **kwargs)  # type: ignore[arg-type]
+
+
+class Thread(aipod.Model):
+    garbage = Loop.garbage

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import logging
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 import aipod
 from aipod.client import Event
+from aipod.runner.capture import Capture, captured
 from aipod.runner.output import LINE, LINES, Excerpt, Lines, ServerLog
 from aipod.spool.entry import MAX_LOG
 from tests.calls import calls, own
@@ -156,6 +161,35 @@ def test_what_has_no_job_goes_to_stderr_never_to_stdout(serve: Serve) -> None:
     with served.process.stdout as stdout:
         assert stdout.read() == ""
     assert served.process.wait(30) == 0
+
+
+async def test_what_the_collector_says_while_a_line_is_taken_waits_for_nothing() -> None:
+    """It may run at any time, and a `__del__` print. Mutant seen: the thread waits for itself, and then the loop."""
+    told: list[str | None] = []
+
+    class Collected(Excerpt):
+        def add(self, text: str) -> None:
+            print("closed")
+            logging.getLogger("model").warning("closed")
+            super().add(text)
+
+    with captured():
+        capture = Capture(ServerLog("1"), "job", lambda progress, message, text: told.append(text))
+        capture._log = Collected(1000)
+        with capture:
+            say = functools.partial(contextvars.copy_context().run, capture.report, None, None, "line")
+            saying = threading.Thread(target=say, daemon=True)
+            saying.start()
+            await trio.to_thread.run_sync(saying.join, 10)
+            assert not saying.is_alive()
+    assert told[0] == "line\n"
+
+
+@pytest.mark.parametrize("runner", ["loop", "thread"])
+def test_garbage_that_prints_stops_nothing(serve: Serve, runner: str) -> None:
+    """From Python 3.12 on the collector runs inside what reports a line: a mutant without `_held` never answers."""
+    served = serve(f"tests.models_output:{runner.capitalize()}", "--runner", runner)
+    assert called(served, "garbage")[0] == "done"
 
 
 def test_a_model_that_prints_200_mb_gets_its_answer_and_costs_no_memory(serve: Serve) -> None:

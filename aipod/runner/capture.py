@@ -34,7 +34,7 @@ class Capture:
         self._job_id = job_id
         self._report: Report | None = report
         self._trio = trio.lowlevel.current_trio_token()
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards what follows; see `_held`
         self._progress: tuple[float, str] | None = None  # the newest
         self._log = Excerpt(MAX_LOG)
         self._lines = Lines()
@@ -51,9 +51,22 @@ class Capture:
         self._flush()
         self._report = None
 
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Have the lock. What this thread says meanwhile goes where all does: it would wait here for itself.
+
+        The collector may run at any time, and what it finds may print or log: a `__del__` of the model's, a warning.
+        """
+        before = _capture.set(None)
+        try:
+            with self._lock:
+                yield
+        finally:
+            _capture.reset(before)
+
     def report(self, progress: float | None, message: str | None, text: str | None) -> None:
         """As `Report`, from any thread."""
-        with self._lock:
+        with self._held():
             if progress is not None:
                 self._progress = progress, message or ""
             if text is not None:
@@ -65,14 +78,14 @@ class Capture:
 
     def print(self, text: str) -> None:
         """What was written to stdout or stderr."""
-        with self._lock:
+        with self._held():
             lines = self._lines.feed(text)
         if lines:
             self.report(None, None, "\n".join(lines))
             self._server_log.write(lines, self._job_id)
 
     def _flush(self) -> None:
-        with self._lock:
+        with self._held():
             (progress, message), text = self._progress or (None, None), self._log.take()
             self._progress, self._due = None, False
         if self._report is not None:
