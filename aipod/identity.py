@@ -231,6 +231,8 @@ def add_token(path: Path, name: str, methods: Collection[str], versions: Collect
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = path.stat() if path.exists() else None
             before = _checked(path.read_bytes()) if found is not None else ""
+            if any(caller.name == name for caller in parse_tokens(before).values()):
+                raise TokensError("it has that name already; delete its table to make a new token for it")
             text = before.rstrip("\n") + ("\n\n" if before.strip() else "") + "\n".join(lines) + "\n"
             parse_tokens(_checked(text.encode()))
             _replace(path, text, found)

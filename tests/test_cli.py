@@ -403,7 +403,7 @@ def test_ctrl_c_is_status_130_and_cancels_the_job(
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert process.stderr is not None
-        assert process.stderr.read().strip() == b"aipod: STOPPED: by Ctrl-C; the job is cancelled"
+        assert process.stderr.read().strip() == b"aipod: STOPPED: by Ctrl-C; the job was asked to stop"
     if where == "running":
         wait_until(lambda: mark.read_text() == "cancelled")
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
@@ -432,7 +432,7 @@ def test_term_and_hup_cancel_the_job_wherever_the_command_was_started(
             said = process.communicate(timeout=30)[1].decode().strip()
         finally:
             process.kill()
-    assert (process.returncode, said) == (130, f"aipod: STOPPED: by {number.name}; the job is cancelled")
+    assert (process.returncode, said) == (130, f"aipod: STOPPED: by {number.name}; the job was asked to stop")
     wait_until(lambda: mark.read_text() == "cancelled")
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpclib.metadata import encode_timeout
 
 import aipod
 from aipod.client import Event
+from aipod.client.course import CallDeadline
 from aipod.client.failure import BadAnswer
 from aipod.client.link import THREADS, Link
 from aipod.client.sink import Sink
@@ -544,6 +546,13 @@ def test_a_timeout_cancels_the_job(served: Served, tmp_path: Path) -> None:
     assert 1 <= time.monotonic() - began < 20
     wait_until(lambda: mark.read_text() == "cancelled")
     nothing_is_left(served)
+
+
+def test_a_server_is_given_the_whole_timeout() -> None:
+    """Mutant seen: grpclib's own deadline, of which the fraction of a second is cut off."""
+    told = [encode_timeout(CallDeadline.from_timeout(seconds).time_remaining()) for seconds in (14, 13.2, 10.5)]
+    assert told == ["14S", "14S", "11S"]
+    assert encode_timeout(CallDeadline.from_timeout(5).time_remaining())[-1] == "m"
 
 
 @pytest.mark.parametrize("where", ["nobody listens", "no answer", "zero"])

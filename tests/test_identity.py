@@ -324,6 +324,24 @@ def test_a_token_made_and_used_on_the_command_line(serve: Serve, tmp_path: Path)
     assert (refused.returncode, "secret" in refused.stderr) == (2, False)
 
 
+def test_a_token_goes_into_a_file_of_its_own_or_is_not_made(tmp_path: Path) -> None:
+    path, mine = str(tmp_path / "tokens.toml"), tmp_path / "mine"
+    make = ("token", "erin", "--tokens", path, "-o", str(mine))
+    assert aipod_command(*make).returncode == 0
+    assert mine.stat().st_mode & 0o777 == 0o600
+    assert Identities(path).identify(f"Bearer {mine.read_text()}", None) == Caller("erin")
+    known = Path(path).read_text()
+    for target in (mine, tmp_path / "other"):  # there is such a file, and there is such a name
+        again = aipod_command(*make[:-1], str(target))
+        assert again.returncode in (1, 2)
+        assert Path(path).read_text() == known
+    assert "it has that name already" in again.stderr
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "empty").touch()
+    empty = aipod_command("jobs", "--token-file", str(tmp_path / "empty"))
+    assert (empty.returncode, "there is no token in it" in empty.stderr) == (2, True)
+
+
 def test_a_file_of_tokens_that_cannot_be_used(tmp_path: Path) -> None:
     for text in (None, "[alice"):
         path = tmp_path / "tokens.toml"

@@ -51,7 +51,7 @@ def call(
     asked = take_request(options)
     server = take_server(options)
     if ticket is None:
-        context.obj.left = "; the job is cancelled"
+        context.obj.left = "; the job was asked to stop"
         run_async(_call(server, asked, timeout, output))
         return
     check_ticket_file(ticket, from_stdin=asked.from_stdin)

@@ -23,7 +23,7 @@ HEADINGS = ("ID", "METHOD", "VERSION", "PHASE", "PROGRESS", "MESSAGE")
 @timeout_option("Time for the answer.", 30.0)
 @server_options()
 def jobs(as_json: bool, timeout: float, **options: Any) -> None:
-    """List the jobs of a server, newest first, the ended ones that it still has as well.
+    """List the jobs of a server, the ended ones that it still has as well; what has changed last comes first.
 
     An id names a job to people and in logs; its ticket, which owns it, nobody is told. A job whose server was killed is
     listed as it was then, until the next server, or another one on the same spool, goes on with it (half a minute).

@@ -129,7 +129,9 @@ def _token(path: Path | None) -> str:
     if path is None or (told and source is not ParameterSource.COMMANDLINE):
         return told
     try:
-        return path.read_text().strip()
+        if token := path.read_text().strip():
+            return token
+        raise click.UsageError(f"--token-file {path}: there is no token in it")
     except OSError as exc:
         raise click.UsageError(f"--token-file {path}: {exc.strerror}") from exc
     except UnicodeDecodeError:

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from grpclib.metadata import Deadline, encode_metadata
+from grpclib.metadata import encode_metadata
 
 from aipod.client.call import ask
-from aipod.client.course import Course, Request, Until
+from aipod.client.course import CallDeadline, Course, Request, Until
 from aipod.client.event import OnEvent
 from aipod.client.follow import Follower, end_left, release, release_all
 from aipod.client.job import Job
@@ -251,7 +251,7 @@ class Client:
         request.save_to, request.on_event = save_to, on_event
         request.goes_on = request.durable = ticket_file is not None
         if timeout is not None and ticket_file is None:
-            request.deadline = Deadline.from_timeout(timeout)
+            request.deadline = CallDeadline.from_timeout(timeout)
         answer, course = await self._run(request, course, timeout, closes)
         self._delivered(request, course, closes)
         return answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import enum
+import math
 import os
 import secrets
 import time
@@ -30,6 +31,17 @@ class Until(enum.Enum):
     ANSWER = "its answer is here"
     TAKEN = "its request is complete at the server"
     END = "it has ended"
+
+
+class CallDeadline(Deadline):
+    """When the caller's time is up. Above ten seconds it counts whole ones, which is what grpclib sends.
+
+    Rounded up: grpclib cuts them off, and the server would end a call up to a second before its time.
+    """
+
+    def time_remaining(self) -> float:
+        left = super().time_remaining()
+        return math.ceil(left) if left > 10 else left
 
 
 @dataclasses.dataclass

@@ -431,9 +431,11 @@ def _log_end(job: Job, outcome: Outcome | None, trace: str) -> None:
         log.info("job %s %s@%s done in %.3f s", request.job_id, request.method, request.version, took)
         return
     level = logging.INFO if outcome.reason == "CANCELLED" else logging.WARNING
+    kind = outcome.metadata.get("type")
     log.log(
         level,
         "job %s %s@%s ended in %.3f s: %s: %s%s",
-        *(request.job_id, request.method, request.version, took, outcome.reason, outcome.message),
+        *(request.job_id, request.method, request.version, took, outcome.reason),
+        f"{kind}: {outcome.message}" if kind else outcome.message,
         f"\n{trace}" if trace else "",
     )

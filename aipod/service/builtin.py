@@ -18,7 +18,7 @@ MAX_LISTED = 1000
 
 
 def _jobs(spool: Spool, caller: Caller) -> list[dict[str, Any]]:
-    """What is the caller's in the spool, newest first: id, method, version, phase, attempt, progress, message.
+    """What is the caller's in the spool, last change first: id, method, version, phase, attempt, progress, message.
 
     No tickets. `received`: durable bytes of the payload; `size`: all that were announced, None where nobody has said
     how many. `quiet`: seconds since a running method was last heard of.
