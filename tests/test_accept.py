@@ -197,6 +197,43 @@ def test_who_only_watches_health_makes_room_too() -> None:
     run(main)
 
 
+def test_what_a_peer_has_not_taken_protects_its_connection_for_a_while_after_a_call() -> None:
+    """Not where there was no call, whatever was asked for: PINGs, or health.
+
+    Mutants seen: anything that was not taken protects (as it did); what has no call has had one when it is accepted;
+    an answer protects for ever, or not at all.
+    """
+
+    async def main() -> None:
+        async with channel_to_server() as (channel, server):
+            await channel.__connect__()
+            [protocol] = server.protocols
+            protocol.connection._socket.get_write_buffer_size = lambda: 1  # the peer does not read
+            assert protocol.connection.waiting
+            assert protocol.is_idle
+            async with call(channel, WATCH) as stream:
+                await stream.send_message(Raw(data=b"asked"), end=True)
+                assert (await stream.recv_message()).data == b"asked"
+                await read_status(stream)
+            while protocol.processor.streams:
+                await asyncio.sleep(0)
+            assert protocol.is_idle
+            async with call(channel, "/t/well") as stream:
+                await stream.send_message(Raw(data=b"begun"))
+                assert (await stream.recv_message()).data == b"begun"
+                protocol.answered = 0.0
+                assert not protocol.is_idle
+                await stream.end()
+                await read_status(stream)
+            while protocol.processor.streams:
+                await asyncio.sleep(0)
+            assert not protocol.is_idle
+            protocol.answered -= Config().send_stall
+            assert protocol.is_idle
+
+    run(main)
+
+
 @pytest.mark.parametrize(
     ("value", "values"),
     [

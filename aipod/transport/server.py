@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -159,7 +160,7 @@ class Handler(grpclib.server.Handler):
         self._tasks.pop(stream, None)
         self._cancelled.discard(task)
         if stream.is_call:
-            self.protocol.last_call = time.monotonic()
+            self.protocol.last_call = self.protocol.answered = time.monotonic()
         # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
         stream.reset_now(ErrorCodes.INTERNAL_ERROR if stream.owes_an_end else ErrorCodes.NO_ERROR)
         release_stream()
@@ -290,12 +291,19 @@ class ServerProtocol(H2Protocol):
         super().__init__(handler, server.settings, client=False)
         self._server = server
         self.last_call = time.monotonic()  # when there was one; until then, when the connection was accepted
+        self.answered = -math.inf  # when its last call ended
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no call, and the peer's system has taken all that it was sent."""
-        calls = any(cast(H2Stream, stream).is_call for stream in self.processor.streams.values())
-        return not calls and not self.connection.waiting
+        """Whether there is no call, and the peer's system has taken the answer to the last one, or had time enough.
+
+        Whatever else it has not taken, such as answers to its PINGs, keeps nobody out; nor does one who takes an answer
+        by the byte.
+        """
+        if any(cast(H2Stream, stream).is_call for stream in self.processor.streams.values()):
+            return False
+        answering = time.monotonic() - self.answered < self.settings.send_stall
+        return not (answering and self.connection.waiting)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -308,8 +316,8 @@ class ServerProtocol(H2Protocol):
     def make_room(self) -> None:
         """Say that nothing more is taken (GOAWAY) and close, without waiting for the peer to do so.
 
-        For an idle connection: nothing is lost with it (who watches the server's health is told that the connection is
-        gone), and what it asks for meanwhile it may ask for again.
+        For an idle connection: nothing is lost with it but an answer that was taken too slowly (who watches the
+        server's health is told that the connection is gone), and what it asks for meanwhile it may ask for again.
         """
         log.info("a connection makes room for a new one (--max-connections)")
         self.connection.goaway(self.h2.highest_inbound_stream_id)
