@@ -45,6 +45,9 @@ _SETTLING = 1.0
 # gRPC's own services, health and reflection: nobody needs a token for them, so a stream of theirs is no call for which
 # a connection could keep others out.
 _FOR_ANYBODY = "/grpc."
+# Their streams at once per connection. Nothing ends a Health/Watch, which is 20 KB for 74 bytes from anybody: as many
+# as calls, 1000, made 20 MB of each connection. Who watches opens one for each name; there are seven.
+MAX_FOR_ANYBODY = 16
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
@@ -64,6 +67,7 @@ class Handler(grpclib.server.Handler):
     def __init__(self, server: Server) -> None:
         super().__init__(server._mapping, server._codec, server._status_details_codec, server.__dispatch__)
         self._server = server
+        self._for_anybody: set[H2Stream] = set()
 
     def accept(self, stream: Any, headers: Headers, release_stream: Callable[[], Any]) -> None:
         try:
@@ -88,6 +92,9 @@ class Handler(grpclib.server.Handler):
         limit = self._server.settings.stream_limit
         # A stream is over for its peer before its handler is: it may open the next one.
         many = len(streams) > limit and self.protocol.h2.open_inbound_streams > limit
+        for_anybody = problem is None and seen[":path"].startswith(_FOR_ANYBODY)
+        if for_anybody:
+            many = many or sum(other.closable for other in self._for_anybody) >= MAX_FOR_ANYBODY
         if self.protocol.processor.draining or many or len(streams) > STREAM_SLACK * limit:
             # It says that nothing was done, so the peer may retry (RFC 9113 section 8.7).
             reset = ErrorCodes.REFUSED_STREAM
@@ -104,7 +111,9 @@ class Handler(grpclib.server.Handler):
             self._start(stream, release_stream, _reply(stream, problem))
             return
         self.protocol.last_busy = time.monotonic()
-        if not seen[":path"].startswith(_FOR_ANYBODY):
+        if for_anybody:
+            self._for_anybody.add(stream)
+        else:
             stream.is_call = True
             self.protocol.last_call = time.monotonic()
         stream.inbox.encoding = seen.get("grpc-encoding", "identity")
@@ -159,6 +168,7 @@ class Handler(grpclib.server.Handler):
     ) -> None:
         self._tasks.pop(stream, None)
         self._cancelled.discard(task)
+        self._for_anybody.discard(stream)
         if stream.is_call:
             self.protocol.last_call = self.protocol.answered = time.monotonic()
         # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
