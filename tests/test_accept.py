@@ -8,7 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import grpclib.const
 import pytest
@@ -20,7 +20,8 @@ from aipod.transport.channel import Channel, open_call, read_status
 from aipod.transport.headers import apart, check_headers, response_is_readable, trailers_are_readable
 from aipod.transport.limits import Bucket
 from aipod.transport.protocol import REFUSED
-from aipod.transport.server import Server, TrioHandler
+from aipod.transport.server import MAX_FOR_ANYBODY, Handler, Server, TrioHandler
+from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import Raw
 from tests.conftest import run
 from tests.test_transport import HEADERS
@@ -193,6 +194,95 @@ def test_who_only_watches_health_makes_room_too() -> None:
             assert server.protocols == set()
             with pytest.raises(StreamTerminatedError):
                 await watch.recv_message()
+
+    run(main)
+
+
+def test_what_a_peer_has_not_taken_protects_its_connection_for_a_while_after_a_call() -> None:
+    """Not where there was no call, whatever was asked for: PINGs, or health.
+
+    Mutants seen: anything that was not taken protects (as it did); what has no call has had one when it is accepted;
+    an answer protects for ever, or not at all.
+    """
+
+    async def main() -> None:
+        async with channel_to_server() as (channel, server):
+            await channel.__connect__()
+            [protocol] = server.protocols
+            protocol.connection._socket.get_write_buffer_size = lambda: 1  # the peer does not read
+            assert protocol.connection.waiting
+            assert protocol.is_idle
+            async with call(channel, WATCH) as stream:
+                await stream.send_message(Raw(data=b"asked"), end=True)
+                assert (await stream.recv_message()).data == b"asked"
+                await read_status(stream)
+            while protocol.processor.streams:
+                await asyncio.sleep(0)
+            assert protocol.is_idle
+            async with call(channel, "/t/well") as stream:
+                await stream.send_message(Raw(data=b"begun"))
+                assert (await stream.recv_message()).data == b"begun"
+                protocol.answered = 0.0
+                assert not protocol.is_idle
+                await stream.end()
+                await read_status(stream)
+            while protocol.processor.streams:
+                await asyncio.sleep(0)
+            assert not protocol.is_idle
+            protocol.answered -= Config().send_stall
+            assert protocol.is_idle
+
+    run(main)
+
+
+def test_streams_for_which_nobody_needs_a_token_are_few_at_once_on_each_connection() -> None:
+    """One more is refused as not processed; a call is not, nor is one on another connection, nor after one has ended.
+
+    Mutants seen: no bound (as it was); one for all connections; calls count too; so does what has ended for its peer;
+    what has ended is kept.
+    """
+
+    async def begin(stream: Any) -> None:
+        await stream.send_message(Raw(data=b"begun"))
+        assert (await stream.recv_message()).data == b"begun"
+
+    async def refused(channel: Channel) -> None:
+        with pytest.raises(StreamRefused):
+            async with call(channel, WATCH) as stream:
+                await begin(stream)
+
+    async def main() -> None:
+        async with channel_to_server() as (channel, server), contextlib.AsyncExitStack() as stack:
+
+            async def begun(channel: Channel, path: str = WATCH) -> Any:
+                stream = await stack.enter_async_context(call(channel, path))
+                await begin(stream)
+                stack.push_async_callback(stream.cancel)
+                return stream
+
+            other = Channel(f"{channel._host}:{channel._port}", Config())
+            stack.push_async_callback(other.aclose)
+            for _ in range(MAX_FOR_ANYBODY):
+                await begun(channel, "/t/well")
+            for _ in range(MAX_FOR_ANYBODY - 1):
+                await begun(channel)
+            async with call(channel, WATCH) as last:
+                await begin(last)
+                await refused(channel)
+                await begun(channel, "/t/well")
+                await begun(other)
+                await last.end()
+                await read_status(last)
+            handlers = [cast(Handler, protocol.handler) for protocol in server.protocols]
+            while sum(len(protocol.processor.streams) for protocol in server.protocols) > 2 * MAX_FOR_ANYBODY + 1:
+                await asyncio.sleep(0)
+            assert sorted(len(handler._for_anybody) for handler in handlers) == [1, MAX_FOR_ANYBODY - 1]
+            async with call(channel, WATCH) as last:
+                await begin(last)
+                await refused(channel)
+                await last.cancel()  # its handler may not have ended when the next one comes
+            await begun(channel)
+            await refused(channel)
 
     run(main)
 

@@ -823,6 +823,16 @@ def test_a_stream_for_which_nobody_needs_a_token_keeps_nobody_out(
         wait_until(lambda: lets_in(served))
 
 
+def test_who_does_not_read_the_answers_to_its_pings_keeps_nobody_out(serve: Serve) -> None:
+    """Mutant seen: what has not been taken makes its connection a busy one (as it did)."""
+    served = serve("Async", "--max-connections", "1")
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        sock.connect(("127.0.0.1", served.port))
+        sock.sendall(PREFACE + raw_frame(SETTINGS, 0, 0, b"") + raw_frame(PING, 0, 0, b"17 bytes") * 300)
+        wait_until(lambda: lets_in(served))
+
+
 def test_a_connection_whose_answer_is_on_its_way_makes_no_room(serve: Serve) -> None:
     """The call is over for the server, which has written all of it. Mutant seen: only its streams are looked at."""
     served = serve("Plain", "--max-connections", "1")

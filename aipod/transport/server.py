@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -44,6 +45,9 @@ _SETTLING = 1.0
 # gRPC's own services, health and reflection: nobody needs a token for them, so a stream of theirs is no call for which
 # a connection could keep others out.
 _FOR_ANYBODY = "/grpc."
+# Their streams at once per connection. Nothing ends a Health/Watch, which is 20 KB for 74 bytes from anybody: as many
+# as calls, 1000, made 20 MB of each connection. Who watches opens one for each name; there are seven.
+MAX_FOR_ANYBODY = 16
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
@@ -63,6 +67,7 @@ class Handler(grpclib.server.Handler):
     def __init__(self, server: Server) -> None:
         super().__init__(server._mapping, server._codec, server._status_details_codec, server.__dispatch__)
         self._server = server
+        self._for_anybody: set[H2Stream] = set()
 
     def accept(self, stream: Any, headers: Headers, release_stream: Callable[[], Any]) -> None:
         try:
@@ -87,6 +92,9 @@ class Handler(grpclib.server.Handler):
         limit = self._server.settings.stream_limit
         # A stream is over for its peer before its handler is: it may open the next one.
         many = len(streams) > limit and self.protocol.h2.open_inbound_streams > limit
+        for_anybody = problem is None and seen[":path"].startswith(_FOR_ANYBODY)
+        if for_anybody:
+            many = many or sum(other.closable for other in self._for_anybody) >= MAX_FOR_ANYBODY
         if self.protocol.processor.draining or many or len(streams) > STREAM_SLACK * limit:
             # It says that nothing was done, so the peer may retry (RFC 9113 section 8.7).
             reset = ErrorCodes.REFUSED_STREAM
@@ -103,7 +111,9 @@ class Handler(grpclib.server.Handler):
             self._start(stream, release_stream, _reply(stream, problem))
             return
         self.protocol.last_busy = time.monotonic()
-        if not seen[":path"].startswith(_FOR_ANYBODY):
+        if for_anybody:
+            self._for_anybody.add(stream)
+        else:
             stream.is_call = True
             self.protocol.last_call = time.monotonic()
         stream.inbox.encoding = seen.get("grpc-encoding", "identity")
@@ -158,8 +168,9 @@ class Handler(grpclib.server.Handler):
     ) -> None:
         self._tasks.pop(stream, None)
         self._cancelled.discard(task)
+        self._for_anybody.discard(stream)
         if stream.is_call:
-            self.protocol.last_call = time.monotonic()
+            self.protocol.last_call = self.protocol.answered = time.monotonic()
         # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
         stream.reset_now(ErrorCodes.INTERNAL_ERROR if stream.owes_an_end else ErrorCodes.NO_ERROR)
         release_stream()
@@ -290,12 +301,19 @@ class ServerProtocol(H2Protocol):
         super().__init__(handler, server.settings, client=False)
         self._server = server
         self.last_call = time.monotonic()  # when there was one; until then, when the connection was accepted
+        self.answered = -math.inf  # when its last call ended
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no call, and the peer's system has taken all that it was sent."""
-        calls = any(cast(H2Stream, stream).is_call for stream in self.processor.streams.values())
-        return not calls and not self.connection.waiting
+        """Whether there is no call, and the peer's system has taken the answer to the last one, or had time enough.
+
+        Whatever else it has not taken, such as answers to its PINGs, keeps nobody out; nor does one who takes an answer
+        by the byte.
+        """
+        if any(cast(H2Stream, stream).is_call for stream in self.processor.streams.values()):
+            return False
+        answering = time.monotonic() - self.answered < self.settings.send_stall
+        return not (answering and self.connection.waiting)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -308,8 +326,8 @@ class ServerProtocol(H2Protocol):
     def make_room(self) -> None:
         """Say that nothing more is taken (GOAWAY) and close, without waiting for the peer to do so.
 
-        For an idle connection: nothing is lost with it (who watches the server's health is told that the connection is
-        gone), and what it asks for meanwhile it may ask for again.
+        For an idle connection: nothing is lost with it but an answer that was taken too slowly (who watches the
+        server's health is told that the connection is gone), and what it asks for meanwhile it may ask for again.
         """
         log.info("a connection makes room for a new one (--max-connections)")
         self.connection.goaway(self.h2.highest_inbound_stream_id)
