@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import itertools
 import os
 import resource
 import select
@@ -25,11 +26,13 @@ import h2.exceptions
 import h2.settings
 import hpack
 import pytest
+from grpclib.const import Status
 from h2.errors import ErrorCodes
 
 from aipod.codec import Compressor
 from aipod.config import Config
 from aipod.identity import add_token
+from aipod.service.ai import SILENT
 from aipod.transport.channel import Channel
 from aipod.transport.headers import MAX_REFUSAL
 from aipod.wire.ai import Raw
@@ -831,6 +834,35 @@ def test_who_does_not_read_the_answers_to_its_pings_keeps_nobody_out(serve: Serv
         sock.connect(("127.0.0.1", served.port))
         sock.sendall(PREFACE + raw_frame(SETTINGS, 0, 0, b"") + raw_frame(PING, 0, 0, b"17 bytes") * 300)
         wait_until(lambda: lets_in(served))
+
+
+def test_calls_without_a_first_message_make_room_for_those_that_come_later(serve: Serve) -> None:
+    """The one that has waited longest ends; what comes later is served.
+
+    Mutants seen: all of them stay (as they did); the newest ends; a wait that is over still counts.
+    """
+    served = serve("Async", "--upload-stall", "600")
+    with Peer(served) as peer, contextlib.ExitStack() as stack:
+        first = peer.open(data=b"", end=False)
+        peer.until(lambda: peer.answers[first].data)
+        for _ in range(3):
+            honest(peer)
+        for calls in (700, 700, SILENT - 1401):
+            bare = stack.enter_context(Bare(served))
+            bare.send(b"".join(bare.headers(2 * n + 1) for n in range(calls)))
+            beginnings = (stream for kind, _, stream, _ in bare.frames() if kind == HEADERS_FRAME)
+            assert len(set(itertools.islice(beginnings, calls))) == calls
+        told = len(peer.answers[first].data)
+        peer.until(lambda: peer.answers[first].ended or len(peer.answers[first].data) > told)  # a heartbeat
+        assert not peer.answers[first].ended
+        late = peer.open(data=b"", end=False)
+        wait_until(lambda: peer.step() and peer.answers[first].ended)
+        assert peer.answers[first].status == Status.RESOURCE_EXHAUSTED.value
+        assert "without a first message" in peer.answers[first].headers["grpc-message"]
+        honest(peer)
+        peer.h2.send_data(late, REQUEST, end_stream=True)
+        peer.flush()
+        assert peer.answer(late).status == 0
 
 
 def test_a_connection_whose_answer_is_on_its_way_makes_no_room(serve: Serve) -> None:

@@ -45,6 +45,11 @@ LARGE_KWARGS = 2
 LARGE_WAITING = 64
 PARSING = 1
 
+# Calls at once, over all connections, that have not brought their first message: 30 KB each, so 60 MB, for 50 bytes of
+# headers. Clients send it right behind them. One more ends the one that has waited longest: were it refused itself,
+# those that send nothing would keep everybody out.
+SILENT = 2000
+
 
 class AI:
     """The service object that grpclib serves.
@@ -75,6 +80,7 @@ class AI:
         self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
         self._parsing = trio.CapacityLimiter(PARSING)
         self._active: dict[trio.CancelScope, Job | None] = {}  # the jobs of plain clients
+        self._silent: dict[trio.CancelScope, None] = {}  # the waits for a first message, the longest first
         self._less = trio.Event()  # there is one call less in `_active`
         self.draining = False
 
@@ -233,11 +239,26 @@ class AI:
             raise self._jobs.draining_with_job()
 
     async def _first(self, call: Call) -> Raw | StreamInput:
-        with trio.move_on_after(self._config.upload_stall):
-            first: Raw | StreamInput | None = await call.receive_first()
+        """Wait for the first message; a later call may end that wait (`SILENT`).
+
+        This is a trio-flavored async function. Raises `Refused` (BAD_MESSAGE, OVERLOADED, UPLOAD_STALLED).
+        """
+        if len(self._silent) >= SILENT:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            oldest.cancel()
+        with trio.move_on_after(self._config.upload_stall) as patience:
+            self._silent[patience] = None
+            try:
+                first: Raw | StreamInput | None = await call.receive_first()
+            finally:
+                made_room = patience not in self._silent
+                self._silent.pop(patience, None)
             if first is None:
                 raise Refused("BAD_MESSAGE", "the request ended before its first message")
             return first
+        if made_room:
+            raise Refused("OVERLOADED", "the server has many calls without a first message at once; try again later")
         raise Refused("UPLOAD_STALLED", f"no first message for {self._config.upload_stall:g} s (--upload-stall)")
 
     @contextlib.asynccontextmanager
