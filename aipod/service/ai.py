@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import trio
@@ -23,11 +22,12 @@ from aipod.job.job import Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request, has_large_kwargs, parse_attach, parse_request
 from aipod.job.upload import check_limit, receive_payload
-from aipod.pool import Lease, Pool, Waiter
+from aipod.pool import Pool
 from aipod.runner import Description
 from aipod.service.builtin import answer_of, is_builtin
 from aipod.service.forget import Forgetter
 from aipod.service.jobs import Jobs
+from aipod.service.place import Place
 from aipod.service.shortage import Shortage
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
@@ -446,25 +446,3 @@ class AI:
 async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
-
-
-class Place:
-    """A job's place in the pool's line. A `train` may take hours, so it does not take the others' instance."""
-
-    def __init__(self, pool: Pool, version: str, method: str) -> None:
-        self._pool = pool
-        self._version = version
-        self._waiter = Waiter(version, beside=method == "train")
-        self._leased = False
-
-    def place(self) -> int:
-        return self._pool.place(self._waiter)
-
-    def lease(self) -> AbstractAsyncContextManager[Lease]:
-        if self._leased:
-            self._waiter = Waiter(self._version, again=True, beside=self._waiter.beside)
-        self._leased = True
-        return self._pool.lease(self._version, self._waiter)
-
-    def retire(self) -> None:
-        self._pool.retire(self._version)
