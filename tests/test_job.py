@@ -30,7 +30,8 @@ from aipod.results import INLINE
 from aipod.runner import Description
 from aipod.runner.fake import FakeRunner
 from aipod.server import _sweep
-from aipod.service.ai import AI, Place, Viewer
+from aipod.service.ai import AI, Viewer
+from aipod.service.place import Place
 from aipod.service.viewer import Call, Writer
 from aipod.spool import MAX_LOG, Entry, Journal, Look, Spool, Sweeper, Words
 from aipod.versions import Versions
