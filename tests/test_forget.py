@@ -171,6 +171,20 @@ def test_a_job_that_has_not_ended_is_neither_released_nor_removed(spool: Spool) 
             entry.let_go()
 
 
+async def test_an_ended_job_that_somebody_has_for_a_moment_is_released_all_the_same(spool: Spool) -> None:
+    """As who makes a long answer durable. Mutant seen: it is kept for its whole time."""
+    forgetter = Forgetter(spool)
+    watched = ended(spool, "a", **done(INLINE))
+    entry = spool.hold(watched.look.id)
+    assert entry is not None
+    assert forgetter._release(watched.look.id) is None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(forgetter.release, [watched.look.id])
+        await trio.sleep(0.1)
+        entry.let_go()
+    assert watched.look.read()["phase"] == "RELEASED"
+
+
 def test_without_a_descriptor_nothing_is_forgotten_and_nothing_ends(spool: Spool) -> None:
     """What goes on beside the calls must not end the server. Mutant seen: what `hold` raises is not caught."""
     clock = Clock()

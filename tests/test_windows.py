@@ -622,6 +622,11 @@ def test_what_a_connection_can_make_the_server_hold(serve: Serve) -> None:
             # The streams of the first connection wait for the collector; from then on there is nothing more to come.
             allowed = (bound, bound + leak / 2, after + leak / 4)[count]
             after = memory(served) - before
+            if after >= allowed:
+                with Peer(served) as other:
+                    for _ in range(1000):  # the collector comes with calls: what it takes was no leak
+                        honest(other)
+                after = memory(served) - before
             assert after < allowed
             for stream in streams:
                 peer.h2.reset_stream(stream, ErrorCodes.CANCEL)

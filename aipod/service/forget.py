@@ -31,6 +31,8 @@ UNSAID = 10_000
 # Removed by one call in a thread. Where the loop is busy each such call waits for it, and one for each job would let
 # them end faster than they go. It takes 0.1 s at most on a disk that is not slow.
 AT_ONCE = 100
+# Times that a release is tried again, and the seconds between them.
+_TRIES, _AGAIN = 10, 0.05
 
 
 class Forgetter:
@@ -62,7 +64,13 @@ class Forgetter:
     async def release(self, job_ids: list[str], caller: Caller = ANYONE) -> None:
         """Forget the answers of ended jobs that are the caller's. This is a trio-flavored async function."""
         for job_id in job_ids:
-            if await trio.to_thread.run_sync(self._release, job_id, caller):
+            released = await trio.to_thread.run_sync(self._release, job_id, caller)
+            for _ in range(_TRIES):
+                if released is not None:
+                    break
+                await trio.sleep(_AGAIN)
+                released = await trio.to_thread.run_sync(self._release, job_id, caller)
+            if released:
                 self._answered.pop(job_id, None)
                 self._released.setdefault(job_id, self._clock() + KEEP_RELEASED)
 
@@ -90,12 +98,15 @@ class Forgetter:
             del waiting[job_id]
         return due
 
-    def _release(self, job_id: str, caller: Caller = ANYONE) -> bool:
+    def _release(self, job_id: str, caller: Caller = ANYONE) -> bool | None:
+        """Whether it is released now; None where somebody has an ended job for a moment, to make its answer durable."""
         try:
             with self._spool.holding(job_id) as entry:
-                fields = {} if entry is None else entry.read()
-                if entry is None or fields.get("phase") not in ENDED or not caller.owns(fields):
+                fields = (entry or self._spool.look(job_id)).read()
+                if fields.get("phase") not in ENDED or not caller.owns(fields):
                     return False
+                if entry is None:
+                    return None
                 forget_answer(entry)
                 return True
         except Exception as exc:  # one broken entry must not end the server
