@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import random
 import secrets
 import signal
@@ -288,7 +289,7 @@ class Run:
                 out = await self._outlive(process)
             finally:
                 if process.returncode is None:
-                    process.kill()
+                    _kill(process)
                     await process.wait()
             if out and out != "done":
                 return _how(*out.split(": ", 1))
@@ -303,7 +304,7 @@ class Run:
         patience = None if self._over else self._rng.uniform(0.5, 8)
         done, _ = await asyncio.wait([talk], timeout=patience)
         if not done:
-            process.kill()
+            _kill(process)
             self.totals.client_kills += 1
         out, _ = await talk
         if process.returncode not in (0, -signal.SIGKILL):
@@ -317,6 +318,12 @@ async def _end(job: Coroutine[Any, Any, str]) -> str:
         return await job
     except aipod.AipodError as exc:
         return _how(exc.reason, exc.message)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    """Not `process.kill()`: where the process has just ended that takes its status, which asyncio then has no more."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
 
 
 def _how(reason: str, text: str = "") -> str:
