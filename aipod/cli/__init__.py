@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import click
 
 from aipod import __version__
+from aipod.cli.tracing import exported_spans
 from aipod.errors import AipodError, JobLost, Unreachable, UsageError, leaves
 from aipod.heaps import share_heaps
 
@@ -168,7 +169,8 @@ def run(arguments: list[str]) -> int:
     flags = Flags()
     warnings.showwarning = _note
     try:
-        status = cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
+        with exported_spans():
+            status = cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
         return status if isinstance(status, int) else OK
     except click.exceptions.Exit as exc:
         return exc.exit_code

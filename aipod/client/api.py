@@ -23,6 +23,7 @@ from aipod.client.reader import Payload
 from aipod.client.sink import check_target
 from aipod.client.source import Source
 from aipod.client.ticket import TicketFile, parse_ticket
+from aipod.client.traced import traced
 from aipod.codec import Compressor
 from aipod.config import KIB, Config
 from aipod.errors import JobLost, Refused, Unreachable, UsageError, job_failed
@@ -317,8 +318,9 @@ class Client:
         follower = Follower(self._link, request, course, closes)
         scope = asyncio.timeout(timeout)
         continued = False
+        what = f"submit {_method(request)}" if request.until is Until.TAKEN else _method(request)
         try:
-            with self._link.call():
+            with self._link.call(), traced(follower, request, what):
                 try:
                     async with request.source, scope:
                         return await follower.run(), follower.course
@@ -382,6 +384,11 @@ def _is_continued(course: Course, error: BaseException) -> bool:
         course.forget_file()
         return False
     return True
+
+
+def _method(request: Request) -> str:
+    """What the request names, on whatever call."""
+    return next((value for name, value in request.metadata if name == "x-func-name"), request.rpc)
 
 
 def _fingerprint(request: Request, kwargs: bytes, source: Source) -> str:

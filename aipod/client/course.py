@@ -22,7 +22,18 @@ from aipod.client.sink import Sink
 from aipod.client.source import Source
 from aipod.client.ticket import Saved, TicketFile
 from aipod.codec import job_id
+from aipod.tracing import Trace
 from aipod.wire.ai import Op, Phase, State
+
+# What the phase of an event is called in a trace; those that end a job have no span.
+_SPANS = {
+    "CONNECTING": "connect",
+    "WAITING": "wait",
+    "RECEIVING": "upload",
+    "QUEUED": "queue",
+    "RUNNING": "run",
+    "DONE": "download",
+}
 
 
 class Until(enum.Enum):
@@ -61,6 +72,7 @@ class Request:
     goes_on: bool = False  # a later process may ask for the same answer: what was saved of it is left to that one
     durable: bool = False  # what is saved shall be on the disk: the ticket file, the only other way to it, goes then
     fingerprint: str = ""  # what the ticket file compares
+    trace: Trace | None = None
 
     @property
     def upstream(self) -> str:
@@ -186,6 +198,8 @@ class Course:
     def tell(self, request: Request, **changes: Any) -> None:
         """Let the caller know. Raises `Local` for what the caller's function raises."""
         self.event = dataclasses.replace(self.event, **{"log": "", **changes})
+        if request.trace is not None:
+            request.trace.enter(_SPANS.get(self.event.phase, ""))
         if request.on_event is not None:
             try:
                 request.on_event(self.event)

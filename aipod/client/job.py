@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import random
@@ -16,6 +17,7 @@ from aipod.client.follow import ASK_AGAIN, Follower, ask_surely
 from aipod.client.link import Link
 from aipod.client.sink import check_target
 from aipod.client.ticket import TicketFile
+from aipod.client.traced import traced
 from aipod.codec import job_id
 from aipod.errors import JobFailed, Refused
 from aipod.wire.ai import Op, Phase
@@ -94,7 +96,7 @@ class Job:
         )
         try:
             async with asyncio.timeout(timeout):
-                answer = await self._follow(request)
+                answer = await self._follow(request, what="wait")
         except JobFailed:
             if not keep:
                 self._forget_file()  # it is the job's answer: asked again it would say the same
@@ -193,8 +195,11 @@ class Job:
             known = False  # it was looked for as a job that is there: next time a server's word counts
             await asyncio.sleep(random.uniform(0, limit))  # noqa: S311 - jitter is no secret
 
-    async def _follow(self, request: Request, *, known: bool | None = None) -> Any:
-        """Watch the job as `request` says. `known`: a server that does not find it is not to be believed at once."""
+    async def _follow(self, request: Request, *, known: bool | None = None, what: str = "") -> Any:
+        """Watch the job as `request` says. `known`: a server that does not find it is not to be believed at once.
+
+        `what`: what its caller does, for a trace.
+        """
         known = self._taken if known is None else known
         phase = Phase.QUEUED if known else Phase.NONE
         course = Course(
@@ -203,7 +208,8 @@ class Job:
         follower = Follower(self._link, request, course, self._link.closes)
         is_over = False
         try:
-            return await follower.run()
+            with traced(follower, request, what) if what else contextlib.nullcontext():
+                return await follower.run()
         except (JobFailed, Refused) as exc:
             is_over = isinstance(exc, JobFailed) or exc.reason == "NOT_FOUND"
             raise

@@ -19,6 +19,7 @@ from aipod.results import INLINE, Result
 from aipod.runner import Report, Task
 from aipod.runner.output import Excerpt
 from aipod.spool import ENDED, MAX_LOG, Entry, Look, Words
+from aipod.tracing import Trace
 from aipod.wire.ai import Error, Phase, State
 
 log = logging.getLogger("aipod.job")
@@ -37,6 +38,9 @@ MAX_PENDING_LOG = 1024 * 1024
 LONG_LOG = MAX_LOG - 2 * MAX_PENDING_LOG - 1024
 LOG_IS_LONG = "[the log is long: of the rest, beginning and end are told when the run is over]\n"
 LOG_PIECE = 64 * 1024  # bytes of it per heartbeat
+
+# What a phase is called in a trace; what comes after them has no span of the job's.
+SPANS = {Phase.RECEIVING: "upload", Phase.QUEUED: "queue", Phase.RUNNING: "run"}
 
 CONTENT_TYPES = {"json": "application/json", "bytes": "application/octet-stream", "file": "application/octet-stream"}
 
@@ -242,11 +246,21 @@ class Job(Watched):
 
     look: Entry
 
-    def __init__(self, request: Request, entry: Entry, spool_id: str, keep: Keep | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        entry: Entry,
+        spool_id: str,
+        keep: Keep | None = None,
+        phase: Phase = Phase.RECEIVING,
+    ) -> None:
         super().__init__(entry, spool_id, keep or Keep())
         self.request = request
         self.entry = entry
-        self.phase = Phase.RECEIVING
+        self.phase = phase
+        known = {"job_id": request.job_id, "method": request.method, "version": request.version}
+        self.trace = Trace(f"job {request.method}", request.metadata, **known)
+        self.trace.enter(SPANS[phase])
         self.epoch = request.open.epoch if request.open is not None else 0
         self.attempt = request.attempt
         self.queue: Queue | None = None
@@ -296,6 +310,7 @@ class Job(Watched):
             self.heard = time.monotonic()
         self._remark, self._is_stopped = "", False
         self._set_message()
+        self.trace.enter(SPANS.get(phase, ""))
         self.notify()
 
     def unstart(self) -> None:
@@ -417,6 +432,14 @@ class Job(Watched):
         if self.viewers < 2:
             self._piece = None
         self._alone_since = time.monotonic()
+
+    def close(self) -> None:
+        """It says nothing new any more: it has ended, or nobody works on it here."""
+        reason = self.error.reason if self.error is not None else ""
+        self.trace.tag(runs=self.attempt, payload_size=self.entry.written)
+        self.trace.end(reason if self.ended else "LEFT")
+        self.over.set()
+        self.notify()
 
     def cancel(self) -> None:
         """Nobody wants the answer: stop the run, and let the entry go."""

@@ -119,8 +119,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             with trio.CancelScope(shield=True), _going_on(job):
                 if not job.request.plain:
                     await trio.to_thread.run_sync(job.entry.let_go)
-            job.over.set()
-            job.notify()
+            job.close()
         if job.request.plain:
             try:
                 await job.released.wait()
@@ -235,7 +234,12 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     await trio.to_thread.run_sync(entry.record, step)
                     job.enter(Phase.RUNNING)
                 left = min(terms.deadline - trio.current_time(), timeout or math.inf)
-                timed = dataclasses.replace(task, kwargs=kwargs, timeout=None if left == math.inf else left)
+                timed = dataclasses.replace(
+                    task,
+                    kwargs=kwargs,
+                    metadata={**request.metadata, **job.trace.headers()},  # what the method traces belongs to its run
+                    timeout=None if left == math.inf else left,
+                )
                 try:
                     job.lease = lease
                     with trio.move_on_after(timeout or math.inf) as patience:

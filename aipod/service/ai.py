@@ -32,6 +32,7 @@ from aipod.service.shortage import Shortage
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
 from aipod.spool import Entry, Spool
+from aipod.tracing import span
 from aipod.transport.server import PEER_GONE, TrioHandler
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase, Raw, StreamInput
@@ -362,7 +363,8 @@ class AI:
         await viewer.say_outcome()
         if job.answer is not None:
             try:
-                await send_all(own_messages(job.look, job.answer, open_.have, self._config.level), writer.send)
+                with span("download", call.headers, job_id=job_id):
+                    await send_all(own_messages(job.look, job.answer, open_.have, self._config.level), writer.send)
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
         self._forgetter.told(job, open_)
@@ -413,7 +415,8 @@ class AI:
             if job.answer.kind == "file":
                 trailers["x-content-type"] = "application/octet-stream"
             messages = plain_messages(job.look, job.answer, self._config.level, self._config.message_limit)
-            await send_all(messages, writer.send)
+            with span("download", call.headers, job_id=request.job_id):
+                await send_all(messages, writer.send)
 
     @contextlib.asynccontextmanager
     async def _job(
@@ -436,6 +439,7 @@ class AI:
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(entry.destroy)
+            job.close()
             raise
         try:
             yield job

@@ -265,8 +265,7 @@ class Jobs:
             del self.held[job.entry.id]
             self.changed.set()
             self.changed = trio.Event()
-        job.over.set()
-        job.notify()
+        job.close()
 
     # Running
 
@@ -309,8 +308,7 @@ class Jobs:
                     await trio.to_thread.run_sync(entry.let_go)
         if request is None:
             return
-        job = Job(request, entry, self._spool.id, self._keep)
-        job.phase = Phase.QUEUED
+        job = Job(request, entry, self._spool.id, self._keep, Phase.QUEUED)
         log.info("job %s %s@%s: taken over", job_id, request.method, request.version)
         self.start(job, float("inf"))
 
