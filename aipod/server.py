@@ -12,9 +12,7 @@ import functools
 import logging
 import os
 import resource
-import secrets
 import socket
-import stat
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -39,7 +37,8 @@ from aipod.service.health import ServingStatus
 from aipod.service.reflection import with_reflection
 from aipod.spool import Spool, Sweeper
 from aipod.transport import bridge
-from aipod.transport.server import BACKLOG, Server
+from aipod.transport.server import Server
+from aipod.transport.sockets import is_loopback, name_of, open_sockets
 from aipod.trash import remove
 from aipod.versions import Versions, check_version
 
@@ -73,13 +72,13 @@ async def serve(
     This is a trio-flavored async function: `await nursery.start(serve, config)` returns the addresses once health
     answers, or none where `stop` was set before. `stop` begins a drain: health NOT_SERVING, new jobs refused, running
     ones get `config.drain` seconds, the instances' `close` hooks run, and it returns. Cancelled: the same with no time
-    for jobs. Raises `ServeError`, `JobFailed` (the class does not load) and `spool.SpoolError`.
+    for jobs. Raises `ServeError`, `BindError`, `JobFailed` (the class does not load) and `spool.SpoolError`.
     """
     if stop is None:
         stop = trio.Event()
     share_heaps()
     identities = await trio.to_thread.run_sync(_identities, config)
-    with _sockets(config) as sockets, _home(config) as (spool_path, data_path), captured():
+    with open_sockets(config) as sockets, _home(config) as (spool_path, data_path), captured():
         _warn_of_open_tokens(config, sockets)
         files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -114,12 +113,12 @@ async def serve(
                 jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
                 async with _listening(config, [ai, status.service()], sockets) as server:
-                    task_status.started([_name(sock) for sock in sockets])
+                    task_status.started([name_of(sock) for sock in sockets])
                     try:
                         await stop.wait()
                         log.info("draining: at most %g s for running jobs", config.drain)
                         status.stop_serving()
-                        await ai.drain(config.drain)
+                        await ai.drain.run(config.drain)
                     finally:
                         server.stop_listening()
                         for sock in sockets:  # else callers would wait in the backlog while models close
@@ -279,106 +278,9 @@ def _home(config: Config) -> Iterator[tuple[Path, Path]]:
         remove(path)
 
 
-@contextlib.contextmanager
-def _sockets(config: Config) -> Iterator[list[socket.socket]]:
-    """A listening socket for each address of `config.bind`. Raises `ServeError`."""
-    with contextlib.ExitStack() as stack:
-        sockets = []
-        for address in config.bind:
-            try:
-                # Who has a token, or a certificate that comes from --tls-ca, is known; others are not let in.
-                insecure = config.insecure or bool(config.tokens or (config.tls_cert and config.tls_ca))
-                sock = _listen(address, insecure=insecure, reuse_port=config.reuse_port)
-            except (OSError, ValueError) as exc:
-                raise ServeError(
-                    "BIND_FAILED", f"cannot listen on {address}: {exc}; choose another with --bind"
-                ) from exc
-            stack.enter_context(sock)
-            if address.startswith("unix:"):
-                stack.callback(_remove_socket, os.path.abspath(address.removeprefix("unix:")))
-            sockets.append(sock)
-        yield sockets
-
-
-def _listen(address: str, *, insecure: bool, reuse_port: bool) -> socket.socket:
-    if address.startswith("unix:"):
-        return _listen_unix(address.removeprefix("unix:"))
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:  # getaddrinfo takes 70000 for 4464
-        raise ValueError("it is not HOST:PORT, [::1]:PORT or unix:PATH")
-    host = host.removeprefix("[").removesuffix("]")
-    family, kind, proto, _, where = socket.getaddrinfo(
-        host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    sock = socket.socket(family, kind, proto)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(where)
-        if not insecure and not _is_loopback(sock.getsockname()[0]):
-            raise ValueError(
-                "anybody who can reach it could call the model; ask for tokens (--tokens) or certificates "
-                "(--tls-cert, --tls-ca), "
-                "or add --insecure if that is meant"
-            )
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _listen_unix(path: str) -> socket.socket:
-    """Bind beside and rename: an old socket file is replaced, a living server's is not."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise OSError("there is something that is no socket")
-            else:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                    try:
-                        probe.connect(path)
-                    except ConnectionRefusedError:
-                        pass
-                    else:
-                        raise OSError("another server listens there")
-        fresh = f"{path}.{secrets.token_hex(4)}"
-        sock.bind(fresh)
-        os.chmod(fresh, 0o600)
-        sock.listen(BACKLOG)
-        os.rename(fresh, path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _remove_socket(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
 def _warn_of_open_tokens(config: Config, sockets: list[socket.socket]) -> None:
     if config.tokens and not config.tls_cert:
         for sock in sockets:
-            if sock.family != socket.AF_UNIX and not _is_loopback(sock.getsockname()[0]):
+            if sock.family != socket.AF_UNIX and not is_loopback(sock.getsockname()[0]):
                 text = "%s: tokens come unencrypted unless a proxy before this server speaks TLS (--tls-cert)"
-                log.warning(text, _name(sock))
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    return ipaddress.ip_address(host).is_loopback
-
-
-def _name(sock: socket.socket) -> str:
-    where = sock.getsockname()
-    if sock.family == socket.AF_UNIX:
-        # Bound under another name and renamed (see _listen_unix).
-        return f"unix:{where.rpartition('.')[0]}"
-    return f"[{where[0]}]:{where[1]}" if sock.family == socket.AF_INET6 else f"{where[0]}:{where[1]}"
+                log.warning(text, name_of(sock))

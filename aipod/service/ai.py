@@ -25,9 +25,11 @@ from aipod.job.upload import check_limit, receive_payload
 from aipod.pool import Pool
 from aipod.runner import Description
 from aipod.service.builtin import answer_of, is_builtin
+from aipod.service.drain import Drain
 from aipod.service.forget import Forgetter
 from aipod.service.jobs import Jobs
 from aipod.service.place import Place
+from aipod.service.refusals import Refusals
 from aipod.service.shortage import Shortage
 from aipod.service.status import Ending, ending_of, log
 from aipod.service.viewer import Call, Viewer, Writer
@@ -55,7 +57,7 @@ SILENT = 2000
 class AI:
     """The service object that grpclib serves.
 
-    The mutable state is the calls under way with their jobs (a drain waits for them) and whether a drain has begun.
+    The mutable state is which calls have not brought their first message, and in what it is made of.
     """
 
     def __init__(
@@ -80,10 +82,8 @@ class AI:
         self._shortage = Shortage(spool)
         self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
         self._parsing = trio.CapacityLimiter(PARSING)
-        self._active: dict[trio.CancelScope, Job | None] = {}  # the jobs of plain clients
         self._silent: dict[trio.CancelScope, None] = {}  # the waits for a first message, the longest first
-        self._less = trio.Event()  # there is one call less in `_active`
-        self.draining = False
+        self.drain = Drain(self._jobs, config.cancel_grace)
 
     async def run(self) -> None:
         """What goes on beside the calls. This is a trio-flavored async function; it never returns."""
@@ -99,7 +99,7 @@ class AI:
         This is a trio-flavored async function.
         """
         for job_id in job_ids:
-            if self.draining or not self._jobs.has_room:
+            if self.drain.begun or not self._jobs.has_room:
                 return
             try:
                 if job_id not in self._jobs.held:
@@ -113,58 +113,15 @@ class AI:
             for rpc, kind in RPCS.items()
         }
 
-    async def drain(self, seconds: float) -> None:
-        """Refuse new jobs and wait for those under way; cancel what is left after `seconds`.
-
-        A job whose method was not started is left to the next server, or a plain client's refused with the advice to
-        try again; any other ends as interrupted or cancelled, for the method must not run twice.
-        This is a trio-flavored async function.
-        """
-        self.draining = self._jobs.draining = True
-        for job in self._jobs.held.values():
-            if job.phase == Phase.RECEIVING and not job.request.plain:
-                job.hand_over()  # the next server goes on where this one has come
-        with trio.move_on_after(seconds):
-            while self._active or self._jobs.held:
-                await self._wait_less()
-        for job in list(self._jobs.held.values()):
-            if job.request.plain:
-                continue
-            if job.started:
-                job.stop("the server was shut down while the method ran", "INTERRUPTED")
-            else:
-                job.hand_over()
-        for scope, plain in self._active.items():
-            if plain is not None:
-                plain.stop("the server is shutting down")
-                if not plain.started:
-                    scope.cancel()
-        with trio.move_on_after(2 * self._config.cancel_grace + 5):  # the three steps
-            while self._jobs.held:
-                await self._wait_less()
-        for seconds in (1.0, 5.0):  # to tell the outcome, and then that there is none here
-            with trio.move_on_after(seconds):
-                while self._active:
-                    await self._wait_less()
-            for scope in self._active:
-                scope.cancel()
-
-    async def _wait_less(self) -> None:
-        """Wait for a call or a job to end."""
-        async with trio.open_nursery() as nursery:
-            for event in (self._less, self._jobs.changed):
-                nursery.start_soon(_then_cancel, event, nursery.cancel_scope)
-
     async def _serve(self, rpc: str, stream: Stream[Any, Raw]) -> None:
         """One call, from the initial metadata to the trailers. This is a trio-flavored async function.
 
         Cancelled (the connection is gone): a plain client's job is cancelled; nothing is sent.
         """
         call = Call(stream)
-        scope = trio.CancelScope()
-        self._active[scope] = None
         try:
-            await self._converse(rpc, call, scope)
+            with self.drain.call() as scope:
+                await self._converse(rpc, call, scope)
         except (Exception, BaseExceptionGroup) as exc:
             rest = [leaf for leaf in leaves(exc) if not isinstance(leaf, trio.Cancelled)]
             if not all(isinstance(leaf, (*PEER_GONE, AipodError, GRPCError)) for leaf in rest):
@@ -174,10 +131,6 @@ class AI:
             log.log(level, "a call of %s was left by its peer: %s", rpc, rest or "reset")
             if isinstance(exc, BaseExceptionGroup) and (cancelled := exc.split(trio.Cancelled)[0]) is not None:
                 raise cancelled from None
-        finally:
-            del self._active[scope]
-            self._less.set()
-            self._less = trio.Event()
 
     async def _converse(self, rpc: str, call: Call, scope: trio.CancelScope) -> None:
         ending, trailers = Ending(), dict[str, str]()
@@ -235,9 +188,7 @@ class AI:
         if scope.cancelled_caught:
             if trio.current_time() >= scope.deadline:
                 raise job_failed("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
-            if self._active.get(scope) is not None:
-                raise Refused("DRAINING", "the server is shutting down; try again")
-            raise self._jobs.draining_with_job()
+            raise self.drain.why(scope)
 
     async def _first(self, call: Call) -> Raw | StreamInput:
         """Wait for the first message; a later call may end that wait (`SILENT`).
@@ -293,8 +244,8 @@ class AI:
             *(self._config.kwargs_limit, caller),
             limiter=limiter,
         )
-        if self.draining and request.plain:
-            raise Refused("DRAINING", "the server is shutting down; try again")
+        if self.drain.begun and request.plain:
+            raise Refusals.draining()
         check_limit(request.size or 0, self._config.max_payload)
         return request
 
@@ -391,7 +342,7 @@ class AI:
             won = {"epoch": str(job.superseded_by)}
             raise Refused("SUPERSEDED", "a newer call with the same ticket goes on with this upload", won)
         if job.handed_over:
-            raise Refused("DRAINING", "the server is shutting down; try again")
+            raise Refusals.draining()
 
     # Plain clients: the call is the job
 
@@ -406,7 +357,7 @@ class AI:
         scope: trio.CancelScope,
     ) -> None:
         async with self._job(request, entry, call, viewer, scope.deadline) as job:
-            self._active[scope] = job
+            self.drain.is_of(scope, job)
             await job.over.wait()
             viewer.stop()
             if job.answer is None:
@@ -445,8 +396,3 @@ class AI:
             yield job
         finally:
             job.cancel()
-
-
-async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()

@@ -29,9 +29,10 @@ from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
 from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
 from aipod.service.recover import end, recover
+from aipod.service.refusals import Refusals
 from aipod.spool import ENDED, Entry, Look, Spool
 from aipod.versions import Versions
-from aipod.wire.ai import Op, Open, Phase
+from aipod.wire.ai import Op, Phase
 
 log = logging.getLogger("aipod.job")
 
@@ -66,6 +67,7 @@ class Jobs:
         # The server's: a job outlives the call that brought it.
         self._nursery = nursery
         self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
+        self.refusals = Refusals(spool, min(config.ttl, config.upload_ttl, KEEP_ANSWERED))
         self.held: dict[str, Job] = {}
         self._coming: dict[str, str] = {}  # jobs that are about to be in it, and of which version those that are new
         self.changed = trio.Event()  # there is one job less in `held`
@@ -81,7 +83,7 @@ class Jobs:
         """
         assert request.open is not None
         job_id, epoch = request.job_id, request.open.epoch
-        self._check_spool(request.open)
+        self.refusals.check_spool(request.open)
         older_has_it = False
         with trio.move_on_after(TAKE_OVER):
             while True:
@@ -92,7 +94,7 @@ class Jobs:
                         return job
                     await trio.sleep(_LOOK_AGAIN)
                     continue
-                self._check_same(request, fields)
+                self.refusals.check_same(request, fields)
                 stored()
                 if fields.get("phase", "RECEIVING") != "RECEIVING":
                     return await self.attach(job_id)
@@ -123,10 +125,10 @@ class Jobs:
             look = self._spool.look(job_id)
             fields, live, free = await trio.to_thread.run_sync(self._read, look)
             if not fields:
-                raise self._not_found()
+                raise self.refusals.not_found()
             if free and job_id not in self.held:
                 if self.draining:
-                    raise self.draining_with_job()
+                    raise self.refusals.kept()
                 with self.coming(job_id):
                     await self.adopt(job_id)
                 continue
@@ -178,7 +180,7 @@ class Jobs:
         assert request.open is not None
         if request.open.op == Op.RESUME:
             if await trio.to_thread.run_sync(self._spool.fence, request.job_id):
-                raise self._not_started()
+                raise self.refusals.not_started()
             return None
         self._check_open()
         if request.kwargs is None:  # they are in the entry of the job that this call has watched
@@ -350,7 +352,7 @@ class Jobs:
         told = Told(self._spool.look(job_id), self._spool.id, self._keep)
         fields, live, _ = await trio.to_thread.run_sync(self._read, told.look)
         if not fields:
-            raise self._not_found()
+            raise self.refusals.not_found()
         told.learn(fields, live)
         return told
 
@@ -373,7 +375,7 @@ class Jobs:
 
     def _check_open(self) -> None:
         if self.draining:
-            raise Refused("DRAINING", "the server is shutting down; try again")
+            raise Refusals.draining()
 
     @property
     def has_room(self) -> bool:
@@ -405,36 +407,3 @@ class Jobs:
         waiting = (Phase.RECEIVING, Phase.QUEUED)
         held = sum(job.request.version == version and job.phase in waiting for job in self.held.values())
         return held + sum(coming == version for coming in self._coming.values())
-
-    def draining_with_job(self) -> Refused:
-        """For the caller of a job that is here to stay: it must not be created anywhere else."""
-        text = "the server is shutting down; the job waits for the next one"
-        return Refused("DRAINING", text, {"kept": self._spool.id})
-
-    def _check_spool(self, open_: Open) -> None:
-        if open_.spool and not self._spool.is_named(open_.spool):
-            raise Refused("WRONG_SPOOL", "that job lives in another spool", {"spool": self._spool.id})
-
-    def _check_same(self, request: Request, fields: Mapping[str, Any]) -> None:
-        Caller(request.owner).check_owner(fields)
-        if fields.get("fenced"):
-            if request.open is not None and request.open.op == Op.RESUME:
-                raise self._not_started()
-        elif fields.get("print") != request.fingerprint:
-            raise Refused(
-                "OTHER_REQUEST", "this ticket is another request's: method, version, arguments or source differ"
-            )
-
-    def _not_found(self) -> Refused:
-        # `spool`: who knows that the job is in another one waits until that has its server again.
-        return Refused(
-            "NOT_FOUND", "there is no such job here: it never was, or has expired", {"spool": self._spool.id}
-        )
-
-    def _not_started(self) -> Refused:
-        # `ttl`: seconds for which every job is remembered. One that sent `last` longer ago may be forgotten instead.
-        known = {
-            "spool": self._spool.id,
-            "ttl": str(int(min(self._config.ttl, self._config.upload_ttl, KEEP_ANSWERED))),
-        }
-        return Refused("NOT_STARTED", "there is no such job, and none can start under this ticket", known)

@@ -30,13 +30,11 @@ from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
 from aipod.transport.protocol import REFUSED, STREAM_SLACK, H2Protocol
+from aipod.transport.sockets import BACKLOG
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import server_context
 
 log = logging.getLogger("aipod.transport")
-
-# Connections that wait to be accepted: hundreds may come at once, and asyncio would listen anew with 100.
-BACKLOG = 1024
 
 # Seconds that a new connection has for its first call before it may have to make room: else peers that come at the same
 # moment would push each other out.
