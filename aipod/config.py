@@ -60,6 +60,11 @@ class Config:
     insecure: bool = _setting(False, "Allow other than loopback addresses without --tokens or --tls-ca.")
     tokens: str = _setting("", "TOML file with who may call, and what (see aipod token); read again when it changes.")
 
+    # Numbers about the server and the names of the model's methods, for whoever can reach it: no payloads, no callers.
+    metrics: str = _setting(
+        "", "HOST:PORT for Prometheus to scrape (path /metrics), loopback only without --insecure; none where empty."
+    )
+
     # Paths and source lines of the model are in them.
     tracebacks: bool = _setting(False, "Tell callers the traceback of a model's exception, not only the log.")
 
