@@ -32,6 +32,7 @@ _MODEL = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z")
 # RFC 6750 section 2.1.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*\Z")
 
+LOG_FORMATS = ("auto", "text", "json")
 RUNNERS = ("auto", "process", "thread", "loop")
 
 
@@ -59,6 +60,13 @@ class Config:
     reuse_port: bool = _setting(False, "Let several servers listen on one address (SO_REUSEPORT).")
     insecure: bool = _setting(False, "Allow other than loopback addresses without --tokens or --tls-ca.")
     tokens: str = _setting("", "TOML file with who may call, and what (see aipod token); read again when it changes.")
+
+    # Numbers about the server and the names of the model's methods, for whoever can reach it: no payloads, no callers.
+    metrics: str = _setting(
+        "", "HOST:PORT for Prometheus to scrape (path /metrics), loopback only without --insecure; none where empty."
+    )
+    # A person reads a terminal; what else takes a server's stderr is a program, and wants one object a line.
+    log_format: str = _setting("auto", "Lines of aipod serve's log: text, json, or auto (text on a terminal).")
 
     # Paths and source lines of the model are in them.
     tracebacks: bool = _setting(False, "Tell callers the traceback of a model's exception, not only the log.")
@@ -199,6 +207,8 @@ class Config:
             raise ConfigError(f"max_message = {self.max_message} is less than a chunk takes; at least {2 * MIB}, or 0")
         if self.runner not in RUNNERS:
             raise ConfigError(f"runner = {self.runner!r} is not one of {', '.join(RUNNERS)}")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format = {self.log_format!r} is not one of {', '.join(LOG_FORMATS)}")
         if self.connection_window < self.stream_window:
             raise ConfigError("connection_window must be at least stream_window")
         if self.max_window < self.stream_window:

@@ -140,6 +140,16 @@ class Pool:
     def _free(self) -> list[Instance]:
         return [instance for instance in self._instances if instance.users == 0 and instance.ready]
 
+    @property
+    def in_line(self) -> int:
+        """How many jobs have no instance."""
+        return len(self._line)
+
+    def states(self) -> dict[str, int]:
+        """How many instances do what."""
+        doing = ["loading" if not one.ready else "busy" if one.users else "idle" for one in self._instances]
+        return {state: doing.count(state) for state in ("loading", "idle", "busy")} | {"closing": len(self._closing)}
+
     def place(self, waiter: Waiter) -> int:
         """How many jobs are before `waiter` in its line; none once an instance is its own, or loads."""
         if waiter.given.is_set():
@@ -189,19 +199,20 @@ class Pool:
 
     async def _start(self, instance: Instance) -> None:
         assert instance.load is not None
+        began = trio.current_time()
         try:
             with instance.load:
                 await self._load(instance)
                 instance.ready = True
         except Exception as exc:  # Refused too: there may be no process to be had
             instance.failure = exc
-            self._failed(instance.version)
+            self._failed(instance.version, "load")
             if not instance.users:
                 log.warning("version %s: what nobody waits for any more did not load: %s", instance.version, exc)
         finally:
             instance.loaded.set()
         if instance.ready:
-            self._restarts.loaded(instance.version)
+            self._restarts.loaded(instance.version, trio.current_time() - began)
             self._nursery.start_soon(self._watch, instance)
         if not instance.users and instance in self._instances:
             self._settle(instance)
@@ -222,12 +233,13 @@ class Pool:
         status = await instance.runner.wait()
         if instance in self._free():
             log.warning("an instance of version %s has died, unused: exit status %s", instance.version, status)
-            self._failed(instance.version)
+            self._failed(instance.version, "idle")
             self._shut(instance)
             self._assign()
 
-    def _failed(self, version: str) -> None:
-        self._restarts.failed(version, others=any(one.ready and not one.runner.broken for one in self._instances))
+    def _failed(self, version: str, when: str) -> None:
+        others = any(one.ready and not one.runner.broken for one in self._instances)
+        self._restarts.failed(version, when, others=others)
         if not self._restarts.able and not self._probing:
             self._probing = True
             self._timers.start_soon(self._probe)
@@ -320,7 +332,7 @@ class Pool:
     def learn(self, instance: Instance) -> None:
         """A run has ended by itself."""
         if instance.runner.broken:
-            self._failed(instance.version)
+            self._failed(instance.version, "run")
         else:
             self._restarts.ran(instance.version)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import trio
 
+from aipod.metrics import Metrics
+
 log = logging.getLogger("aipod.pool")
 
 # Failures in a row after which the next start waits: one by chance costs nobody anything.
@@ -28,8 +30,11 @@ class Restarts:
     not while the next may not be started.
     """
 
-    def __init__(self, known: Callable[[str], bool], on_change: Callable[[bool], None]) -> None:
+    def __init__(
+        self, known: Callable[[str], bool], on_change: Callable[[bool], None], metrics: Metrics | None = None
+    ) -> None:
         """`on_change` hears whether instances can run, each time that it changes."""
+        self._metrics = metrics or Metrics()
         self._known = known
         self._on_change = on_change
         self._failures: OrderedDict[str, int] = OrderedDict()
@@ -43,8 +48,15 @@ class Restarts:
         """When the next instance of `version` may be started, by trio's clock."""
         return self._due.get(version, 0.0)
 
-    def failed(self, version: str, *, others: bool) -> None:
-        """An instance has not loaded, or has died. `others`: there are some that have loaded and live."""
+    def failed(self, version: str, when: str = "load", *, others: bool) -> None:
+        """An instance has not loaded, or has died.
+
+        `when`: "load", "run", or "idle" where nobody used it. `others`: there are some that have loaded and live.
+        """
+        if when == "load":
+            self._metrics.loads["failed"] += 1
+        else:
+            self._metrics.died[when] += 1
         count = self._failures.pop(version, 0) + 1
         self._failures[version] = count
         if len(self._failures) > VERSIONS:
@@ -69,8 +81,10 @@ class Restarts:
         self._failures.pop(version, None)
         self._due.pop(version, None)
 
-    def loaded(self, version: str) -> None:
-        """An instance has loaded."""
+    def loaded(self, version: str, seconds: float = 0.0) -> None:
+        """An instance has loaded, which took so long."""
+        self._metrics.loads["ok"] += 1
+        self._metrics.load_seconds.observe(seconds)
         self._proven = version
         if not self.able:
             log.info("an instance of version %s has loaded: ready again", version)

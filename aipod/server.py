@@ -23,9 +23,10 @@ import trio
 
 from aipod.codec import spool_name
 from aipod.config import Config, state_home
-from aipod.errors import AipodError
+from aipod.errors import TABLE, AipodError
 from aipod.heaps import share_heaps
 from aipod.identity import Identities
+from aipod.metrics import Metrics
 from aipod.pool import MakeRunner, Pool, open_pool
 from aipod.restarts import Restarts
 from aipod.runner import Description
@@ -33,12 +34,13 @@ from aipod.runner.capture import captured
 from aipod.runner.loop import LoopRunner, ThreadRunner
 from aipod.runner.process import ProcessRunner
 from aipod.service.ai import AI
+from aipod.service.figures import Figures, serve_figures
 from aipod.service.health import ServingStatus
 from aipod.service.reflection import with_reflection
 from aipod.spool import Spool, Sweeper
 from aipod.transport import bridge
 from aipod.transport.server import Server
-from aipod.transport.sockets import is_loopback, name_of, open_sockets
+from aipod.transport.sockets import is_loopback, name_of, open_metrics_socket, open_sockets
 from aipod.trash import remove
 from aipod.versions import Versions, check_version
 
@@ -78,7 +80,12 @@ async def serve(
         stop = trio.Event()
     share_heaps()
     identities = await trio.to_thread.run_sync(_identities, config)
-    with open_sockets(config) as sockets, _home(config) as (spool_path, data_path), captured():
+    with (
+        open_sockets(config) as sockets,
+        open_metrics_socket(config) as metrics_socket,
+        _home(config) as (spool_path, data_path),
+        captured(),
+    ):
         _warn_of_open_tokens(config, sockets)
         files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -93,6 +100,7 @@ async def serve(
             spool, versions = disk or await open_disk()
             make = _runners(config, description, spool, versions, files)
             status = ServingStatus()
+            metrics = Metrics(description.methods, TABLE)
             async with (
                 open_pool(
                     make,
@@ -102,17 +110,22 @@ async def serve(
                     per_version=config.instances,
                     total=config.max_instances,
                     idle=config.idle,
-                    restarts=Restarts(versions.is_known, status.set_ready),
+                    restarts=Restarts(versions.is_known, status.set_ready, metrics),
                 ) as pool,
                 trio.open_nursery() as jobs,
             ):
                 if await _unless(stop, _preload, pool, config.preload) is None:
                     task_status.started([])
                     return
-                ai = AI(config, identities, description, pool, spool, versions, jobs)
+                ai = AI(config, identities, description, pool, spool, versions, jobs, metrics)
                 jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
-                async with _listening(config, [ai, status.service()], sockets) as server:
+                async with _listening(config, [ai, status.service()], sockets, metrics) as server:
+                    if metrics_socket is not None:
+                        figures = Figures(metrics, ai.now, ai.drain, pool, spool, lambda: len(server.protocols))
+                        # Who has the port as well takes the next connections: its numbers are others.
+                        until = stop if config.reuse_port else None
+                        jobs.start_soon(serve_figures, metrics_socket, figures, until)
                     task_status.started([name_of(sock) for sock in sockets])
                     try:
                         await stop.wait()
@@ -163,7 +176,8 @@ async def _unless(stop: trio.Event, fn: Callable[..., Awaitable[T]], *args: Any)
 
 
 def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool, Versions]:
-    spool = Spool.open(spool_path, config.app, reserve=config.reserve, max_spool=config.max_spool)
+    measure = bool(config.metrics)
+    spool = Spool.open(spool_path, config.app, reserve=config.reserve, max_spool=config.max_spool, measure=measure)
     if spool.free() < spool.reserve:
         text = "spool %s: %d bytes are free, fewer than the %d that uploads must leave (--reserve): all are refused"
         log.warning(text, spool_path, spool.free(), spool.reserve)
@@ -243,11 +257,13 @@ async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def _listening(config: Config, services: list[object], sockets: list[socket.socket]) -> AsyncIterator[Server]:
+async def _listening(
+    config: Config, services: list[object], sockets: list[socket.socket], metrics: Metrics
+) -> AsyncIterator[Server]:
     """grpclib's server on `sockets`; leaving drops what connections there still are."""
 
     async def start() -> Server:
-        server = Server(with_reflection(services), config, spawner)
+        server = Server(with_reflection(services), config, spawner, metrics)
         await server.listen(sockets)
         return server
 

@@ -25,6 +25,9 @@ from tests.starter import ROOT, Started, starter
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does nohup with HUP
 
+# What tests look for in a server's log is easier to read as text; tests/test_logs.py reads JSON.
+os.environ["AIPOD_LOG_FORMAT"] = "text"
+
 T = TypeVar("T")
 
 # What costs much and is the same on every Python is done in full by the first of those that are supported.

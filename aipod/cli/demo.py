@@ -98,7 +98,7 @@ def _server(directory: Path, lock: int) -> Iterator[tuple[str, subprocess.Popen[
                 os._exit(1)
 
     command = [sys.executable, "-m", "aipod", "serve", "aipod.examples.corpus:Corpus", "--bind", "127.0.0.1:0"]
-    command += ["--spool", str(directory / "spool"), "--data", str(directory / "data")]
+    command += ["--spool", str(directory / "spool"), "--data", str(directory / "data"), "--log-format", "text"]
     click.echo("$ python -m " + " ".join(command[2:7]) + " ...")
     log = directory / "server.log"
     with log.open("w") as stderr:

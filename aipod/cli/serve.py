@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import click
 
 from aipod.cli import lasting_imports
+from aipod.cli.logs import set_up_logging
 from aipod.cli.options import config_options, make_config
 
 log = logging.getLogger("aipod.server")
@@ -30,6 +31,7 @@ OPTIONS = (
     "tls_ca", "max_connections", "max_streams", "stream_window", "max_window", "connection_window", "max_frame",
     "max_headers", "max_fields", "frame_rate", "reset_burst", "reset_rate", "handshake_timeout", "max_age",
     "max_age_grace", "max_idle", "ping_interval", "ping_timeout", "send_stall", "level", "tracebacks", "max_spool",
+    "metrics", "log_format",
 )  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
     and TERM drain it: no new jobs, running ones get --drain seconds; a second signal ends it at once.
     """
     config = make_config(options)
-    _set_up_logging(debug=context.obj.debug)
+    set_up_logging(config.log_format, debug=context.obj.debug)
     # The class lies where the user is, as with `python -m`; the installed script would not look there.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -118,13 +120,3 @@ async def _end_after_drain(stop: Any, seconds: float) -> None:
 def _running() -> str:
     """What trio's threads do: it names each after its function and the task that waits for it."""
     return ", ".join(sorted(t.name for t in threading.enumerate() if " from " in t.name)) or "no thread, but a task"
-
-
-def _set_up_logging(*, debug: bool) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    # grpclib logs every ended call of every stranger; what matters of it we log ourselves.
-    logging.getLogger("grpclib").setLevel(logging.DEBUG if debug else logging.CRITICAL)

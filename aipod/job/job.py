@@ -8,18 +8,18 @@ import logging
 import math
 import time
 from collections.abc import Generator
-from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
 from aipod.errors import TOLD, JobFailed, job_failed
+from aipod.job.queue import Lease, Queue
 from aipod.job.request import Request
-from aipod.results import INLINE, Result
-from aipod.runner import Report, Task
+from aipod.job.times import Times, log_end
+from aipod.metrics import QUEUE, RUN, UPLOAD, Metrics
+from aipod.results import INLINE
 from aipod.runner.output import Excerpt
 from aipod.spool import ENDED, MAX_LOG, Entry, Look, Words
-from aipod.tracing import Trace
 from aipod.wire.ai import Error, Phase, State
 
 log = logging.getLogger("aipod.job")
@@ -39,33 +39,10 @@ LONG_LOG = MAX_LOG - 2 * MAX_PENDING_LOG - 1024
 LOG_IS_LONG = "[the log is long: of the rest, beginning and end are told when the run is over]\n"
 LOG_PIECE = 64 * 1024  # bytes of it per heartbeat
 
-# What a phase is called in a trace; what comes after them has no span of the job's.
-SPANS = {Phase.RECEIVING: "upload", Phase.QUEUED: "queue", Phase.RUNNING: "run"}
+# What a phase is called in metrics, logs and traces; those that come after are none.
+PHASES = {Phase.RECEIVING: UPLOAD, Phase.QUEUED: QUEUE, Phase.RUNNING: RUN}
 
 CONTENT_TYPES = {"json": "application/json", "bytes": "application/octet-stream", "file": "application/octet-stream"}
-
-
-class Lease(Protocol):
-    """What `run_job` needs of `pool.Lease`."""
-
-    @property
-    def lock_name(self) -> str: ...
-
-    @property
-    def stopped(self) -> bool: ...
-
-    async def run(self, task: Task, report: Report) -> Result: ...
-
-
-class Queue(Protocol):
-    """A place in line for an instance: given by `service`, so that a job knows no pool."""
-
-    def place(self) -> int: ...
-
-    def lease(self) -> AbstractAsyncContextManager[Lease]: ...
-
-    def retire(self) -> None:
-        """The version's data has changed: instances that loaded the former data end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +102,13 @@ def stored_error(fields: dict[str, Any]) -> JobFailed:
     return job_failed(fields["reason"], fields["message"], {name: fields[name] for name in TOLD if fields.get(name)})
 
 
+def phase_of(outcome: Answer | JobFailed) -> Phase:
+    """How a job with this outcome has ended."""
+    if isinstance(outcome, Answer):
+        return Phase.DONE
+    return Phase.CANCELLED if outcome.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED
+
+
 class Watched(abc.ABC):
     """What a viewer sees of a job. Changes in the trio thread only."""
 
@@ -142,6 +126,10 @@ class Watched(abc.ABC):
         self.over = trio.Event()
         self._spool_id = spool_id
         self._keep = keep
+
+    @property
+    @abc.abstractmethod
+    def method(self) -> str: ...
 
     @property
     @abc.abstractmethod
@@ -217,6 +205,10 @@ class Told(Watched):
         self._quiet = 0
 
     @property
+    def method(self) -> str:
+        return str(self._fields.get("method", ""))
+
+    @property
     def quiet(self) -> int:
         return self._quiet
 
@@ -252,15 +244,14 @@ class Job(Watched):
         entry: Entry,
         spool_id: str,
         keep: Keep | None = None,
+        metrics: Metrics | None = None,
         phase: Phase = Phase.RECEIVING,
     ) -> None:
         super().__init__(entry, spool_id, keep or Keep())
         self.request = request
         self.entry = entry
         self.phase = phase
-        known = {"job_id": request.job_id, "method": request.method, "version": request.version}
-        self.trace = Trace(f"job {request.method}", request.metadata, **known)
-        self.trace.enter(SPANS[phase])
+        self.times = Times(metrics or Metrics(), request, PHASES[phase])
         self.epoch = request.open.epoch if request.open is not None else 0
         self.attempt = request.attempt
         self.queue: Queue | None = None
@@ -282,8 +273,12 @@ class Job(Watched):
         self._log_size = 0  # in the entry, as it was told last: an earlier process may have begun it
         self._log_is_long = False
         self._stopped_because: tuple[str, str] | None = None
-        self.began = self._alone_since = time.monotonic()
+        self._alone_since = time.monotonic()
         self._watched = 0
+
+    @property
+    def method(self) -> str:
+        return self.request.method
 
     @property
     def durable(self) -> int:
@@ -305,13 +300,29 @@ class Job(Watched):
     def enter(self, phase: Phase) -> None:
         """Go to `phase` and wake who watches."""
         self.phase = phase
+        self.times.enter(PHASES.get(phase, ""))
         if phase == Phase.RUNNING:
             self.attempt += 1
             self.heard = time.monotonic()
         self._remark, self._is_stopped = "", False
         self._set_message()
-        self.trace.enter(SPANS.get(phase, ""))
         self.notify()
+
+    def end(self, outcome: Answer | JobFailed, trace: str = "") -> None:
+        """It has its outcome: say so, to all who watch and in the log. `trace`: the model's, for the log alone."""
+        if isinstance(outcome, Answer):
+            self.answer = outcome
+        else:
+            self.error = outcome
+        log_end(self, trace)
+        self.times.trace.tag(runs=self.attempt, payload_size=self.entry.written)
+        self.times.end(self.error)
+        self.enter(phase_of(outcome))
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Its fields in lines of the log that are about it."""
+        return {"job": self.request.job_id}
 
     def unstart(self) -> None:
         """Back in line: the method was not started after all."""
@@ -329,7 +340,7 @@ class Job(Watched):
 
     def remark(self, text: str) -> None:
         """What the runner says of the run."""
-        log.info("job %s: %s", self.request.job_id, text)
+        log.info("job %s: %s", self.request.job_id, text, extra=self.named)
         self._remark = text
         self._set_message()
         self.notify()
@@ -339,7 +350,8 @@ class Job(Watched):
         is_stopped = self.lease is not None and self.lease.stopped
         if is_stopped != self._is_stopped:
             self._is_stopped = is_stopped
-            log.warning("job %s: %s", self.request.job_id, STOPPED if is_stopped else "its worker process goes on")
+            text = STOPPED if is_stopped else "its worker process goes on"
+            log.warning("job %s: %s", self.request.job_id, text, extra=self.named)
             self._set_message()
 
     def _set_message(self) -> None:
@@ -435,9 +447,7 @@ class Job(Watched):
 
     def close(self) -> None:
         """It says nothing new any more: it has ended, or nobody works on it here."""
-        reason = self.error.reason if self.error is not None else ""
-        self.trace.tag(runs=self.attempt, payload_size=self.entry.written)
-        self.trace.end(reason if self.ended else "LEFT")
+        self.times.trace.end("LEFT")
         self.over.set()
         self.notify()
 

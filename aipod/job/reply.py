@@ -12,6 +12,7 @@ from aipod.config import CHUNK
 from aipod.errors import job_failed
 from aipod.job.job import Answer
 from aipod.job.run import cancellable
+from aipod.job.times import Download
 from aipod.job.upload import BULK
 from aipod.spool import Look
 from aipod.wire.ai import Raw
@@ -23,11 +24,11 @@ Messages = Generator[Raw, None, None]
 _SLACK = CHUNK + CHUNK // 2
 
 
-def own_messages(look: Look, answer: Answer, have: int, level: int) -> Messages:
+def own_messages(look: Look, answer: Answer, have: int, level: int, download: Download | None = None) -> Messages:
     """The result from byte `have` on, in chunks of one zstd frame each; the last one says so. Blocks."""
     compressor = Compressor(level)
     offset = min(have, answer.size)
-    for piece in _pieces(look, answer, offset):
+    for piece in _counted(_pieces(look, answer, offset), download):
         end = offset + len(piece)
         yield Raw(data=compressor.frame(piece), offset=offset, last=end == answer.size)
         offset = end
@@ -35,14 +36,16 @@ def own_messages(look: Look, answer: Answer, have: int, level: int) -> Messages:
         yield Raw(offset=offset, last=True)
 
 
-def plain_messages(look: Look, answer: Answer, level: int, max_message: int) -> Messages:
+def plain_messages(
+    look: Look, answer: Answer, level: int, max_message: int, download: Download | None = None
+) -> Messages:
     """The result as the first version sent it. Blocks. Raises `JobFailed(RESULT_NOT_TEXT)` before the first message."""
     if answer.inline is not None and answer.kind == "json":
         # The usual small answer: a stream compressor would hold a megabyte for each of a thousand jobs.
-        yield Raw(data=Compressor(level).frame(answer.inline))
+        yield from (Raw(data=Compressor(level).frame(whole)) for whole in _counted([answer.inline], download))
         return
     limit = max_message - _SLACK
-    parts: Iterable[bytes] = _pieces(look, answer, 0)
+    parts: Iterable[bytes] = _counted(_pieces(look, answer, 0), download)
     if answer.kind == "bytes":
         _check_text(_pieces(look, answer, 0))
         parts = json_string_pieces(parts)
@@ -67,7 +70,16 @@ def _pieces(look: Look, answer: Answer, offset: int) -> Iterator[bytes]:
     return cancellable(look.read_result(offset))
 
 
-async def send_all(messages: Messages, send: Callable[[Raw], Awaitable[None]]) -> None:
+def _counted(pieces: Iterable[bytes], download: Download | None) -> Iterator[bytes]:
+    for piece in pieces:
+        if download is not None:
+            download.read += len(piece)
+        yield piece
+
+
+async def send_all(
+    messages: Messages, send: Callable[[Raw], Awaitable[None]], download: Download | None = None
+) -> None:
     """Make messages in a thread while earlier ones are sent, and close them. This is a trio-flavored async function."""
     # Two: one that is being sent, one ready; with the one in the making that is 3 MiB for a result in chunks.
     ready, todo = trio.open_memory_channel[Raw](1)
@@ -82,3 +94,7 @@ async def send_all(messages: Messages, send: Callable[[Raw], Awaitable[None]]) -
             nursery.start_soon(make)
             async for message in todo:
                 await send(message)
+                if download is not None:
+                    download.sent(len(message.data))
+    if download is not None:
+        download.end()

@@ -151,14 +151,19 @@ def parse_request(
         size=size,
         open=first.open,
         first=first,
-        metadata={name: value for name, value in headers.items() if not name.startswith(":") and not _is_secret(name)},
+        metadata=shown(headers),
         fingerprint="" if first.open is None else _fingerprint(method, version, text, size, first.open.source.hex()),
         owner=caller.name,
     )
 
 
-def _is_secret(name: str) -> bool:
-    return _CREDENTIAL.search(name.lower()) is not None
+def shown(headers: Mapping[str, str]) -> dict[str, str]:
+    """The call's metadata that methods and logs may have: without what tells who calls."""
+    return {
+        name: value
+        for name, value in headers.items()
+        if not name.startswith(":") and _CREDENTIAL.search(name.lower()) is None
+    }
 
 
 def _text(kwargs: Mapping[str, Any]) -> bytes:

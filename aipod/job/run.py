@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -14,7 +13,8 @@ import trio
 
 from aipod.codec import digest, new_hasher
 from aipod.errors import TOLD, JobFailed, Refused, job_failed, leaves
-from aipod.job.job import Answer, Job, Queue
+from aipod.job.job import Answer, Job, phase_of
+from aipod.job.queue import Queue
 from aipod.job.upload import BULK
 from aipod.results import Result
 from aipod.runner import RunnerBroken, Task
@@ -71,7 +71,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
         if known:
             outcome = job_failed(known[0].reason, known[0].message, known[0].metadata)
         elif isinstance(exc, Exception):
-            log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc)
+            log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc, extra=job.named)
             outcome = outcome or job_failed("INTERNAL", "an internal error; the server's log says more")
         else:
             if outcome is not None:
@@ -107,14 +107,15 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             with _going_on(job):
                 if outcome is not None:
                     outcome, why = await trio.to_thread.run_sync(_store, job, outcome)
-            _log_end(job, outcome, trace)
-            if outcome is not None and (not why or job.request.plain):
-                _tell(job, outcome)
+            if outcome is None:
+                log.info("job %s %s@%s waits for the next server", *_who(job), extra=job.named)
+            elif not why or job.request.plain:
+                job.end(outcome, trace)
         try:
             if outcome is not None and not job.ended:
                 with _going_on(job):
                     outcome = await _store_later(job, outcome, why, terms.tick)
-                _tell(job, outcome)
+                job.end(outcome, trace)
         finally:
             with trio.CancelScope(shield=True), _going_on(job):
                 if not job.request.plain:
@@ -128,12 +129,8 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                     await trio.to_thread.run_sync(job.entry.destroy)
 
 
-def _tell(job: Job, outcome: Outcome) -> None:
-    if isinstance(outcome, Answer):
-        job.answer = outcome
-    else:
-        job.error = outcome
-    job.enter(_phase_of(outcome))
+def _who(job: Job) -> tuple[str, str, str]:
+    return job.request.job_id, job.request.method, job.request.version
 
 
 @contextlib.contextmanager
@@ -181,7 +178,7 @@ def _settle_answer(job: Job) -> bool:
     try:
         return job.entry.settle_answer()
     except Exception as exc:
-        log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc)
+        log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc, extra=job.named)
         return False
 
 
@@ -191,7 +188,7 @@ def _going_on(job: Job) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        log.error("job %s: a step of its end failed", job.request.job_id, exc_info=exc)
+        log.error("job %s: a step of its end failed", job.request.job_id, exc_info=exc, extra=job.named)
 
 
 async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Terms) -> Answer:
@@ -237,11 +234,14 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                 timed = dataclasses.replace(
                     task,
                     kwargs=kwargs,
-                    metadata={**request.metadata, **job.trace.headers()},  # what the method traces belongs to its run
+                    metadata={
+                        **request.metadata,
+                        **job.times.trace.headers(),
+                    },  # what the method traces belongs to its run
                     timeout=None if left == math.inf else left,
                 )
                 try:
-                    job.lease = lease
+                    job.lease, job.times.worker = lease, lease.lock_name
                     with trio.move_on_after(timeout or math.inf) as patience:
                         result = await lease.run(timed, job.report)
                 except RunnerBroken:
@@ -258,7 +258,8 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     if exc.reason != "WORKER_CRASHED" or not await _is_worth_another(job, terms, exc):
                         raise
                     text = "job %s: its worker died, its method is started once more: %s"
-                    log.warning(text, request.job_id, exc.message)
+                    log.warning(text, request.job_id, exc.message, extra=job.named)
+                    job.times.run_again()
                     job.enter(Phase.QUEUED)
                 finally:
                     job.lease = None
@@ -358,7 +359,7 @@ def _note(job: Job) -> None:
     try:
         job.entry.settle()
     except (Refused, OSError) as exc:
-        log.warning("job %s: it would not survive a power cut: %s", job.entry.id, exc)
+        log.warning("job %s: it would not survive a power cut: %s", job.entry.id, exc, extra=job.named)
     job.entry.note_progress(job.progress, job.message, job.heard)
 
 
@@ -368,7 +369,7 @@ async def _store_later(job: Job, outcome: Outcome, why: str, tick: float) -> Out
     This is a trio-flavored async function. Cancelled: nobody is told, and the next server calls the run interrupted.
     """
     name, stored = job.entry.id, False
-    log.warning("job %s: its outcome could not be stored: %s", name, why)
+    log.warning("job %s: its outcome could not be stored: %s", name, why, extra=job.named)
     try:
         for _ in range(STORE_TRIES):
             with _waiting(job, why):
@@ -383,9 +384,10 @@ async def _store_later(job: Job, outcome: Outcome, why: str, tick: float) -> Out
         return outcome
     finally:
         if stored:
-            log.warning("job %s: its outcome is stored now", name)
+            log.warning("job %s: its outcome is stored now", name, extra=job.named)
         else:
-            log.warning("job %s: its outcome is given up; from now on nobody is told how it ended", name)
+            text = "job %s: its outcome is given up; from now on nobody is told how it ended"
+            log.warning(text, name, extra=job.named)
 
 
 def _store(job: Job, outcome: Outcome) -> tuple[Outcome, str]:
@@ -405,7 +407,7 @@ def _store(job: Job, outcome: Outcome) -> tuple[Outcome, str]:
 def _fields_of(outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, Answer):
         return outcome.fields
-    fields = {"phase": _phase_of(outcome).name, "reason": outcome.reason, "message": outcome.message}
+    fields = {"phase": phase_of(outcome).name, "reason": outcome.reason, "message": outcome.message}
     return fields | {name: outcome.metadata[name] for name in TOLD if name in outcome.metadata}
 
 
@@ -417,29 +419,3 @@ def _cannot_be_written_to(entry: Entry) -> bool:
         return True
     except OSError:
         return False
-
-
-def _phase_of(outcome: Outcome) -> Phase:
-    if isinstance(outcome, Answer):
-        return Phase.DONE
-    return Phase.CANCELLED if outcome.reason in ("CANCELLED", "DEADLINE_EXCEEDED") else Phase.FAILED
-
-
-def _log_end(job: Job, outcome: Outcome | None, trace: str) -> None:
-    took = time.monotonic() - job.began
-    request = job.request
-    if outcome is None:
-        log.info("job %s %s@%s waits for the next server", request.job_id, request.method, request.version)
-        return
-    if isinstance(outcome, Answer):
-        log.info("job %s %s@%s done in %.3f s", request.job_id, request.method, request.version, took)
-        return
-    level = logging.INFO if outcome.reason == "CANCELLED" else logging.WARNING
-    kind = outcome.metadata.get("type")
-    log.log(
-        level,
-        "job %s %s@%s ended in %.3f s: %s: %s%s",
-        *(request.job_id, request.method, request.version, took, outcome.reason),
-        f"{kind}: {outcome.message}" if kind else outcome.message,
-        f"\n{trace}" if trace else "",
-    )

@@ -168,10 +168,22 @@ def check_limit(size: int, limit: int) -> None:
         raise Refused("PAYLOAD_TOO_LARGE", f"the payload is over this server's limit of {limit} bytes (--max-payload)")
 
 
+def _uncounted(data: int, wire: int) -> None: ...
+
+
 async def receive_payload(
-    request: Request, entry: Entry, receive: Receive, synced: Callable[[], None], *, limit: int, stall: float
+    request: Request,
+    entry: Entry,
+    receive: Receive,
+    synced: Callable[[], None],
+    *,
+    limit: int,
+    stall: float,
+    arrived: Callable[[int, int], None] = _uncounted,
 ) -> None:
     """Take the whole payload in. Returns when it is complete and checked. `synced`: a checkpoint that was asked for.
+
+    `arrived` hears of bytes that have come, new ones of the payload and what they and others were on the wire.
 
     This is a trio-flavored async function. Cancelled or raising `Refused`, the entry holds a part of the payload, and
     no thread writes to it any more.
@@ -184,6 +196,7 @@ async def receive_payload(
         while message is not None:
             if len(message.digest) not in (0, DIGEST):
                 raise Refused("BAD_MESSAGE", f"a digest of {len(message.digest)} bytes; it must have {DIGEST}, or none")
+            arrived(0, len(message.data))
             await inbox.put(message)
             if not request.plain and message.last:
                 break
@@ -203,7 +216,9 @@ async def receive_payload(
                 continue
             if not messages:
                 break
+            before = entry.written
             await trio.to_thread.run_sync(sink.feed, messages, limiter=BULK)
+            arrived(entry.written - before, 0)
             if any(message.sync for message in messages):
                 await trio.to_thread.run_sync(functools.partial(entry.checkpoint, now=True), limiter=BULK)
                 synced()

@@ -31,7 +31,7 @@ class Capture:
 
     def __init__(self, server_log: ServerLog, job_id: str = "", report: Report = lambda *args: None) -> None:
         self._server_log = server_log
-        self._job_id = job_id
+        self.job_id = job_id
         self._report: Report | None = report
         self._trio = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()  # guards what follows; see `_held`
@@ -47,7 +47,7 @@ class Capture:
         """What threads of the run say later is dropped."""
         _capture.reset(self._before)
         self.print("\n")
-        self._server_log.end(self._job_id)
+        self._server_log.end(self.job_id)
         self._flush()
         self._report = None
 
@@ -82,7 +82,7 @@ class Capture:
             lines = self._lines.feed(text)
         if lines:
             self.report(None, None, "\n".join(lines))
-            self._server_log.write(lines, self._job_id)
+            self._server_log.write(lines, self.job_id)
 
     def _flush(self) -> None:
         with self._held():
@@ -90,6 +90,12 @@ class Capture:
             self._progress, self._due = None, False
         if self._report is not None:
             self._report(progress, message, text or None)
+
+
+def current_job() -> str:
+    """Whose code runs in this thread or task: the id of a job that runs in this process, empty where there is none."""
+    capture = _capture.get()
+    return "" if capture is None else capture.job_id
 
 
 class _Stream:

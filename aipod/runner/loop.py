@@ -139,7 +139,7 @@ class LoopRunner:
                 with patience:
                     await trio.sleep(self._grace)
                     text = "job %s: %s was asked to stop %g s ago and goes on: nothing can end what runs in the server"
-                    log.warning(text, context.job_id, context.method, self._grace)
+                    log.warning(text, context.job_id, context.method, self._grace, extra={"job": context.job_id})
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_when_cancelled)

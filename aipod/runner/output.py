@@ -114,13 +114,13 @@ class ServerLog:
         self._taken += len(shown)
         self._dropped += len(lines) - len(shown)
         for line in shown:
-            log.info("%s: %s", self._who(job_id), _CONTROL.sub("?", line))
+            log.info("%s: %s", self._who(job_id), _CONTROL.sub("?", line), extra={"job": job_id})
 
     def end(self, job_id: str) -> None:
         """Say how many lines were not shown."""
         if self._dropped:
             text = "%s: %d lines are not shown, more than %d came in a second"
-            log.warning(text, self._who(job_id), self._dropped, LINES)
+            log.warning(text, self._who(job_id), self._dropped, LINES, extra={"job": job_id})
             self._dropped = 0
 
     def _who(self, job_id: str) -> str:

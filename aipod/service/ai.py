@@ -21,7 +21,9 @@ from aipod.identity import Caller, Identities
 from aipod.job.job import Job, Keep, Told
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request, has_large_kwargs, parse_attach, parse_request
+from aipod.job.times import Download
 from aipod.job.upload import check_limit, receive_payload
+from aipod.metrics import Metrics
 from aipod.pool import Pool
 from aipod.runner import Description
 from aipod.service.builtin import answer_of, is_builtin
@@ -31,7 +33,7 @@ from aipod.service.jobs import Jobs
 from aipod.service.place import Place
 from aipod.service.refusals import Refusals
 from aipod.service.shortage import Shortage
-from aipod.service.status import Ending, ending_of, log
+from aipod.service.status import Ending, ending_of, failure_of, log
 from aipod.service.viewer import Call, Viewer, Writer
 from aipod.spool import Entry, Spool
 from aipod.tracing import span
@@ -69,7 +71,9 @@ class AI:
         spool: Spool,
         versions: Versions,
         jobs: trio.Nursery,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics = metrics or Metrics()
         self._config = config
         self._identities = identities
         self._description = description
@@ -77,12 +81,13 @@ class AI:
         self._spool = spool
         self._versions = versions
         self._nursery = jobs
-        self._jobs = Jobs(config, description.methods, spool, versions, functools.partial(Place, pool), jobs)
+        self._jobs = Jobs(config, description.methods, spool, versions, functools.partial(Place, pool), jobs, metrics)
         self._forgetter = Forgetter(spool)
         self._shortage = Shortage(spool)
         self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
         self._parsing = trio.CapacityLimiter(PARSING)
         self._silent: dict[trio.CancelScope, None] = {}  # the waits for a first message, the longest first
+        self.now = self._jobs.now
         self.drain = Drain(self._jobs, config.cancel_grace)
 
     async def run(self) -> None:
@@ -105,7 +110,7 @@ class AI:
                 if job_id not in self._jobs.held:
                     await self._jobs.adopt(job_id, asked=False)
             except Exception as exc:  # one that is damaged, say: the others go on
-                log.warning("job %s: it cannot go on now", job_id, exc_info=exc)
+                log.warning("job %s: it cannot go on now", job_id, exc_info=exc, extra={"job": job_id})
 
     def __mapping__(self) -> dict[str, Handler]:
         return {
@@ -131,6 +136,8 @@ class AI:
             log.log(level, "a call of %s was left by its peer: %s", rpc, rest or "reset")
             if isinstance(exc, BaseExceptionGroup) and (cancelled := exc.split(trio.Cancelled)[0]) is not None:
                 raise cancelled from None
+        finally:
+            call.log_end(rpc)
 
     async def _converse(self, rpc: str, call: Call, scope: trio.CancelScope) -> None:
         ending, trailers = Ending(), dict[str, str]()
@@ -145,6 +152,7 @@ class AI:
                     raise
                 self._shortage.note(exc)
                 ending = ending_of(exc)
+                self._metrics.fail(ending.reason)
             writer.close()
             await writer.done.wait()
         await call.finish(ending, trailers)
@@ -153,7 +161,8 @@ class AI:
         self, rpc: str, call: Call, writer: Writer, trailers: dict[str, str], scope: trio.CancelScope
     ) -> None:
         caller = self._identities.identify(call.headers.get("authorization", ""), call.certificate)
-        viewer = Viewer(writer, self._config.tick)
+        call.caller = caller.name
+        viewer = Viewer(writer, self._config.tick, self._metrics.late)
         timeout = call.timeout
         scope.deadline = trio.current_time() + timeout if timeout is not None else float("inf")
         with scope:
@@ -279,6 +288,7 @@ class AI:
         deadline: float,
     ) -> None:
         """Watch the job, `found` or looked for; bring its payload where it is this call's to bring; send its answer."""
+        call.job_id = job_id
         if request is None:
             await self._jobs.check_owner(job_id, caller)
         if open_.released:
@@ -314,8 +324,10 @@ class AI:
         await viewer.say_outcome()
         if job.answer is not None:
             try:
+                download = Download(self._metrics, job.method, job.answer.size, open_.have)
+                messages = own_messages(job.look, job.answer, open_.have, self._config.level, download)
                 with span("download", call.headers, job_id=job_id):
-                    await send_all(own_messages(job.look, job.answer, open_.have, self._config.level), writer.send)
+                    await send_all(messages, writer.send, download)
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
         self._forgetter.told(job, open_)
@@ -331,6 +343,7 @@ class AI:
                     job.notify,
                     limit=self._config.max_payload,
                     stall=self._config.upload_stall,
+                    arrived=job.times.arrived,
                 )
                 self._jobs.start(job, deadline)
                 return
@@ -356,6 +369,7 @@ class AI:
         trailers: dict[str, str],
         scope: trio.CancelScope,
     ) -> None:
+        call.job_id = request.job_id
         async with self._job(request, entry, call, viewer, scope.deadline) as job:
             self.drain.is_of(scope, job)
             await job.over.wait()
@@ -365,16 +379,17 @@ class AI:
                 raise job.error
             if job.answer.kind == "file":
                 trailers["x-content-type"] = "application/octet-stream"
-            messages = plain_messages(job.look, job.answer, self._config.level, self._config.message_limit)
+            download = Download(self._metrics, job.method, job.answer.size)
+            limits = self._config.level, self._config.message_limit
             with span("download", call.headers, job_id=request.job_id):
-                await send_all(messages, writer.send)
+                await send_all(plain_messages(job.look, job.answer, *limits, download), writer.send, download)
 
     @contextlib.asynccontextmanager
     async def _job(
         self, request: Request, entry: Entry, call: Call, viewer: Viewer, deadline: float
     ) -> AsyncIterator[Job]:
         """Receive the payload and start the job. When the viewer leaves, the job is cancelled if it has not ended."""
-        job = Job(request, entry, self._spool.id)
+        job = Job(request, entry, self._spool.id, metrics=self._metrics)
         try:
             viewer.watch(job)
             with self._jobs.coming(request.job_id, request.version):
@@ -385,9 +400,11 @@ class AI:
                     job.notify,
                     limit=self._config.max_payload,
                     stall=self._config.upload_stall,
+                    arrived=job.times.arrived,
                 )
                 self._jobs.start(job, deadline)
-        except BaseException:
+        except BaseException as exc:
+            job.end(failure_of(exc))
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(entry.destroy)
             job.close()

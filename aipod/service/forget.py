@@ -110,7 +110,12 @@ class Forgetter:
                 forget_answer(entry)
                 return True
         except Exception as exc:  # one broken entry must not end the server
-            log.warning("job %s: it could not be released; it stays until its time is over: %s", job_id, exc)
+            log.warning(
+                "job %s: it could not be released; it stays until its time is over: %s",
+                job_id,
+                exc,
+                extra={"job": job_id},
+            )
             return False
 
     def _has_room(self) -> bool:
@@ -128,7 +133,12 @@ class Forgetter:
                     if entry is not None and entry.read().get("phase") in ENDED:
                         entry.destroy()
             except Exception as exc:  # one broken entry must not end the server
-                log.warning("job %s: it could not be removed; it stays until its time is over: %s", job_id, exc)
+                log.warning(
+                    "job %s: it could not be removed; it stays until its time is over: %s",
+                    job_id,
+                    exc,
+                    extra={"job": job_id},
+                )
         return self._has_room()
 
 

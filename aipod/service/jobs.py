@@ -25,10 +25,13 @@ import trio
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.identity import Caller
-from aipod.job.job import KEEP_ANSWERED, Job, Keep, Queue, Told
+from aipod.job.job import KEEP_ANSWERED, Job, Keep, Told
+from aipod.job.queue import Queue
 from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
-from aipod.service.recover import end, recover
+from aipod.job.times import outcome_of
+from aipod.metrics import QUEUE, RUN, UPLOAD, Metrics
+from aipod.service.recover import Ended, end, recover
 from aipod.service.refusals import Refusals
 from aipod.spool import ENDED, Entry, Look, Spool
 from aipod.versions import Versions
@@ -58,7 +61,9 @@ class Jobs:
         versions: Versions,
         make_queue: Any,
         nursery: trio.Nursery,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._config = config
         self._methods = methods
         self._spool = spool
@@ -97,6 +102,7 @@ class Jobs:
                 self.refusals.check_same(request, fields)
                 stored()
                 if fields.get("phase", "RECEIVING") != "RECEIVING":
+                    self._metrics.resumed["watch"] += 1
                     return await self.attach(job_id)
                 self._check_open()
                 with self.coming(job_id):
@@ -186,13 +192,14 @@ class Jobs:
         if request.kwargs is None:  # they are in the entry of the job that this call has watched
             raise Refused("BUSY", "the job was removed while it was watched; try again")
         entry = await self._claim(request)
-        return None if entry is None else self._take_in(Job(request, entry, self._spool.id, self._keep))
+        return None if entry is None else self._take_in(self._job(request, entry))
 
     async def _resume(self, entry: Entry, request: Request) -> Job | None:
         """Take the upload up where it is durable; None where it is complete by now."""
-        job = self._take_in(Job(request, entry, self._spool.id, self._keep))
+        job = self._take_in(self._job(request, entry))
         try:
             if await trio.to_thread.run_sync(entry.resume):
+                self._metrics.resumed["upload"] += 1
                 return job
         except BaseException:
             await self._let_go(job)
@@ -212,7 +219,10 @@ class Jobs:
         what = request.job_id, request.fields, request.kwargs
         with self.coming(request.job_id, request.version):
             # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
-            return await self._held(functools.partial(self._spool.claim, *what, size=request.size), Entry.destroy)
+            entry = await self._held(functools.partial(self._spool.claim, *what, size=request.size), Entry.destroy)
+        if entry is not None:
+            self._metrics.of_method(request.method).started += 1
+        return entry
 
     async def leave_upload(self, job: Job) -> None:
         """End an upload that was cancelled, leave any other to whoever comes next.
@@ -230,11 +240,11 @@ class Jobs:
             await self._let_go(job)
 
     async def _store_stopped(self, job: Job) -> None:
-        job.error = job.stopped()
-        fields = {"phase": "CANCELLED", "reason": job.error.reason, "message": job.error.message}
+        outcome = job.stopped()
+        fields = {"phase": "CANCELLED", "reason": outcome.reason, "message": outcome.message}
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(job.entry.store, fields)
-        job.enter(Phase.CANCELLED)
+        job.end(outcome)
 
     async def _held(
         self, claim: Callable[[], Entry | None], undo: Callable[[Entry], None] = Entry.let_go
@@ -250,6 +260,15 @@ class Jobs:
                     await trio.to_thread.run_sync(undo, entry)
             raise
         return entry
+
+    def _job(self, request: Request, entry: Entry, phase: Phase = Phase.RECEIVING) -> Job:
+        return Job(request, entry, self._spool.id, self._keep, self._metrics, phase)
+
+    def now(self) -> dict[str, int]:
+        """How many jobs are in which phase."""
+        phases = [job.times.phase for job in self.held.values()]
+        phases += [UPLOAD for job_id in self._coming if job_id not in self.held]
+        return {phase: phases.count(phase) for phase in (UPLOAD, QUEUE, RUN)}
 
     def _take_in(self, job: Job) -> Job:
         self.held[job.entry.id] = job
@@ -301,17 +320,19 @@ class Jobs:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(entry.let_go)
             return
-        request = None
+        found = None
         try:
-            request = await trio.to_thread.run_sync(recover, entry, self._methods, asked)
+            found = await trio.to_thread.run_sync(recover, entry, self._methods, asked)
         finally:
-            if request is None:  # or it has raised: the disk is full, say
+            if not isinstance(found, Request):  # or it has raised: the disk is full, say
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(entry.let_go)
-        if request is None:
+        if not isinstance(found, Request):
+            self._count(found)
             return
-        job = Job(request, entry, self._spool.id, self._keep, Phase.QUEUED)
-        log.info("job %s %s@%s: taken over", job_id, request.method, request.version)
+        self._metrics.resumed["job"] += 1
+        job = self._job(found, entry, Phase.QUEUED)
+        log.info("job %s %s@%s: taken over", job_id, found.method, found.version, extra=job.named)
         self.start(job, float("inf"))
 
     # Ending
@@ -335,7 +356,7 @@ class Jobs:
             if entry is not None:
                 try:
                     with trio.CancelScope(shield=True):
-                        await trio.to_thread.run_sync(end, entry, release)
+                        self._count(await trio.to_thread.run_sync(end, entry, release))
                 finally:
                     with trio.CancelScope(shield=True):
                         await trio.to_thread.run_sync(entry.let_go)
@@ -355,6 +376,10 @@ class Jobs:
             raise self.refusals.not_found()
         told.learn(fields, live)
         return told
+
+    def _count(self, ended: Ended | None) -> None:
+        if ended is not None:
+            self._metrics.of_method(ended.method).ended[outcome_of(ended.failure)] += 1
 
     # While it works
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from aipod.errors import refused_when_exhausted
+from aipod.errors import JobFailed, job_failed, refused_when_exhausted
+from aipod.job.job import phase_of
 from aipod.job.request import Request, stored_request
+from aipod.job.times import outcome_of
 from aipod.service.forget import forget_answer
 from aipod.spool import ENDED, MAX_ATTEMPTS, Entry
 
@@ -20,9 +23,17 @@ _UNASKED = 3
 NO_OUTCOME = "the method was started, how it ended is not known: the server was killed, or could not store the outcome"
 
 
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A job of this method was found dead, and has its outcome now."""
+
+    method: str
+    failure: JobFailed
+
+
 @refused_when_exhausted()
-def recover(entry: Entry, methods: Mapping[str, Any], asked: bool) -> Request | None:
-    """What is to be run of a job that nobody worked on; None where there is nothing, perhaps only now. Blocks.
+def recover(entry: Entry, methods: Mapping[str, Any], asked: bool) -> Request | Ended | None:
+    """What is to be run of a job that nobody worked on; None where there is nothing. Blocks.
 
     `asked`: there is a caller who waits for it. Raises `Refused` (SPOOL_FULL, OVERLOADED).
     """
@@ -34,30 +45,41 @@ def recover(entry: Entry, methods: Mapping[str, Any], asked: bool) -> Request | 
     known = method in methods
     again = known and methods[method].get("restartable") and fields.get("attempt", 0) < MAX_ATTEMPTS
     if phase == "RUNNING" and not (again and entry.payload.exists()):
-        log.warning("job %s %s@%s: %s", entry.id, method, fields.get("version", ""), NO_OUTCOME)
-        entry.store({"phase": "FAILED", "reason": "INTERRUPTED", "message": NO_OUTCOME})
-        return None
+        return _end(entry, fields, "INTERRUPTED", NO_OUTCOME)
     if not known:
-        entry.store({"phase": "FAILED", "reason": "UNKNOWN_METHOD", "message": f"there is no method {method} now"})
-        return None
+        return _end(entry, fields, "UNKNOWN_METHOD", f"there is no method {method} now")
     if not entry.payload.exists():  # it was cancelled on a full disk, which took no note of that
-        entry.store({"phase": "FAILED", "reason": "DAMAGED", "message": "the server has lost the payload"})
-        return None
+        return _end(entry, fields, "DAMAGED", "the server has lost the payload")
     times = fields.get("adopted", 0) + 1
     if times > _UNASKED and not asked:
         return None
     if times == _UNASKED:
-        log.warning("job %s: taken up %d times before it began; from now on only for a caller", entry.id, times)
+        text = "job %s: taken up %d times before it began; from now on only for a caller"
+        log.warning(text, entry.id, times, extra={"job": entry.id})
     entry.record({"phase": "QUEUED", "adopted": times})
     return stored_request(entry.id, fields, entry.kwargs() if "kwargs" in fields else None)
 
 
-def end(entry: Entry, release: bool) -> None:
+def end(entry: Entry, release: bool) -> Ended | None:
     """Cancel a job that nobody works on, or forget its answer. Blocks."""
-    phase = entry.read().get("phase", "RECEIVING")
+    fields = entry.read()
+    phase = fields.get("phase", "RECEIVING")
     if phase == "RUNNING":
-        entry.store({"phase": "FAILED", "reason": "INTERRUPTED", "message": NO_OUTCOME})
-    elif phase not in ENDED:
-        entry.store({"phase": "CANCELLED", "reason": "CANCELLED", "message": "it was cancelled by its client"})
-    if release and phase in ENDED:
+        return _end(entry, fields, "INTERRUPTED", NO_OUTCOME)
+    if phase not in ENDED:
+        return _end(entry, fields, "CANCELLED", "it was cancelled by its client")
+    if release:
         forget_answer(entry)
+    return None
+
+
+def _end(entry: Entry, fields: Mapping[str, Any], reason: str, message: str) -> Ended:
+    failure = job_failed(reason, message)
+    phase = phase_of(failure).name
+    entry.store({"phase": phase, "reason": reason, "message": message})
+    method, version = fields.get("method", ""), fields.get("version", "")
+    told = {"job": entry.id, "method": method, "version": version, "caller": fields.get("owner", "")}
+    told |= {"outcome": outcome_of(failure), "reason": reason, "attempts": fields.get("attempt", 0)}
+    level = logging.INFO if reason == "CANCELLED" else logging.WARNING
+    log.log(level, "job %s %s@%s: %s: %s", entry.id, method, version, reason, message, extra=told)
+    return Ended(method, failure)

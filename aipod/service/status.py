@@ -8,13 +8,14 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
+import trio
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import DebugInfo, ErrorInfo, RetryInfo
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 from grpclib.metadata import encode_grpc_message
 
-from aipod.errors import DOMAIN, AipodError, leaves
+from aipod.errors import DOMAIN, AipodError, JobFailed, job_failed, leaves
 
 log = logging.getLogger("aipod.service")
 
@@ -34,6 +35,21 @@ class Ending:
     status: Status = Status.OK
     message: str | None = None
     details: list[Any] | None = None
+
+    @property
+    def reason(self) -> str:
+        """From the details; empty where there are none."""
+        return next((one.reason for one in self.details or () if isinstance(one, ErrorInfo)), "")
+
+
+def failure_of(exc: BaseException) -> JobFailed:
+    """The outcome of a plain client's job whose upload has ended so."""
+    known = next((leaf for leaf in leaves(exc) if isinstance(leaf, AipodError)), None)
+    if known is not None:
+        return job_failed(known.reason, known.message)
+    if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(exc)):
+        return job_failed("CANCELLED", "its caller has left before the payload was complete")
+    return job_failed("BAD_MESSAGE", str(next(leaves(exc))))
 
 
 def ending_of(exc: BaseException) -> Ending:

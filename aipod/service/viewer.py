@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,17 +12,28 @@ from grpclib.server import Stream
 
 from aipod.codec import PONG
 from aipod.job.job import Watched
+from aipod.job.request import shown
+from aipod.metrics import LAG, Histogram
 from aipod.service.status import Ending
 from aipod.transport import bridge
 from aipod.transport.server import peer_certificate, request_timeout, send_message
 from aipod.wire.ai import Raw, State, StreamInput
 
+log = logging.getLogger("aipod.service")
+
 
 class Call:
-    """A grpclib server stream with trio-flavored methods. One task may receive, one may send."""
+    """A grpclib server stream with trio-flavored methods. One task may receive, one may send.
+
+    It begins when this is made and is over with `log_end`, whether it was finished or left by its peer.
+    """
 
     def __init__(self, stream: Stream[Any, Raw]) -> None:
         self._stream = stream
+        self.began = time.monotonic()
+        self.status = "CANCELLED"  # unless it is finished
+        self.caller = ""  # whose it is, where the server asks
+        self.job_id = ""  # which job it watches
         self.timeout = request_timeout(stream)
         # Repeated headers: the last one wins, as in a dict; bin headers are not for us.
         self.headers: Mapping[str, str] = {
@@ -51,6 +64,7 @@ class Call:
 
     async def finish(self, ending: Ending, trailers: Mapping[str, str]) -> None:
         """Send the trailers; nothing may be sent after."""
+        self.status = ending.status.name
         details = ending.details
 
         async def end() -> None:
@@ -59,6 +73,15 @@ class Call:
             )
 
         await bridge.inline(end)
+
+    def log_end(self, rpc: str) -> None:
+        """One line for developers: calls come as their peers like, hundreds for one job perhaps."""
+        if log.isEnabledFor(logging.DEBUG):
+            seconds = round(time.monotonic() - self.began, 3)
+            told = {"rpc": rpc, "code": self.status, "seconds": seconds, "caller": self.caller, "job": self.job_id}
+            metadata = shown(self.headers)
+            text = "a call of %s has ended after %.3f s: %s; metadata: %s"
+            log.debug(text, rpc, seconds, self.status, metadata, extra=told | {"metadata": metadata})
 
 
 class Writer:
@@ -100,7 +123,9 @@ class Writer:
 class Viewer:
     """Says what a job is doing: at once, at every tick, and to its own client also when its phase changes."""
 
-    def __init__(self, writer: Writer, tick: float) -> None:
+    def __init__(self, writer: Writer, tick: float, late: Histogram | None = None) -> None:
+        """`late`: takes in how many seconds after their time heartbeats come."""
+        self._late = late or Histogram(LAG)
         self._writer = writer
         self._tick = tick
         self._job: Watched | None = None
@@ -125,16 +150,20 @@ class Viewer:
 
     async def beat(self) -> None:
         """Send heartbeats until `stop`. This is a trio-flavored async function."""
+        due: float | None = None  # when the tick was over
         while True:
             changed = self._job.changed if self._job is not None else self._watched
             state = await self._state()
             if self._stopped:
                 return
+            if due is not None:
+                self._late.observe(trio.current_time() - due)
             if self._writer.beat(state) and state is not None and self._log_seen is not None:
                 self._log_seen += len(state.log)
-            with trio.move_on_after(self._tick):
+            with trio.move_on_after(self._tick) as pause:
                 # A plain client hears a PONG a second and nothing else.
                 await (self._watched if self._plain else changed).wait()
+            due = pause.deadline if pause.cancelled_caught else None
 
     async def _state(self) -> State | None:
         if self._job is None or self._log_seen is None:

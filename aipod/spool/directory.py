@@ -54,18 +54,31 @@ def _boot_id() -> str:
 class Spool:
     """A spool directory, opened for one app. `open` it; methods block."""
 
-    def __init__(self, path: Path, *, reserve: int, max_spool: int, boot: str) -> None:
+    def __init__(self, path: Path, *, reserve: int, max_spool: int, measure: bool, boot: str) -> None:
         self.path = path
         self.boot = boot
         self.workers = path / "workers"
         self.id = ""
         self.reserve = reserve  # bytes that uploads leave free
-        self.quota = Quota(path, max_spool)
+        self.quota = Quota(path, max_spool, know=measure)
 
     @classmethod
-    def open(cls, path: Path, app: str, *, reserve: int = GIB, max_spool: int = 0, boot: str | None = None) -> Spool:
-        """Make or open `path` for `app`. `boot`: what names this run of the machine. Raises `SpoolError`."""
-        spool = cls(path, reserve=reserve, max_spool=max_spool, boot=_boot_id() if boot is None else boot)
+    def open(
+        cls,
+        path: Path,
+        app: str,
+        *,
+        reserve: int = GIB,
+        max_spool: int = 0,
+        measure: bool = False,
+        boot: str | None = None,
+    ) -> Spool:
+        """Make or open `path` for `app`. Raises `SpoolError`.
+
+        `measure`: know what all entries take, also without `max_spool`. `boot`: what names this run of the machine.
+        """
+        boot = _boot_id() if boot is None else boot
+        spool = cls(path, reserve=reserve, max_spool=max_spool, measure=measure, boot=boot)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             sync(path.parent)

@@ -330,7 +330,7 @@ class Entry(Look):
                 file.write(data)
         except (Refused, OSError) as exc:
             # A full disk costs the log, not the job.
-            logger.warning("job %s: its log could not be written: %s", self.id, exc)
+            logger.warning("job %s: its log could not be written: %s", self.id, exc, extra={"job": self.id})
             return size
         return size + len(data)
 
@@ -429,7 +429,7 @@ class Entry(Look):
             self._home.lock_path(self.id).unlink(missing_ok=True)
         except OSError as exc:
             # A disk that has become read-only, say: the other jobs must not pay for it. A sweep comes back to it.
-            logger.error("job %s: its entry could not be removed: %s", self.id, exc)
+            logger.error("job %s: its entry could not be removed: %s", self.id, exc, extra={"job": self.id})
         finally:
             self._home.quota.measure(self.id, held=False)
             self._lock.release()

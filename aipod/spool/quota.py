@@ -19,18 +19,24 @@ from aipod.errors import Refused
 
 
 class Quota:
-    """Bytes on the disk by entry; `limit` 0 is none, and nothing is measured then.
+    """Bytes on the disk by entry; `limit` 0 is none, and nothing is measured then unless somebody wants to `know`.
 
     The mutable state is the two maps and their sum; any thread may change it. A hundred thousand entries take 20 MB.
     """
 
-    def __init__(self, spool_path: Path, limit: int) -> None:
+    def __init__(self, spool_path: Path, limit: int, *, know: bool = False) -> None:
         self.limit = limit
+        self._measures = know or limit > 0
         self._path = spool_path
         self._lock = threading.Lock()  # guards what follows
         self._found: dict[str, int] = {}
         self._promised: dict[str, int] = {}  # of held ones: what they will take at least
         self._total = 0
+
+    @property
+    def total(self) -> int | None:
+        """Bytes of all together, those that were announced included; None where nothing is measured."""
+        return self._total if self._measures else None
 
     def check(self, wanted: int) -> None:
         """Raises `Refused(SPOOL_FULL)` where `wanted` more bytes are too many."""
@@ -46,7 +52,7 @@ class Quota:
 
     def promise(self, job_id: str, size: int) -> None:
         """A held entry will take `size` bytes. Raises as `check`, and has changed nothing then."""
-        if self.limit:
+        if self._measures:
             with self._lock:
                 more = size - self._of(job_id)
                 if more > 0:
@@ -55,7 +61,7 @@ class Quota:
 
     def grown(self, job_id: str, size: int) -> None:
         """A held entry has `size` bytes of payload now, promised or not. Raises as `check` where those are too many."""
-        if self.limit:
+        if self._measures:
             with self._lock:
                 if size > self._promised.get(job_id, 0):
                     self._put(job_id, promised=size)
@@ -70,7 +76,7 @@ class Quota:
 
     def measure(self, job_id: str, *, held: bool = True) -> None:
         """Look what an entry takes. `held`: who holds it may be one of this process, and may have promised more."""
-        if self.limit:
+        if self._measures:
             found = _size_of(self._path / job_id)
             with self._lock:
                 self._put(job_id, found=found, promised=None if held else 0)

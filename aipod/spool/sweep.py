@@ -104,9 +104,9 @@ class Sweeper:
             self._spool.quota.measure(job_id)
             return removed
         except (Refused, OSError) as exc:
-            logger.error("job %s: its entry could not be swept: %s", job_id, exc)
+            logger.error("job %s: its entry could not be swept: %s", job_id, exc, extra={"job": job_id})
         except Exception as exc:  # whatever is wrong with one entry must cost neither the others nor the server
-            logger.error("job %s: a bug of aipod, or its entry is damaged", job_id, exc_info=exc)
+            logger.error("job %s: a bug of aipod, or its entry is damaged", job_id, exc_info=exc, extra={"job": job_id})
         return False
 
     def _sweep_one(self, job_id: str) -> bool:

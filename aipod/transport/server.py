@@ -18,7 +18,7 @@ import trio
 # What a status with details is made of: grpclib would import it with the first one, which may be the one that says that
 # there is no descriptor left, as for an import.
 from google.rpc import status_pb2  # noqa: F401
-from grpclib.const import Status
+from grpclib.const import Cardinality, Status
 from grpclib.encoding.proto import ProtoStatusDetailsCodec
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 from grpclib.metadata import decode_metadata, encode_grpc_message
@@ -26,6 +26,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import StreamClosedError
 
 from aipod.config import Config
+from aipod.metrics import Metrics
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
@@ -46,6 +47,14 @@ _FOR_ANYBODY = "/grpc."
 # Their streams at once per connection. Nothing ends a Health/Watch, which is 20 KB for 74 bytes from anybody: as many
 # as calls, 1000, made 20 MB of each connection. Who watches opens one for each name; there are seven.
 MAX_FOR_ANYBODY = 16
+
+# As metrics call them.
+_KINDS = {
+    Cardinality.UNARY_UNARY: "unary",
+    Cardinality.UNARY_STREAM: "server_stream",
+    Cardinality.STREAM_UNARY: "client_stream",
+    Cardinality.STREAM_STREAM: "bidi_stream",
+}
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
@@ -105,6 +114,8 @@ class Handler(grpclib.server.Handler):
                 log.debug("a stream was reset by its peer before it could be refused")
             release_stream()
             return
+        stream.rpc = self._server.metrics.begin(seen.get(":path", ""))
+        stream.began = time.monotonic()
         if problem is not None:
             self._start(stream, release_stream, _reply(stream, problem))
             return
@@ -167,6 +178,9 @@ class Handler(grpclib.server.Handler):
         self._tasks.pop(stream, None)
         self._cancelled.discard(task)
         self._for_anybody.discard(stream)
+        # Without a status it was left by its peer, or cancelled.
+        code = Status(int(stream.status)).name if stream.status else Status.CANCELLED.name
+        stream.rpc.ended(code, time.monotonic() - stream.began)
         if stream.is_call:
             self.protocol.last_call = self.protocol.answered = time.monotonic()
         # A peer that still sends is told to stop (RFC 9113 section 8.1); one without a status hears of it at all.
@@ -219,10 +233,19 @@ async def _reply(stream: H2Stream, problem: Problem) -> None:
 class Server(grpclib.server.Server):
     """grpclib's server with hardened connections. asyncio-flavored, but for what its TrioHandlers do in `spawner`."""
 
-    def __init__(self, services: Sequence[Any], config: Config, spawner: Spawner | None = None) -> None:
+    def __init__(
+        self,
+        services: Sequence[Any],
+        config: Config,
+        spawner: Spawner | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         super().__init__(services, codec=Codec(config), status_details_codec=ProtoStatusDetailsCodec())
         self.spawner = spawner
         self.settings = config
+        self.metrics = metrics or Metrics()
+        for path, handler in self._mapping.items():
+            self.metrics.offer(path, _KINDS[handler.cardinality])
         self.protocols: set[ServerProtocol] = set()
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
         self._listeners: list[asyncio.AbstractServer] = []
@@ -248,8 +271,10 @@ class Server(grpclib.server.Server):
             raise ConnectionAbortedError("the server listens no more")
         limit = self.settings.max_connections
         if limit and len(self.protocols) + len(self._arriving) >= limit and not self._make_room():
+            self.metrics.turned_away += 1
             log.info("a connection was refused: there are %d already (--max-connections)", limit)
             raise ConnectionAbortedError("there are enough connections")
+        self.metrics.accepted += 1
         handler = Handler(self)
         handler.protocol = protocol = ServerProtocol(handler, self)
         # asyncio's own for this connection: it ends when the handshake is over, or has failed.

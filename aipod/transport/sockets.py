@@ -114,3 +114,26 @@ def name_of(sock: socket.socket) -> str:
         # Bound under another name and renamed (see _listen_unix).
         return f"unix:{where.rpartition('.')[0]}"
     return f"[{where[0]}]:{where[1]}" if sock.family == socket.AF_INET6 else f"{where[0]}:{where[1]}"
+
+
+@contextlib.contextmanager
+def open_metrics_socket(config: Config) -> Iterator[socket.socket | None]:
+    """A listening socket for `config.metrics`, None where that is empty. Raises `BindError`.
+
+    Who scrapes has neither a token nor a certificate: that is for a network where everybody may know the numbers.
+    """
+    if not config.metrics:
+        yield None
+        return
+    try:
+        if config.metrics.startswith("unix:"):
+            raise ValueError("it is not HOST:PORT or [::1]:PORT")
+        sock = _listen(config.metrics, insecure=True, reuse_port=config.reuse_port)
+        if not config.insecure and not is_loopback(sock.getsockname()[0]):
+            sock.close()
+            raise ValueError("anybody who can reach it could read the metrics; add --insecure if that is meant")
+    except (OSError, ValueError) as exc:
+        text = f"cannot listen for metrics on {config.metrics}: {exc}; choose another with --metrics"
+        raise BindError("BIND_FAILED", text) from exc
+    with sock:
+        yield sock

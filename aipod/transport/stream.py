@@ -17,6 +17,7 @@ from h2.exceptions import ProtocolError, StreamClosedError
 from h2.stream import StreamInputs, StreamState
 
 from aipod.config import KIB, MIB
+from aipod.metrics import Rpc
 from aipod.transport.frames import data_head, headers_head
 from aipod.transport.inbox import PREFIX, Inbox, let_others_run
 from aipod.transport.window import ReceiveWindow
@@ -64,6 +65,9 @@ class H2Stream(base.Stream):
     refused = False  # client: the server has said that it has not processed the call
     blocked_since: float | None = None  # a sender waits for the peer's window since then (monotonic)
     stalled = False
+    rpc = Rpc("", "", "")  # server: what counts its messages; a client's counts for nobody
+    began = 0.0  # server: monotonic
+    status = ""  # server: the grpc-status that it was ended with
     _body: memoryview | None = None  # what the second recv_data of a message gives
 
     def init_stream(self, stream_id: int, connection: base.Connection) -> None:
@@ -95,6 +99,8 @@ class H2Stream(base.Stream):
         return release
 
     async def send_headers(self, headers: Any, end_stream: bool = False) -> None:
+        if end_stream:
+            self.status = dict(headers).get("grpc-status", "")
         await self.connection.write_ready.wait()
         h2 = self._h2_connection
         if h2.state_machine.state is ConnectionState.CLOSED:  # h2 would take it for our error
@@ -122,6 +128,7 @@ class H2Stream(base.Stream):
         if message is None:
             return b""
         self._body = message
+        self.rpc.received += 1
         return struct.pack(">BL", 0, len(message))
 
     async def send_message(self, pieces: Sequence[bytes], *, end: bool = False) -> None:
@@ -143,6 +150,7 @@ class H2Stream(base.Stream):
         rest = collections.deque(memoryview(piece) for piece in pieces)
         try:
             await self._send(rest, size, small=size <= SMALL, end=end)
+            self.rpc.sent += 1
         except BaseException:
             if 0 < sum(map(len, rest)) < size:
                 self.reset_now(ErrorCodes.CANCEL)  # nothing may follow half a message
