@@ -29,7 +29,7 @@ import trio
 from aipod.codec import digest
 from aipod.config import Config
 from aipod.errors import Refused
-from aipod.job.job import stored_answer
+from aipod.job.watched import stored_answer
 from aipod.results import INLINE, settle
 from aipod.service.jobs import Jobs
 from aipod.service.recover import recover

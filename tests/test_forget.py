@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 
-from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, Keep, Told
+from aipod.job.watched import KEEP_ANSWERED, KEEP_RELEASED, Keep, Told
 from aipod.results import INLINE
 from aipod.service.forget import AT_ONCE, Forgetter
 from aipod.spool import Spool

@@ -12,7 +12,8 @@ import pytest
 
 import aipod
 from aipod.client import Event
-from aipod.job.job import STOPPED, Keep, Told
+from aipod.job.job import STOPPED
+from aipod.job.watched import Keep, Told
 from aipod.runner import GOES_ON, STOPPING
 from aipod.spool.entry import HEARD_EVERY
 from aipod.wire.ai import Phase

@@ -10,10 +10,10 @@ import trio
 from aipod.codec import PIECE, Compressor, json_string_pieces, plain_pieces
 from aipod.config import CHUNK
 from aipod.errors import job_failed
-from aipod.job.job import Answer
 from aipod.job.run import cancellable
 from aipod.job.times import Download
 from aipod.job.upload import BULK
+from aipod.job.watched import Answer
 from aipod.spool import Look
 from aipod.wire.ai import Raw
 

@@ -13,9 +13,10 @@ import trio
 
 from aipod.codec import digest, new_hasher
 from aipod.errors import TOLD, JobFailed, Refused, job_failed, leaves
-from aipod.job.job import Answer, Job, phase_of
+from aipod.job.job import Job
 from aipod.job.queue import Queue
 from aipod.job.upload import BULK
+from aipod.job.watched import Answer, phase_of
 from aipod.results import Result
 from aipod.runner import RunnerBroken, Task
 from aipod.spool import MAX_ATTEMPTS, Entry

@@ -18,11 +18,12 @@ from aipod.codec import PONG, Compressor
 from aipod.config import Config
 from aipod.errors import AipodError, Refused, job_failed, leaves
 from aipod.identity import Caller, Identities
-from aipod.job.job import Job, Keep, Told
+from aipod.job.job import Job
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request, has_large_kwargs, parse_attach, parse_request
 from aipod.job.times import Download
 from aipod.job.upload import check_limit, receive_payload
+from aipod.job.watched import Keep, Told
 from aipod.metrics import Metrics
 from aipod.pool import Pool
 from aipod.runner import Description

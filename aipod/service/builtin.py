@@ -9,7 +9,7 @@ from typing import Any
 from aipod.codec import digest
 from aipod.errors import Refused
 from aipod.identity import Caller
-from aipod.job.job import Answer
+from aipod.job.watched import Answer
 from aipod.runner import Description
 from aipod.spool import Spool
 

@@ -17,7 +17,8 @@ from collections.abc import Callable
 import trio
 
 from aipod.identity import ANYONE, Caller
-from aipod.job.job import KEEP_ANSWERED, KEEP_RELEASED, Job, Told
+from aipod.job.job import Job
+from aipod.job.watched import KEEP_ANSWERED, KEEP_RELEASED, Told
 from aipod.spool import ENDED, Entry, Spool
 from aipod.wire.ai import Op, Open
 

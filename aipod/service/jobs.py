@@ -25,11 +25,12 @@ import trio
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.identity import Caller
-from aipod.job.job import KEEP_ANSWERED, Job, Keep, Told
+from aipod.job.job import Job
 from aipod.job.queue import Queue
 from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
 from aipod.job.times import outcome_of
+from aipod.job.watched import KEEP_ANSWERED, Keep, Told
 from aipod.metrics import QUEUE, RUN, UPLOAD, Metrics
 from aipod.service.recover import Ended, end, recover
 from aipod.service.refusals import Refusals

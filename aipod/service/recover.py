@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from aipod.errors import JobFailed, job_failed, refused_when_exhausted
-from aipod.job.job import phase_of
 from aipod.job.request import Request, stored_request
 from aipod.job.times import outcome_of
+from aipod.job.watched import phase_of
 from aipod.service.forget import forget_answer
 from aipod.spool import ENDED, MAX_ATTEMPTS, Entry
 

@@ -11,8 +11,8 @@ import trio
 from grpclib.server import Stream
 
 from aipod.codec import PONG
-from aipod.job.job import Watched
 from aipod.job.request import shown
+from aipod.job.watched import Watched
 from aipod.metrics import LAG, Histogram
 from aipod.service.status import Ending
 from aipod.transport import bridge
