@@ -22,6 +22,7 @@ from aipod.doctor.finding import said, worst_first
 from aipod.doctor.idle import Cuts, judge
 from aipod.doctor.load import judge_goaway
 from aipod.doctor.wire import TIMED_OUT, Fate, attempt
+from aipod.errors import Unreachable
 from aipod.service.probe import AT_ONCE, MAX_BYTES
 from tests.conftest import FIRST, ROOT, Serve, Served, free_port, left_in, run, wait_until
 from tests.proxy import open_proxy
@@ -248,7 +249,7 @@ def test_the_command_with_nothing_to_change(proxies: Proxies) -> None:
     done = doctor(proxies.addresses["right"], "--wait", "1s")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(
-        r"^ok +idle-response +a server that says nothing is waited for: 1.0 s and longer$", done.stdout, re.M
+        r"^ok +idle-response +a server that sends nothing but PINGs is waited for: 1.0 s and longer$", done.stdout, re.M
     )
     assert re.search(r"^\? +reload +worker_shutdown_timeout: only a reload shows it", done.stdout, re.M)
     assert "nginx: " not in done.stdout
@@ -300,6 +301,18 @@ def test_ctrl_c_prints_what_was_found(proxies: Proxies) -> None:
     assert re.search("^ok +body-limit +no limit$", out, re.MULTILINE)
     assert "idle-response" not in out
     assert out.endswith("(this is not all: it was ended before everything was checked)\n")
+
+
+def test_a_server_that_wants_tls_or_has_another_certificate(serve: Serve, proxies: Proxies) -> None:
+    pair = str(proxies.directory / "server.pem")
+    served = serve("Plain", "--tls-cert", pair)
+    with pytest.raises(Unreachable, match="perhaps the server wants TLS"):
+        run(lambda: findings_of(served.address, Config(), []))
+    found = run(lambda: findings_of(served.address, Config(tls=True), []))
+    assert wrong_in(found) == {"tls": "ssl_certificate"}
+    config = Config(tls=True, tls_ca=str(proxies.directory / "ca.pem"))
+    found = run(lambda: findings_of(served.address, config, [], wait=1))
+    assert set(wrong_in(found)) == {"certificate"}, "it is good for five days only"
 
 
 def test_a_server_that_wants_a_token(serve: Serve, tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def doctor(
 
     Measured are: limits of payloads, headers and errors; what cuts a silent call or connection, each way; round trips
     and rates, and whether windows bound them; what becomes of calls when a connection is told to go. No job begins.
-    A silence that is not cut within --wait is well: a job's heartbeats come every second. With --wait 80s nginx's
-    defaults of 60 and 75 s are seen.
+    A silence that is not cut within --wait is well: a job's heartbeats come every second. With --wait 80s also nginx's
+    default of 75 s is seen.
 
     Exit status: 0 all is well, 1 something is to be changed, 2 wrong usage, 3 nobody answers.
     """

@@ -26,11 +26,9 @@ def judge_unconnected(exc: BaseException, hop: Hop | None, *, tls: bool) -> Find
         return Finding(Level.BROKEN, "tls", text, "ssl_certificate", "or --tls-ca on this side")
     if hop is None:
         return None
-    if b"HTTPS" in hop.first:  # what nginx answers to plain text on a port for TLS
-        return Finding(Level.BROKEN, "http2", "it wants TLS: call it with --tls", "listen ... ssl http2;")
     if hop.first.startswith(b"HTTP/") or (tls and hop.alpn != "h2"):
-        chosen = f"ALPN chose {said(hop.alpn or 'nothing')}" if tls else said(hop.first[:16].decode("latin-1"))
-        text = f"it speaks HTTP/1.1 only ({chosen}); gRPC needs HTTP/2"
+        chosen = f"by ALPN: {said(hop.alpn or 'nothing')}" if tls else said(hop.first[:16].decode("latin-1"))
+        text = f"it speaks HTTP/1.1 only ({chosen})" + ("" if tls else ", or wants TLS (--tls)")
         nginx = "listen ... http2; (1.25.1 and newer: http2 on;)"
         return Finding(Level.BROKEN, "http2", text, nginx, "HTTP/2 towards clients (h2 by ALPN, h2c without TLS)")
     return None

@@ -1,7 +1,9 @@
 """What cuts a call, or a connection, on which nothing happens: each way it can be, for as long as one waits.
 
 nginx (1.22, measured) resets a call with PROTOCOL_ERROR for timeouts of its client's side, and with INTERNAL_ERROR for
-those of its upstream's: that tells apart what one silence would end alike.
+those of its upstream's: that tells apart what one silence would end alike. A server's HTTP/2 PINGs, every 5 s
+(Config.ping_interval), are no silence to nginx once a call has been answered: none of longer timeouts for it ends a
+call whose server lives, which is well.
 """
 
 from __future__ import annotations
@@ -149,8 +151,12 @@ def judge_connection(after: float | None, wait: float) -> Finding:
 def judge(cuts: Cuts, wait: float, most: int | None) -> list[Finding]:
     """What follows from how silent calls ended."""
     both, server = cuts.both, cuts.server
-    read = "a server that says nothing", "grpc_read_timeout 60s;", "idle timeout of the upstream's response"
-    body = "a client that sends nothing", "client_body_timeout 300s;", "idle timeout of a request's body"
+    read = "a server that sends nothing but PINGs", "grpc_read_timeout 60s;", "idle timeout of the upstream's response"
+    body = (
+        "a client that sends nothing, as does its server",
+        "client_body_timeout 300s;",
+        "idle timeout of a request's body",
+    )
     findings = [_judge_call(cuts, wait, read[1], body[1]), _judge("idle-response", server, wait, *read)]
     if both is not None and _explains(server, both):
         findings.append(_hidden("idle-request", both))

@@ -15,8 +15,8 @@ from aipod.transport.frames import Take
 from aipod.transport.protocol import H2Protocol
 from aipod.transport.stream import H2Stream
 
-# Bytes of what came first that are kept: enough to tell HTTP/1.1, and its complaint about TLS.
-_FIRST = 1024
+# Bytes of what came first that are kept: enough to tell HTTP/1.1.
+_FIRST = 64
 # Characters of a GOAWAY's own text.
 _DEBUG = 200
 # What a PING that is waited for carries; the transport's own carry something else.
