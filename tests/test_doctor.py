@@ -20,6 +20,7 @@ from aipod.config import MIB, Config
 from aipod.doctor import Chain, Finding, Level, examine
 from aipod.doctor.finding import said, worst_first
 from aipod.doctor.idle import Cuts, judge
+from aipod.doctor.limits import check_health
 from aipod.doctor.load import judge_goaway
 from aipod.doctor.wire import TIMED_OUT, Fate, attempt
 from aipod.errors import Unreachable
@@ -99,6 +100,7 @@ WRONG: dict[str, tuple[Any, str, str]] = {
 RIGHT = {
     "right": lambda block: block,
     "window": directive("client_body_buffer_size", "16k"),  # too small only for a distant caller
+    "health": lambda block: block.replace("location /grpc.health.v1.Health/", "location /elsewhere/"),
     "evil": lambda block: block.replace("\n        location /ai.AI/", EVIL),
 }
 
@@ -213,6 +215,7 @@ def test_each_wrong_configuration_is_named_and_nothing_else(proxies: Proxies) ->
             assert 1.5 < found[name][what].value < WAIT
         assert found["certificate"]["certificate"].value == pytest.approx(5.5, abs=0.1)
         assert found["certificate"]["tls"].value.startswith("TLSv1.")
+        assert re.search("404;.*418:", found["errors"]["proxy-errors"].found), "of a method, and of an upstream"
         # Silence hides what is later; that is said, not guessed.
         assert found["body timeout"]["untaken-request"].level is Level.UNCHECKED
         assert found["read timeout"]["idle-request"].level is Level.UNCHECKED
@@ -267,6 +270,17 @@ def test_the_command_with_something_to_change(proxies: Proxies) -> None:
     assert (done.returncode, told["well"], told["whole"], told["to"]) == (0, True, True, proxies.addresses["map"])
     routing = next(finding for finding in told["findings"] if finding["what"] == "routing")
     assert (routing["level"], set(routing)) == ("NOTE", {"level", "what", "found", "nginx", "others", "value"})
+
+
+def test_health_that_is_not_routed_is_good_to_know(proxies: Proxies) -> None:
+    def look(name: str) -> Finding:
+        return run(lambda: check_health(Chain(proxies.addresses[name], Config(), [])))[0]
+
+    assert look("right").level is Level.FINE
+    assert (look("health").level, look("health").nginx) == (
+        Level.NOTE,
+        "location /grpc.health.v1.Health/ { grpc_pass ...; }",
+    )
 
 
 def test_what_is_answered_does_nothing_to_a_terminal(proxies: Proxies) -> None:
@@ -342,6 +356,14 @@ def test_a_silence_that_is_cut_between_heartbeats_is_named() -> None:
     cut, late = Fate(1.0, reset=1), Fate(3.0, reset=1)
     found = {finding.what: finding for finding in judge(Cuts(cut, None, cut, None, late), 20, None)}
     assert (found["call-time"].level, found["call-time"].nginx) == (Level.BROKEN, "client_body_timeout 300s;")
+
+
+def test_two_timers_are_told_from_each_other_by_how_they_cut() -> None:
+    silent, unread = Fate(2.0, reset=2), Fate(10.0, reset=1)
+    found = {finding.what: finding for finding in judge(Cuts(silent, silent, silent, unread, None), 20, None)}
+    named = {what: finding.nginx for what, finding in found.items() if finding.level is Level.CHANGE}
+    assert named == {"idle-response": "grpc_read_timeout 60s;", "untaken-response": "send_timeout 180s;"}
+    assert found["idle-request"].level is found["untaken-request"].level is Level.UNCHECKED
 
 
 def test_a_proxy_that_buffers_is_named() -> None:

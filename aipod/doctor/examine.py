@@ -10,7 +10,7 @@ from aipod.config import KIB
 from aipod.doctor.finding import Finding, Level, said
 from aipod.doctor.hop import is_next_hop, judge_first, judge_hop, judge_server, judge_unconnected, unseen
 from aipod.doctor.idle import check_connection, check_idle
-from aipod.doctor.limits import check_error, check_headers, check_routing, measure_body
+from aipod.doctor.limits import check_error, check_headers, check_health, check_routing, measure_body
 from aipod.doctor.load import check_calls, check_rate
 from aipod.doctor.wire import FAILURES, PATIENCE, Chain, Fate, Probe, alone, fate_of, probing
 from aipod.errors import Unreachable
@@ -37,7 +37,7 @@ async def examine(chain: Chain, wait: float, found: list[Finding], tell: Callabl
     if settings is None:
         return
     told, about = await _first(chain)
-    found += judge_first(told, about, dict(chain.metadata))
+    found += judge_first(told, about)
     if not told.reached or told.reason in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         found += [Finding(Level.UNCHECKED, "the-rest", "it needs a server that answers")]
         return
@@ -61,6 +61,7 @@ async def examine(chain: Chain, wait: float, found: list[Finding], tell: Callabl
     ping = next((float(one.value or 0) for one in found if one.what == "ping-hop"), 0.0)
     checks: list[tuple[str, Check]] = [
         ("header-limit", check_headers(chain, _most_headers(about))),
+        ("health", check_health(chain)),
         ("routing", check_routing(chain, named=named, direct=direct)),
         ("idle-connection", check_connection(chain, wait)),
     ]

@@ -51,7 +51,7 @@ def judge_hop(hop: Hop, settings: Mapping[str, int]) -> list[Finding]:
     return findings
 
 
-def judge_first(told: Fate, about: Mapping[str, Any], metadata: Mapping[str, str]) -> list[Finding]:
+def judge_first(told: Fate, about: Mapping[str, Any]) -> list[Finding]:
     """What the first call shows: whether a server of aipod's answers, and which."""
     proxy = said(told.headers.get("server", ""))
     findings = [Finding(Level.NOTE, "proxy-version", proxy, value=proxy)] if proxy else []

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import time
+
+from grpclib.health.v1.health_grpc import HealthStub
+from grpclib.health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from aipod.doctor.finding import Finding, Level, said, size
-from aipod.doctor.wire import Chain, Fate, attempt
+from aipod.doctor.wire import FAILURES, PATIENCE, Chain, Fate, alone, attempt, fate_of
 
 # More than any payload: who lets this through has no limit.
 _LARGEST = 1 << 40
@@ -102,6 +106,22 @@ async def check_error(chain: Chain) -> list[Finding]:
         return [Finding(Level.UNCHECKED, "error-size", f"the server answers {said(str(told))}")]
     found = f"an error with 7 KiB of details arrives as {said(str(told))}"
     return [Finding(Level.CHANGE, "error-size", found, "grpc_buffer_size 64k;", "the limit of a response's headers")]
+
+
+async def check_health(chain: Chain) -> list[Finding]:
+    """Whether one can ask the server how it is. This is an asyncio-flavored function."""
+    async with chain.sound() as channel:
+        since = time.monotonic()
+        check = HealthStub(channel).Check(HealthCheckRequest(), timeout=PATIENCE, metadata=chain.metadata)
+        try:
+            status = (await alone(check)).status
+        except FAILURES as exc:
+            found = f"health is not told: {said(str(fate_of(exc, None, since)))}"
+            nginx = "location /grpc.health.v1.Health/ { grpc_pass ...; }"
+            return [Finding(Level.NOTE, "health", found, nginx, "route /grpc.health.v1.Health/ to the server")]
+    if status == HealthCheckResponse.SERVING:
+        return [Finding(Level.FINE, "health", "SERVING")]
+    return [Finding(Level.NOTE, "health", "the server says that it takes no jobs now: it drains, or its model fails")]
 
 
 async def check_routing(chain: Chain, *, named: bool, direct: bool) -> list[Finding]:

@@ -79,7 +79,7 @@ async def check_calls(chain: Chain, streams: int, patience: float) -> list[Findi
                 async with asyncio.timeout(PATIENCE):
                     await probe.ask({"silent": patience + 4 * _BEAT, "beat": True})
                 await calls()
-                if hop.goaway is None:
+                if not hop.ended_at:
                     return
                 survived = False
                 async with asyncio.timeout(_BEAT):
