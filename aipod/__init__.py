@@ -2,7 +2,7 @@
 #
 #   __main__
 #   cli                          commands; the only print and argv
-#   server  client  examples     lifecycles, and models to start from
+#   server  client  examples  doctor     lifecycles, models to start from, and what looks at the way there
 #   service                      gRPC method bodies: guard clauses, then a viewer of one job
 #   job  pool                    the story of one job: receive, queue, lease, run, store, reply; who runs it
 #   runner                       how an instance's methods are executed: process, loop

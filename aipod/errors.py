@@ -85,6 +85,8 @@ TABLE: Mapping[str, Row] = {
     "UPLOAD_STALLED": Row(Code.DEADLINE_EXCEEDED),
     "SPOOL_FULL": Row(Code.RESOURCE_EXHAUSTED, retry_after=5.0),
     "OVERLOADED": Row(Code.RESOURCE_EXHAUSTED, retry_after=1.0),
+    # what `aipod doctor` has asked for
+    "PROBE": Row(Code.ABORTED),
     # the run
     "LOAD_FAILED": Row(Code.INTERNAL),
     "MODEL_ERROR": Row(Code.INTERNAL),

@@ -236,7 +236,7 @@ def test_an_rpc_whose_method_the_class_does_not_have(one: Served, call: Any) -> 
 def test_a_name_with_a_dot_is_the_server_s_own(one: Served, call: Any) -> None:
     answer = call(one.address, name="aipod.nope")
     assert answer.refusal == (UNIMPLEMENTED, "UNKNOWN_METHOD")
-    assert answer.message == "the server has no method 'aipod.nope'; it has: aipod.jobs, aipod.methods"
+    assert answer.message == "the server has no method 'aipod.nope'; it has: aipod.jobs, aipod.methods, aipod.probe"
 
 
 def test_an_rpc_that_there_is_not(one: Served) -> None:

@@ -1,5 +1,5 @@
 """The command line: `serve`, `call`, `submit`, `attach`, `cancel`, `jobs`, `methods`, `health`, `token`,
-`demo`.
+`demo`, `doctor`.
 
 On failure the last line of stderr is `aipod: REASON: text`; a traceback comes only with --debug. The exit statuses are
 in the group's help.
@@ -80,7 +80,7 @@ class _Commands(click.Group):
     """Imports a command when it is needed: a server has no use for a client and a progress bar."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["attach", "call", "cancel", "demo", "health", "jobs", "methods", "serve", "submit", "token"]
+        return ["attach", "call", "cancel", "demo", "doctor", "health", "jobs", "methods", "serve", "submit", "token"]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -14,7 +14,7 @@ from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 
 from aipod import codec
-from aipod.codec import PONG, Compressor
+from aipod.codec import PONG
 from aipod.config import Config
 from aipod.errors import AipodError, Refused, job_failed, leaves
 from aipod.identity import Caller, Identities
@@ -23,11 +23,11 @@ from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request, has_large_kwargs, parse_attach, parse_request
 from aipod.job.times import Download
 from aipod.job.upload import check_limit, receive_payload
-from aipod.job.watched import Keep, Told
+from aipod.job.watched import Told
 from aipod.metrics import Metrics
 from aipod.pool import Pool
 from aipod.runner import Description
-from aipod.service.builtin import answer_of, is_builtin
+from aipod.service.builtin import Builtins, is_builtin
 from aipod.service.drain import Drain
 from aipod.service.forget import Forgetter
 from aipod.service.jobs import Jobs
@@ -85,6 +85,7 @@ class AI:
         self._jobs = Jobs(config, description.methods, spool, versions, functools.partial(Place, pool), jobs, metrics)
         self._forgetter = Forgetter(spool)
         self._shortage = Shortage(spool)
+        self._builtins = Builtins(config, spool, description, lambda: self.drain.begun)
         self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
         self._parsing = trio.CapacityLimiter(PARSING)
         self._silent: dict[trio.CancelScope, None] = {}  # the waits for a first message, the longest first
@@ -171,7 +172,7 @@ class AI:
                 nursery.start_soon(viewer.beat)
                 first = await self._first(call)
                 if is_builtin(rpc, call.headers.get("x-func-name", "")):
-                    await self._builtin(first, caller, call, viewer, writer)
+                    await self._builtins.run(first, caller, call, viewer, writer)
                 elif (attach := parse_attach(first, call.headers)) is not None:
                     await self._own(None, None, *attach, caller, call, viewer, writer, scope.deadline)
                 else:
@@ -258,21 +259,6 @@ class AI:
             raise Refusals.draining()
         check_limit(request.size or 0, self._config.max_payload)
         return request
-
-    async def _builtin(
-        self, first: Raw | StreamInput, caller: Caller, call: Call, viewer: Viewer, writer: Writer
-    ) -> None:
-        """Answer for the server itself: no job, so nothing is stored."""
-        asked = call.headers["x-func-name"], self._spool, self._description, caller
-        answer = await trio.to_thread.run_sync(answer_of, *asked)
-        viewer.stop()
-        if isinstance(first, StreamInput) or first.open is None:
-            await writer.send(Raw(data=Compressor(self._config.level).frame(answer.inline or b"")))
-            return
-        told = Told(self._spool.look(codec.job_id(first.open.ticket)), self._spool.id, Keep())
-        told.phase, told.answer = Phase.DONE, answer
-        await writer.send(Raw(data=PONG, state=told.state()))
-        await send_all(own_messages(told.look, answer, first.open.have, self._config.level), writer.send)
 
     # Own clients: the job goes on without the call that brought it
 
