@@ -1,5 +1,5 @@
 """The command line: `serve`, `call`, `submit`, `attach`, `cancel`, `jobs`, `methods`, `health`, `token`,
-`demo`.
+`nginx-conf`, `demo`.
 
 On failure the last line of stderr is `aipod: REASON: text`; a traceback comes only with --debug. The exit statuses are
 in the group's help.
@@ -79,7 +79,19 @@ class _Commands(click.Group):
     """Imports a command when it is needed: a server has no use for a client and a progress bar."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["attach", "call", "cancel", "demo", "health", "jobs", "methods", "serve", "submit", "token"]
+        return [
+            "attach",
+            "call",
+            "cancel",
+            "demo",
+            "health",
+            "jobs",
+            "methods",
+            "nginx-conf",
+            "serve",
+            "submit",
+            "token",
+        ]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -89,9 +101,10 @@ class _Commands(click.Group):
         return found
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        name = cmd_name.replace("-", "_")
         if cmd_name not in self.commands and cmd_name in self.list_commands(ctx):
             with lasting_imports():
-                command = getattr(importlib.import_module(f"aipod.cli.{cmd_name}"), cmd_name)
+                command = getattr(importlib.import_module(f"aipod.cli.{name}"), name)
             command.params.append(_debug_option())  # accepted before and after the command's name
             self.add_command(command)
             if callable(signal.getsignal(signal.SIGINT)):  # neither ignored nor the system's
