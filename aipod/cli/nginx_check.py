@@ -47,6 +47,9 @@ _SIZES = {
 # What nginx itself answers where a server does not: who cannot be reached, is silent, or has too many calls.
 _OWN_ANSWERS = ("502", "503", "504")
 
+# A file that includes itself has no end.
+_DEEP = 50
+
 Statement = Mapping[str, Any]  # of crossplane: directive, args, line, file, block
 Effective = dict[str, list[Statement]]
 
@@ -68,15 +71,33 @@ def audit(path: Path) -> list[Finding]:
     import crossplane
 
     try:
-        # Nothing is checked against crossplane's own table: newer nginx has newer directives, and `nginx -t` knows.
-        parsed = crossplane.parse(str(path), combine=True, strict=False, check_ctx=False, check_args=False)
+        # A directive that crossplane does not know may be one of a newer nginx; of others it counts the arguments.
+        parsed = crossplane.parse(str(path), strict=False, check_ctx=False)
     except OSError as exc:
         raise UsageError(f"{path}: {exc.strerror}") from exc
     except UnicodeDecodeError:
         raise UsageError(f"{path}: it is no text") from None
     if parsed["errors"]:
         raise UsageError(f"nginx's configuration cannot be read: {parsed['errors'][0]['error']}")
-    return sorted(set(_Audit(parsed["config"][0]["parsed"], str(path)).findings()))
+    main = _included(parsed["config"], 0, parsed["config"][0]["parsed"])
+    return sorted(set(_Audit(main, str(path)).findings()))
+
+
+def _included(files: list[Any], number: int, block: list[Any], depth: int = 0) -> list[Statement]:
+    """The block of a file with what it includes, each statement with its file: crossplane 0.5.8 mixes them up."""
+    if depth > _DEEP:
+        raise UsageError("nginx's configuration cannot be read: it is nested too deeply")
+    found: list[Statement] = []
+    for statement in block:
+        if statement["directive"] == "include":
+            for other in statement["includes"]:
+                found += _included(files, other, files[other]["parsed"], depth + 1)
+            continue
+        whole = {**statement, "file": files[number]["file"]}
+        if "block" in statement:
+            whole["block"] = _included(files, number, statement["block"], depth + 1)
+        found.append(whole)
+    return found
 
 
 class _Audit:
@@ -109,10 +130,10 @@ class _Audit:
 
     def _of(self, statement: Statement, why: str) -> Finding:
         words = " ".join([statement["directive"], *statement["args"]])
-        return Finding(statement.get("file", self._path), statement["line"], f"{words}: {why}")
+        return Finding(statement["file"], statement["line"], f"{words}: {why}")
 
     def _absent(self, passing: Statement, name: str, why: str) -> Finding:
-        return Finding(passing.get("file", self._path), passing["line"], f"{name} is not set here: {why}")
+        return Finding(passing["file"], passing["line"], f"{name} is not set here: {why}")
 
     def _timeouts(self, passing: Statement, effective: Effective) -> Iterator[Finding]:
         for name, why in _TIMEOUTS.items():
