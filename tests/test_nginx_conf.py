@@ -49,8 +49,9 @@ TO_SERVERS = ("--server-ca={ca}", "--server-name=localhost", "--server-cert={cli
         ("--upstream=scan=[::1]:1,unix:/run/aipod/scan.sock,localhost:65535", *TLS),
         ("--upstream=a=127.0.0.1:1,127.0.0.2:1", "--upstream=b=127.0.0.1:2", "--default=b", *TLS, *TO_SERVERS),
         ("--upstream=a.B-c_d=127.0.0.1:1,127.0.0.2:1", "--shared-spool=a.B-c_d", "--insecure", "--listen={port}"),
+        (*ONE, "--log-stdout"),
     ],
-    ids=["one server", "tls", "tls on both sides", "everybody"],
+    ids=["one server", "tls", "tls on both sides", "everybody", "as in a container"],
 )
 def test_nginx_takes_it(files: Files, tmp_path: Path, arguments: tuple[str, ...]) -> None:  # noqa: F811
     """Also with warnings for errors. Where nginx need not be root, all that it writes is in --run-dir."""
@@ -71,7 +72,9 @@ def test_nginx_takes_it(files: Files, tmp_path: Path, arguments: tuple[str, ...]
         r"^\s*(?:pid|error_log|access_log|\w+_temp_path) (\S+?);?(?: aipod;)?$", output.read_text(), re.M
     )
     assert len(paths) == 8
-    assert {os.path.dirname(path) for path in paths} == {str(tmp_path)}
+    streams = {"/dev/stdout", "/dev/stderr"} if "--log-stdout" in arguments else set()
+    assert {os.path.dirname(path) for path in paths if path not in streams} == {str(tmp_path)}
+    assert streams <= set(paths)
 
 
 def test_each_version_of_nginx_has_its_word_for_http2() -> None:

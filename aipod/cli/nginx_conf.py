@@ -58,6 +58,7 @@ def _path_option(flag: str, help: str) -> Callable[[Callable[..., Any]], Callabl
 @_path_option("--server-cert", "PEM file with the certificate that nginx shows to them (their --tls-ca).")
 @_path_option("--server-key", "PEM file with its key.")
 @_path_option("--run-dir", "Where nginx has its pid, logs and temporary files, where it does not run as root.")
+@click.option("--log-stdout", is_flag=True, help="Log to stdout and stderr, as in a container.")
 @click.option(
     "--nginx", default="", metavar="VERSION", help="The version of nginx [that of `nginx -v` here, else 1.22]."
 )

@@ -65,6 +65,7 @@ class Setup:
     server_cert: str = ""  # what nginx shows to servers that ask for a certificate
     server_key: str = ""
     run_dir: str = ""  # where nginx writes, where it is not the system's
+    log_stdout: bool = False  # as in a container: calls to stdout, errors to stderr
     nginx: tuple[int, ...] = OLDEST
 
     def __post_init__(self) -> None:
@@ -110,6 +111,7 @@ class Setup:
         for name in ("tls_cert", "tls_key", "server_ca", "server_name", "server_cert", "server_key", "run_dir"):
             if value := getattr(self, name):
                 words.append(f"--{name.replace('_', '-')}={value}")
+        words += ["--log-stdout"] if self.log_stdout else []
         return [*words, f"--nginx={dotted(self.nginx)}"]
 
 

@@ -17,7 +17,7 @@ def render(setup: Setup) -> str:
         "HTTP": _temporary(setup),
         "MAP": _map(setup),
         "UPSTREAMS": "\n".join(map(_upstream, setup.upstreams)),
-        "LOG": f"{setup.run_dir or '/var/log/nginx'}/aipod.log",
+        "LOG": "/dev/stdout" if setup.log_stdout else f"{setup.run_dir or '/var/log/nginx'}/aipod.log",
         "LISTEN": _listen(setup),
         "SERVER_TLS": _server_tls(setup),
         "SCHEME": "grpcs" if setup.server_ca else "grpc",
@@ -26,13 +26,12 @@ def render(setup: Setup) -> str:
 
 
 def _main(setup: Setup) -> str:
-    if not setup.run_dir:
-        return ""
-    return f"""
-# What nginx writes is here, so it need not be root.
-pid {setup.run_dir}/nginx.pid;
-error_log {setup.run_dir}/error.log;
-"""
+    lines = [f"pid {setup.run_dir}/nginx.pid;"] if setup.run_dir else []
+    if setup.run_dir or setup.log_stdout:
+        lines.append(f"error_log {'/dev/stderr' if setup.log_stdout else setup.run_dir + '/error.log'};")
+    if setup.run_dir:
+        lines.insert(0, "# What nginx writes is here, so it need not be root.")
+    return "".join(f"\n{line}" for line in lines) + "\n" if lines else ""
 
 
 def _temporary(setup: Setup) -> str:
