@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,13 @@ def derived(
     *,
     limit: int = 60,
     setup: Mapping[str, Any] | None = None,
+    main: str = "",
     **values: str,
 ) -> str:
-    """The configuration for two servers of each of MODELS, with all times `limit`, and `values` for directives."""
+    """The configuration for two servers of each of MODELS, with all times `limit`, and `values` for directives.
+
+    `setup`: what else is told to `aipod nginx-conf`; `main`: lines that come first.
+    """
     pairs = zip(servers[::2], servers[1::2], strict=True)
     upstreams = tuple(
         Upstream(model.lower(), tuple(dict.fromkeys(pair)), shared_spool=model != "Report")
@@ -68,7 +72,7 @@ def derived(
     for name, value in values.items():
         text, found = re.subn(rf"^( +){name} [^;]+;", f"{name} {value};", text, flags=re.MULTILINE)
         assert found == 1, f"{name}: {found}"
-    return text
+    return main + text
 
 
 class Nginx:
@@ -614,10 +618,18 @@ def home(directory: Path) -> Path:
     return directory
 
 
-def working(client: aipod.Client, go: Path) -> tuple[asyncio.Task[Any], asyncio.Event]:
+def working(
+    client: aipod.Client, go: Path, *, seen: Callable[[Event], None] = lambda event: None
+) -> tuple[asyncio.Task[Any], asyncio.Event]:
     """A job that works until the file `go` is there, and an event that is set once it has begun."""
     begun = asyncio.Event()
-    call = client.chaos(metadata=to(None, "wait_for"), file=str(go), on_event=lambda event: event.log and begun.set())
+
+    def on_event(event: Event) -> None:
+        seen(event)
+        if event.log:
+            begun.set()
+
+    call = client.chaos(metadata=to(None, "wait_for"), file=str(go), on_event=on_event)
     return asyncio.create_task(call), begun
 
 

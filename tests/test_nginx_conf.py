@@ -198,8 +198,6 @@ WRONG = {
     "send_timeout 0m1s": (r" send_timeout 180s", ' send_timeout "0m1s"'),
     "large_client_header_buffers 4 8k": (r"large_client_header_buffers 4 64k", "large_client_header_buffers 4 8k"),
     "large_client_header_buffers is not set": (r" large_client_header_buffers 4 64k;", ""),
-    "grpc_buffer_size 4k": (r"grpc_buffer_size 64k", "grpc_buffer_size 4k"),
-    "grpc_buffer_size is not set": (r" grpc_buffer_size 64k;", ""),
     "grpc_next_upstream error timeout non_idempotent": (r"error timeout;", "error timeout non_idempotent;"),
     "grpc_pass grpc://$http_x_upstream": (r"grpc://\$aipod_upstream", "grpc://$http_x_upstream"),
     # the same by the map, which has a list but takes others as well
@@ -236,7 +234,7 @@ def test_the_nearest_directive_counts_also_of_an_included_file(tmp_path: Path) -
     path.write_text(changed(r"^( +)(location /ai.AI/ \{)", r"\1\2 include here.conf; grpc_read_timeout 1s;"))
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "include" in text)
     assert [str(one).partition(";")[0] for one in audit(path)] == [
-        f"{tmp_path}/here.conf:2: client_max_body_size 5m: payloads are refused that are larger",
+        f"{tmp_path}/here.conf:2: client_max_body_size 5m: cuts every upload that comes to it",
         f"{path}:{line}: grpc_read_timeout 1s: cuts jobs between two heartbeats of the server",
     ]
     (tmp_path / "here.conf").write_text("include here.conf;")

@@ -31,19 +31,6 @@ _TIMEOUTS = {
     "client_body_timeout": "cuts uploads whose caller has to think",
     "send_timeout": "cuts answers whose caller has to think",
 }
-# Directive: nginx's default, the least that is enough, and what a lower value breaks.
-_SIZES = {
-    "large_client_header_buffers": (
-        8 * KIB,
-        Config().max_headers,
-        "a longer header ends the connection, with all calls on it; write 4 64k",
-    ),
-    "grpc_buffer_size": (
-        4 * KIB,
-        Config().max_headers,
-        "an error with details becomes 502, and its reason is lost; write 64k",
-    ),
-}
 # What nginx itself answers where a server does not: who cannot be reached, is silent, or has too many calls.
 _OWN_ANSWERS = ("502", "503", "504")
 
@@ -142,18 +129,19 @@ class _Audit:
                     yield self._of(statement, f"{why}; at least {_LEAST:g}s")
 
     def _sizes(self, passing: Statement, effective: Effective) -> Iterator[Finding]:
-        why = "payloads are refused that are larger; write 0, the server has --max-payload"
+        why = "cuts every upload that comes to it; write 0, the server has --max-payload"
         for statement in effective.get("client_max_body_size", []):
             if _bytes(statement["args"][0]):
                 yield self._of(statement, why)
         if "client_max_body_size" not in effective:
             yield self._absent(passing, "client_max_body_size", f"{why} (default 1m)")
-        for name, (default, least, why) in _SIZES.items():
-            for statement in effective.get(name, []):
-                if _bytes(statement["args"][-1]) < least:
-                    yield self._of(statement, why)
-            if name not in effective and default < least:
-                yield self._absent(passing, name, f"{why} (default {default // KIB}k)")
+        # The server takes as much (--max-headers).
+        why = "a longer header ends the connection, with all calls on it; write 4 64k"
+        for statement in effective.get("large_client_header_buffers", []):
+            if _bytes(statement["args"][-1]) < Config().max_headers:
+                yield self._of(statement, why)
+        if "large_client_header_buffers" not in effective:
+            yield self._absent(passing, "large_client_header_buffers", f"{why} (default 4 8k)")
 
     def _routes(self, passing: Statement, effective: Effective) -> Iterator[Finding]:
         if self._is_callers(passing["args"][0]):
