@@ -35,6 +35,9 @@ from tests.test_tls import Files, files  # noqa: F401  the fixture
 
 CLASSIFY = "tests.models_proxied:Classify"
 SEGMENT = "tests.models_proxied:Segment"
+of_nginx_alone = pytest.mark.skipif(
+    not FIRST, reason="it is nginx's, whatever Python is behind it: Python 3.11 runs it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,7 @@ def endless(gate: threading.Event) -> Iterator[bytes]:
         yield piece
 
 
+@of_nginx_alone
 @pytest.mark.parametrize(
     ("directive", "pieces"),
     [("client_body_timeout", silent), ("grpc_read_timeout", silent), ("grpc_send_timeout", endless)],
@@ -114,6 +118,7 @@ def test_a_heartbeat_keeps_a_caller_alive_that_says_nothing(served: Served, tmp_
         assert [tick.data for tick in ticks] == [b"PONG"] * 5
 
 
+@of_nginx_alone
 def test_an_answer_that_nobody_takes(served: Served, tmp_path: Path) -> None:
     """send_timeout: by INTERNAL, as what grpcio's C core itself holds is far less than the answer."""
     with proxy(tmp_path, everywhere(served.address), send_timeout="1s") as nginx, stock(nginx.address) as chaos:
@@ -147,6 +152,7 @@ def test_a_body_limit_cuts_uploads_and_a_resumed_one_is_whole(served: Served, tm
         assert "WAITING" in phases
 
 
+@of_nginx_alone
 def test_an_error_with_its_details_fits(served: Served, tmp_path: Path) -> None:
     """The text of an error has at most 2 KiB, and its details have no more: nginx's own 4 KiB would do for them."""
     with proxy(tmp_path, everywhere(served.address), grpc_buffer_size="4k") as nginx, stock(nginx.address) as chaos:
@@ -166,6 +172,7 @@ def connection(port: int, *, preface: bool) -> socket.socket:
 PING = struct.pack("!HBBBI", 0, 8, 6, 0, 0) + b"12345678"
 
 
+@of_nginx_alone
 @pytest.mark.parametrize("preface", [False, True], ids=["that says nothing", "that only sends PINGs"])
 def test_a_connection_without_calls_ends(served: Served, tmp_path: Path, preface: bool) -> None:
     """client_header_timeout and keepalive_timeout: PINGs are no activity."""
