@@ -287,3 +287,14 @@ def test_a_check_writes_nothing_where_nginx_would(tmp_path: Path) -> None:
     assert (
         len(re.findall(r"^\s*(?:pid|error_log|access_log|\w+_temp_path) \S*aipod-nginx-", seen.read_text(), re.M)) == 8
     )
+
+
+def test_the_commands_in_the_readme_work() -> None:
+    """Without their --check and -o."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "deploy" / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    commands = [re.sub(r"--check -o \S+|…", "", line) for line in lines if line.startswith("aipod nginx-conf ")]
+    assert len(commands) == 2
+    for command in commands:
+        done = aipod(*shlex.split(command)[1:], forked=True)
+        assert (done.status, done.err) == (0, "")
