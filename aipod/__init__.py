@@ -15,7 +15,7 @@
 #
 # Doors: transport/bridge imports trio_asyncio; transport/ touches grpclib and h2 internals; spool writes the spool
 # directory and uses filelock; runner starts processes and model threads (and cli/demo
-# the server that it shows).
+# the server that it shows, cli/nginx_conf `nginx -t`).
 """Large inputs to Python model code and the answer back, over one gRPC stream, through any number of proxies.
 
 Names load on first use, so that a worker process, which imports this package before anything else, loads neither

@@ -241,6 +241,14 @@ class Config:
         return self.max_streams or 2**31 - 1
 
     @property
+    def longest_stop(self) -> float:
+        """Seconds that a server may take to end when it is told to; whoever stops it must wait as long (deploy/).
+
+        What `serve` itself takes for a drain at most, if every step takes all of its time, and some air.
+        """
+        return self.drain + 5 * self.cancel_grace + 15
+
+    @property
     def app(self) -> str:
         """MODULE.CLASS, the name under which the spool belongs to this model."""
         return self.model.replace(":", ".")

@@ -47,6 +47,15 @@ class Classify(aipod.Model):
             await trio.sleep(0.05)
         return path.stat().st_size
 
+    async def fail(self, context: Context, path: Path, *, length: int) -> None:
+        raise ValueError("x" * length)
+
+    async def blob(self, context: Context, path: Path, *, length: int) -> Path:
+        """Random: what can be compressed would be little."""
+        found = context.work_dir / "blob"
+        found.write_bytes(os.urandom(length))
+        return found
+
 
 class Report(aipod.Model):
     """Async methods again."""

@@ -1,5 +1,5 @@
 """The command line: `serve`, `call`, `submit`, `attach`, `cancel`, `jobs`, `methods`, `health`, `token`,
-`demo`, `doctor`.
+`nginx-conf`, `demo`, `doctor`.
 
 On failure the last line of stderr is `aipod: REASON: text`; a traceback comes only with --debug. The exit statuses are
 in the group's help.
@@ -80,7 +80,8 @@ class _Commands(click.Group):
     """Imports a command when it is needed: a server has no use for a client and a progress bar."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["attach", "call", "cancel", "demo", "doctor", "health", "jobs", "methods", "serve", "submit", "token"]
+        words = "attach call cancel demo doctor health jobs methods nginx-conf serve submit token"
+        return words.split()
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -90,9 +91,10 @@ class _Commands(click.Group):
         return found
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        name = cmd_name.replace("-", "_")
         if cmd_name not in self.commands and cmd_name in self.list_commands(ctx):
             with lasting_imports():
-                command = getattr(importlib.import_module(f"aipod.cli.{cmd_name}"), cmd_name)
+                command = getattr(importlib.import_module(f"aipod.cli.{name}"), name)
             command.params.append(_debug_option())  # accepted before and after the command's name
             self.add_command(command)
             if callable(signal.getsignal(signal.SIGINT)):  # neither ignored nor the system's
@@ -105,8 +107,9 @@ class _Commands(click.Group):
 def cli() -> None:
     """Large inputs to Python model code and the answer back, over one gRPC stream.
 
-    Every option of a command is also AIPOD_<NAME> in the environment; those of serve and of what calls it are also keys
-    in table [aipod] of a TOML file (--config). Command line, then environment, then file, then default.
+    Every option of a command (but token and nginx-conf) is also AIPOD_<NAME> in the environment; those of serve and of
+    what calls it are also keys in table [aipod] of a TOML file (--config). Command line, then environment, then file,
+    then default.
 
     Exit status: 0; 1 the job failed, was cancelled or was refused, or its time was up; 2 wrong usage; 3 no server
     answers, or the job is lost; 130 Ctrl-C, TERM or HUP (with which a server drains, and ends with 0). The last line on

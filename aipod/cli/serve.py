@@ -62,8 +62,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
             ending = trio.CancelScope()
             # Before the start: a TERM while a model loads must end it, not be lost.
             await nursery.start(_listen_to_signals, stop, ending)
-            # What `serve` itself takes for a drain at most, if every step takes all of its time, and some air.
-            nursery.start_soon(_end_after_drain, stop, config.drain + 5 * config.cancel_grace + 15)
+            nursery.start_soon(_end_after_drain, stop, config.longest_stop)
             with ending:
                 async with trio.open_nursery() as server:
                     addresses: list[str] = await server.start(functools.partial(run_server, config, stop=stop))
