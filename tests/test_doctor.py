@@ -21,8 +21,8 @@ from aipod.doctor import Chain, Finding, Level, examine
 from aipod.doctor.finding import said, worst_first
 from aipod.doctor.idle import Cuts, judge
 from aipod.doctor.limits import check_health
-from aipod.doctor.load import judge_goaway
-from aipod.doctor.wire import TIMED_OUT, Fate, attempt
+from aipod.doctor.load import Carried, judge_down, judge_goaway, judge_up
+from aipod.doctor.wire import FAILURES, TIMED_OUT, Fate, attempt, fate_of, probing
 from aipod.errors import Unreachable
 from aipod.service.probe import AT_ONCE, MAX_BYTES
 from tests.conftest import FIRST, ROOT, Serve, Served, free_port, left_in, run, wait_until
@@ -203,8 +203,10 @@ def test_each_wrong_configuration_is_named_and_nothing_else(proxies: Proxies) ->
     for name, (_, what, nginx) in some.items():
         wrong = wrong_in(found[name])
         assert nginx in wrong.pop(what), name
-        # On a busy machine a heartbeat may come too late for a timeout that short.
-        assert nginx in wrong.pop("call-time", nginx), name
+        # On a busy machine a heartbeat, or the next piece, may come too late for a timeout that short.
+        if nginx.endswith("_timeout"):
+            for late in ("call-time", "upload-rate", "download-rate"):
+                assert nginx in wrong.pop(late, nginx), name
         assert wrong == {}, name
     assert found["body"]["body-limit"].value == MIB
     assert found["body"]["untaken-request"].level is Level.UNCHECKED
@@ -245,7 +247,9 @@ def test_a_distant_caller_is_told_of_a_small_window(proxies: Proxies) -> None:
     assert near["ping-hop"].value > 0.06, "there and back"
     assert near["upload-window"].level is Level.FINE
     assert small["upload-window"].level is Level.CHANGE
-    assert (small["upload-window"].value, small["upload-window"].nginx) == (65536, "client_body_buffer_size 4m;")
+    assert small["upload-window"].value == 65536
+    # 50 MiB/s at 60 ms are 3 MiB; a busy machine makes more of the round trip.
+    assert re.fullmatch(r"client_body_buffer_size (4|8|16|32)m;", small["upload-window"].nginx)
 
 
 def test_the_command_with_nothing_to_change(proxies: Proxies) -> None:
@@ -373,6 +377,15 @@ def test_a_proxy_that_buffers_is_named() -> None:
     assert "buffered" in found["call-time"].found
 
 
+def test_a_transfer_that_is_cut() -> None:
+    cut = Carried(2 * MIB, 0.5, fate=Fate(0.5, reset=2, headers={":status": "200"}))
+    (up,), (down,) = judge_up(cut, 0.001, direct=False), judge_down(cut, direct=False)
+    assert (up.level, down.level) == (Level.BROKEN, Level.BROKEN)
+    assert ("client_max_body_size 0;" in up.nginx, "send_timeout 180s;" in down.nginx) == (True, True)
+    refused = Carried(0, 0.5, fate=Fate(0.5, status=8, reason="OVERLOADED", headers={":status": "200"}))
+    assert judge_up(refused, 0.001, direct=False)[0].level is Level.UNCHECKED
+
+
 def test_connections_whose_calls_die_with_them() -> None:
     assert [finding.level for finding in judge_goaway(200, 200, False)] == [Level.FINE, Level.BROKEN]
 
@@ -417,14 +430,26 @@ def test_a_probe_takes_no_more_than_a_payload_may_have(serve: Serve) -> None:
 def test_only_so_many_probes_at_once_and_a_drain_ends_them(serve: Serve) -> None:
     served = serve("Plain")
 
+    chain = Chain(served.address, Config(), [])
+
+    async def hold(together: asyncio.Barrier) -> Fate:
+        async with chain.sound() as channel, probing(chain, channel) as probe:
+            await probe.ask({"silent": 600})
+            await together.wait()
+            try:
+                while await probe.receive() is not None:
+                    pass
+            except FAILURES as exc:
+                return fate_of(exc, probe, 0)
+            return fate_of(None, probe, 0)
+
     async def main() -> list[Fate]:
-        chain = Chain(served.address, Config(), [])
-        silent = [asyncio.create_task(attempt(chain, {"silent": 60})) for _ in range(AT_ONCE)]
-        refused = Fate(0, status=0)
-        while refused.reason != "OVERLOADED":  # until all of them have got there
-            refused = await attempt(chain)
+        together = asyncio.Barrier(AT_ONCE + 1)
+        held = [asyncio.create_task(hold(together)) for _ in range(AT_ONCE)]
+        await together.wait()
+        assert (await attempt(chain)).reason == "OVERLOADED"
         served.process.send_signal(signal.SIGTERM)
-        return await asyncio.gather(*silent)
+        return await asyncio.gather(*held)
 
     assert {told.reason for told in run(main)} == {"DRAINING"}
     served.process.communicate(timeout=30)

@@ -12,7 +12,6 @@ import time
 
 from aipod.config import KIB, MIB
 from aipod.doctor.finding import Finding, Level, said, seconds, size
-from aipod.doctor.limits import body_limit
 from aipod.doctor.wire import FAILURES, LOAD, PATIENCE, Chain, Fate, alone, fate_of, probing
 from aipod.transport.sounding import Sounding
 from aipod.wire.ai import Raw
@@ -173,11 +172,8 @@ async def _carry(chain: Chain, patience: float, most: int, *, upward: bool) -> C
 def judge_up(up: Carried, ping: float, *, direct: bool) -> list[Finding]:
     """What follows from an upload."""
     if up.fate is not None:
-        text = f"an upload ended after {size(up.amount)}: {said(str(up.fate))}"
-        if up.fate.reason or not up.fate.headers:
-            return [Finding(Level.UNCHECKED, "upload-rate", text)]
-        limit = body_limit(up.amount)
-        return [Finding(Level.BROKEN, "upload-rate", text, limit.nginx, limit.others, up.amount)]
+        nginx = "client_max_body_size 0; client_body_timeout 300s; grpc_send_timeout 300s;"
+        return [_cut_off("upload-rate", "an upload", up.amount, up.fate, nginx)]
     few = f"{size(up.amount)} in {seconds(up.seconds)} are too few to tell"
     rate = Finding(Level.FINE, "upload-rate", f"{size(up.rate)}/s up", value=up.rate)
     findings = [rate if up.amount >= _ENOUGH else Finding(Level.UNCHECKED, "upload-rate", few)]
@@ -195,8 +191,8 @@ def judge_up(up: Carried, ping: float, *, direct: bool) -> list[Finding]:
 def judge_down(down: Carried, *, direct: bool) -> list[Finding]:
     """What follows from a download."""
     if down.fate is not None:
-        text = f"a download ended after {size(down.amount)}: {said(str(down.fate))}"
-        return [Finding(Level.UNCHECKED if down.fate.reason else Level.CHANGE, "download-rate", text)]
+        nginx = "grpc_read_timeout 60s; send_timeout 180s;"
+        return [_cut_off("download-rate", "a download", down.amount, down.fate, nginx)]
     findings = [Finding(Level.FINE, "download-rate", f"{size(down.rate)}/s down", value=down.rate)]
     if direct:
         return findings
@@ -206,3 +202,11 @@ def judge_down(down: Carried, *, direct: bool) -> list[Finding]:
     nginx = "grpc_buffer_size 64k; http2_chunk_size 64k;"
     text += ": each costs the client time"
     return [*findings, Finding(Level.CHANGE, "download-frames", text, nginx, "buffer of a response", down.frame)]
+
+
+def _cut_off(what: str, which: str, amount: int, fate: Fate, nginx: str) -> Finding:
+    """A finding for a transfer that ended early, by one of the limits in `nginx`."""
+    text = f"{which} ended after {size(amount)}: {said(str(fate))}"
+    if fate.reason or not fate.headers:  # by the server itself, or it had not begun
+        return Finding(Level.UNCHECKED, what, text)
+    return Finding(Level.BROKEN, what, text, nginx, "limits of a message body and of its silence", amount)
