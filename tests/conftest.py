@@ -34,9 +34,9 @@ FIRST = sys.version_info < (3, 12)
 # fewest tests last, which are some of the longest: then three of four workers have nothing to do at the end.
 LONGEST = (
     "test_h2spec", "test_bounds", "test_hardening", "test_bad_input", "test_kill_points", "test_transport",
-    "test_nginx", "test_nginx_matrix", "test_windows", "test_cli", "test_client", "test_nginx_jobs", "test_download", "test_strangers",
+    "test_nginx", "test_windows", "test_cli", "test_client", "test_nginx_jobs", "test_download", "test_strangers",
     "test_bench", "test_interop", "test_survive", "test_churn", "test_output", "test_isolation", "test_hostile",
-    "test_resume_restarts", "test_cli_jobs",
+    "test_resume_restarts", "test_cli_jobs", "test_nginx_matrix",
 )  # fmt: skip
 
 

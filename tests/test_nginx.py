@@ -20,6 +20,7 @@ import grpc
 import pytest
 
 import aipod
+from aipod.cli.nginx_conf import version_here
 from aipod.cli.nginx_setup import Setup, Upstream
 from aipod.cli.nginx_template import render
 from aipod.client import Event
@@ -64,7 +65,15 @@ def derived(
         Upstream(model.lower(), tuple(dict.fromkeys(pair)), shared_spool=model != "Report")
         for model, pair in zip(MODELS, pairs, strict=True)
     )
-    text = render(Setup(upstreams=upstreams, listen=(f"127.0.0.1:{port}",), run_dir=str(directory), **(setup or {})))
+    text = render(
+        Setup(
+            upstreams=upstreams,
+            listen=(f"127.0.0.1:{port}",),
+            run_dir=str(directory),
+            nginx=version_here(),
+            **(setup or {}),
+        )
+    )
     times = re.findall(r"^ +(\w+_timeout|keepalive_time) \w+;", text, flags=re.MULTILINE)
     assert len(times) == 8, times
     for name in times:

@@ -198,6 +198,8 @@ WRONG = {
     "send_timeout 0m1s": (r" send_timeout 180s", ' send_timeout "0m1s"'),
     "large_client_header_buffers 4 8k": (r"large_client_header_buffers 4 64k", "large_client_header_buffers 4 8k"),
     "large_client_header_buffers is not set": (r" large_client_header_buffers 4 64k;", ""),
+    "grpc_buffer_size 4k": (r"grpc_buffer_size 64k", "grpc_buffer_size 4k"),
+    "grpc_buffer_size is not set": (r" grpc_buffer_size 64k;", ""),
     "grpc_next_upstream error timeout non_idempotent": (r"error timeout;", "error timeout non_idempotent;"),
     "grpc_pass grpc://$http_x_upstream": (r"grpc://\$aipod_upstream", "grpc://$http_x_upstream"),
     # the same by the map, which has a list but takes others as well

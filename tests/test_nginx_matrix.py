@@ -154,8 +154,8 @@ def test_a_body_limit_cuts_uploads_and_a_resumed_one_is_whole(served: Served, tm
 
 @of_nginx_alone
 def test_an_error_with_its_details_fits(served: Served, tmp_path: Path) -> None:
-    """The text of an error has at most 2 KiB, and its details have no more: nginx's own 4 KiB would do for them."""
-    with proxy(tmp_path, everywhere(served.address), grpc_buffer_size="4k") as nginx, stock(nginx.address) as chaos:
+    """grpc_buffer_size: with nginx's own 4 KiB, nginx 1.31 resets the call. nginx 1.22 does not mind."""
+    with proxy(tmp_path, everywhere(served.address)) as nginx, stock(nginx.address) as chaos:
         call = chaos(kwargs=b'{"length": 100000}', metadata=to("classify", "fail"))
         assert told(call) is grpc.StatusCode.INTERNAL
         assert len(call.details()) == 2048

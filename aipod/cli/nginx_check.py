@@ -31,6 +31,12 @@ _TIMEOUTS = {
     "client_body_timeout": "cuts uploads whose caller has to think",
     "send_timeout": "cuts answers whose caller has to think",
 }
+# Directive: nginx's default, and what less than the server's own limit (--max-headers) breaks, in either direction.
+# nginx 1.22 passes long trailers on whatever its buffer; 1.31 resets the call.
+_BUFFERS = {
+    "large_client_header_buffers": ("4 8k", "a longer header ends the connection, with all calls on it; write 4 64k"),
+    "grpc_buffer_size": ("4k", "an error may not fit in with its details, and is lost; write 64k"),
+}
 # What nginx itself answers where a server does not: who cannot be reached, is silent, or has too many calls.
 _OWN_ANSWERS = ("502", "503", "504")
 
@@ -135,13 +141,12 @@ class _Audit:
                 yield self._of(statement, why)
         if "client_max_body_size" not in effective:
             yield self._absent(passing, "client_max_body_size", f"{why} (default 1m)")
-        # The server takes as much (--max-headers).
-        why = "a longer header ends the connection, with all calls on it; write 4 64k"
-        for statement in effective.get("large_client_header_buffers", []):
-            if _bytes(statement["args"][-1]) < Config().max_headers:
-                yield self._of(statement, why)
-        if "large_client_header_buffers" not in effective:
-            yield self._absent(passing, "large_client_header_buffers", f"{why} (default 4 8k)")
+        for name, (default, why) in _BUFFERS.items():
+            for statement in effective.get(name, []):
+                if _bytes(statement["args"][-1]) < Config().max_headers:
+                    yield self._of(statement, why)
+            if name not in effective:
+                yield self._absent(passing, name, f"{why} (default {default})")
 
     def _routes(self, passing: Statement, effective: Effective) -> Iterator[Finding]:
         if self._is_callers(passing["args"][0]):

@@ -98,7 +98,7 @@ def nginx_conf(
     setup = Setup(
         upstreams=tuple(Upstream.parse(text, shared_spool) for text in upstreams),
         listen=listen or LISTEN,
-        nginx=_version(nginx) if nginx else _version_here(),
+        nginx=_version(nginx) if nginx else version_here(),
         **options,
     )
     if check:
@@ -125,7 +125,8 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
-def _version_here() -> tuple[int, ...]:
+def version_here() -> tuple[int, ...]:
+    """What `nginx -v` says. Raises `UsageError`."""
     program = shutil.which("nginx")
     if program is None:
         return OLDEST  # what it takes, newer ones take as well, with a warning
