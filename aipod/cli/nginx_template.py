@@ -199,8 +199,8 @@ http {
         # non_idempotent is not listed here.
         grpc_next_upstream error timeout;
         grpc_next_upstream_tries 3;
-        # The headers and trailers of an answer must fit: an error with its details has a few KiB, and newer nginx resets a
-        # call where there is less room. Also the piece in which an answer is passed on. Per call.
+        # The headers and trailers of an answer must fit: an error with its details has a few KiB, and newer nginx
+        # resets a call where there is less room. Also the piece in which an answer is passed on. Per call.
         grpc_buffer_size 64k;
 @SERVER_TLS@
         # ---- where calls go ----------------------------------------------------------------------------------------
