@@ -12,7 +12,7 @@ from aipod.codec import PONG
 from aipod.job.job import Watched
 from aipod.service.status import Ending
 from aipod.transport import bridge
-from aipod.transport.server import peer_certificate, request_timeout, send_message
+from aipod.transport.server import peer_certificate, request_timeout, send_message, was_on_its_way
 from aipod.wire.ai import Raw, State, StreamInput
 
 
@@ -22,6 +22,7 @@ class Call:
     def __init__(self, stream: Stream[Any, Raw]) -> None:
         self._stream = stream
         self.timeout = request_timeout(stream)
+        self.was_on_its_way = was_on_its_way(stream)
         # Repeated headers: the last one wins, as in a dict; bin headers are not for us.
         self.headers: Mapping[str, str] = {
             name: value for name, value in (stream.metadata or {}).items() if isinstance(value, str)
