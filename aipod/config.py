@@ -53,11 +53,13 @@ class Config:
 
     model: str = _setting("", "MODULE:CLASS to serve.")
     bind: tuple[str, ...] = _setting(
-        ("127.0.0.1:50051",), "Address to listen on: HOST:PORT, [::1]:PORT or unix:PATH; may be repeated."
+        ("127.0.0.1:50051",),
+        "Address to listen on: HOST:PORT, [::1]:PORT or unix:PATH; may be repeated. Not where sockets are handed down.",
     )
     spool: str = _setting("", "Directory where jobs live; 'tmp' is a fresh one, removed at exit.")
     data: str = _setting("", "Directory with one subdirectory per version.")
-    reuse_port: bool = _setting(False, "Let several servers listen on one address (SO_REUSEPORT).")
+    # One that drains leaves new connections to the others, and one that loads its models does so too.
+    reuse_port: bool = _setting(False, "Let several servers listen on one address (SO_REUSEPORT); not for one alone.")
     insecure: bool = _setting(False, "Allow other than loopback addresses without --tokens or --tls-ca.")
     tokens: str = _setting("", "TOML file with who may call, and what (see aipod token); read again when it changes.")
 

@@ -40,7 +40,7 @@ from aipod.service.reflection import with_reflection
 from aipod.spool import Spool, Sweeper
 from aipod.transport import bridge
 from aipod.transport.server import Server
-from aipod.transport.sockets import is_loopback, name_of, open_metrics_socket, open_sockets
+from aipod.transport.sockets import Given, Listener, is_loopback, open_metrics_socket, open_sockets
 from aipod.trash import remove
 from aipod.versions import Versions, check_version
 
@@ -67,6 +67,8 @@ async def serve(
     config: Config,
     *,
     stop: trio.Event | None = None,
+    sockets: Given = (),
+    say: Callable[[str], None] = log.debug,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `config.model` until `stop` is set or the task is cancelled.
@@ -74,19 +76,22 @@ async def serve(
     This is a trio-flavored async function: `await nursery.start(serve, config)` returns the addresses once health
     answers, or none where `stop` was set before. `stop` begins a drain: health NOT_SERVING, new jobs refused, running
     ones get `config.drain` seconds, the instances' `close` hooks run, and it returns. Cancelled: the same with no time
-    for jobs. Raises `ServeError`, `BindError`, `JobFailed` (the class does not load) and `spool.SpoolError`.
+    for jobs. `sockets`: listening ones, each with a name, instead of those of `config.bind`; they are closed at the
+    end, and others may accept connections on them. `say` is told what goes on, once a second at most.
+    Raises `ServeError`, `BindError`, `JobFailed` (the class does not load) and `spool.SpoolError`.
     """
     if stop is None:
         stop = trio.Event()
     share_heaps()
     identities = await trio.to_thread.run_sync(_identities, config)
     with (
-        open_sockets(config) as sockets,
-        open_metrics_socket(config) as metrics_socket,
+        open_sockets(config, sockets) as listeners,
+        open_metrics_socket(config, shared=config.reuse_port or bool(sockets)) as metrics_socket,
         _home(config) as (spool_path, data_path),
         captured(),
     ):
-        _warn_of_open_tokens(config, sockets)
+        _warn_of_open_tokens(config, listeners)
+        say(f"loading {config.model}")
         files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         open_disk = functools.partial(trio.to_thread.run_sync, _open_disk, config, spool_path, data_path)
@@ -120,22 +125,33 @@ async def serve(
                 ai = AI(config, identities, description, pool, spool, versions, jobs, metrics)
                 jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
-                async with _listening(config, [ai, status.service()], sockets, metrics) as server:
+                async with _listening(
+                    config, [ai, status.service()], [one.sock for one in listeners], metrics
+                ) as server:
                     if metrics_socket is not None:
                         figures = Figures(metrics, ai.now, ai.drain, pool, spool, lambda: len(server.protocols))
                         # Who has the port as well takes the next connections: its numbers are others.
-                        until = stop if config.reuse_port else None
+                        until = stop if any(listener.shared for listener in listeners) else None
                         jobs.start_soon(serve_figures, metrics_socket, figures, until)
-                    task_status.started([name_of(sock) for sock in sockets])
+                    task_status.started([listener.name for listener in listeners])
                     try:
                         await stop.wait()
                         log.info("draining: at most %g s for running jobs", config.drain)
                         status.stop_serving()
-                        await ai.drain.run(config.drain)
+                        # Where others accept connections on the same address, they do it better from now on. One
+                        # that is alone has callers who ask for their jobs, and for its health.
+                        shared = [listener for listener in listeners if listener.shared]
+                        for listener in shared:
+                            listener.hold_back()
+                        await bridge.to_trio(server.leave)([listener.sock for listener in shared])
+                        for listener in shared:
+                            listener.sock.close()
+                        await ai.drain.run(config.drain, say)
+                        say("closing the instances")
                     finally:
                         server.stop_listening()
-                        for sock in sockets:  # else callers would wait in the backlog while models close
-                            sock.close()
+                        for listener in listeners:  # else callers would wait in the backlog while models close
+                            listener.sock.close()
                         with trio.move_on_after(LINGER_AT_ONCE, shield=True):
                             await _emptied(server)
                         with trio.move_on_after(LINGER):
@@ -294,9 +310,9 @@ def _home(config: Config) -> Iterator[tuple[Path, Path]]:
         remove(path)
 
 
-def _warn_of_open_tokens(config: Config, sockets: list[socket.socket]) -> None:
+def _warn_of_open_tokens(config: Config, listeners: list[Listener]) -> None:
     if config.tokens and not config.tls_cert:
-        for sock in sockets:
-            if sock.family != socket.AF_UNIX and not is_loopback(sock.getsockname()[0]):
+        for listener in listeners:
+            if listener.sock.family != socket.AF_UNIX and not is_loopback(listener.sock.getsockname()[0]):
                 text = "%s: tokens come unencrypted unless a proxy before this server speaks TLS (--tls-cert)"
-                log.warning(text, name_of(sock))
+                log.warning(text, listener.name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -18,12 +20,21 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
+import aipod
 from aipod.cli.serve import _running
 from aipod.client import Event
+from aipod.codec import job_id
 from aipod.errors import Interrupted
+from aipod.identity import add_token
+from aipod.wire.ai import Op, Phase
 from tests import stranger
 from tests.calls import calls, marked, own, plain
-from tests.conftest import ROOT, Serve, Served, alive, children, left_in, wait_until
+from tests.conftest import ROOT, Serve, Served, alive, children, left_in, run, wait_until
+from tests.models_resume import answer_to
+from tests.pairs import MODEL as JOBS
+from tests.test_hardening import ACK, DATA, END_STREAM, GOAWAY, HEADERS_FRAME, PING, Bare, request
+from tests.test_transport import raw_frame
+from tests.wire import Client, Refusal, ask, attach, call
 
 WORK = "tests.models_lifecycle:Work"
 TOGETHER = "tests.models_lifecycle:Together"
@@ -80,6 +91,10 @@ def test_running_jobs_finish_and_new_ones_are_refused(serve: Serve, tmp_path: Pa
         retry = RetryInfo()
         assert Status.FromString(refused.trailers["grpc-status-details-bin"]).details[1].Unpack(retry)
         assert retry.retry_delay.ToMilliseconds() > 0
+        with Bare(served) as bare:
+            bare.send(bare.headers(1) + raw_frame(DATA, END_STREAM, 1, request(b"{}")))
+            first = next(flags for kind, flags, _, _ in bare.frames() if kind == HEADERS_FRAME)
+            assert first & END_STREAM, "with headers before the status no client's retry policy would act on it"
         until.touch()
         assert [job.result() for job in jobs] == ["done", "done"]
     ended(served, seconds=10)
@@ -225,3 +240,190 @@ async def test_what_keeps_a_drain_from_its_end_is_named() -> None:
         assert "write_slowly from " in _running()
         end.set()
     assert "write_slowly" not in _running()
+
+
+# ---- who is answered while it drains
+
+
+def test_a_connection_is_told_to_go_and_what_was_on_its_way_is_served(serve: Serve, tmp_path: Path) -> None:
+    """RFC 9113 section 6.8. Mutants seen: one GOAWAY only; the call that was on its way is refused as a new one."""
+    served = serve(WORK)
+    until = tmp_path / "until"
+    with calls() as threads, Bare(served) as bare:
+        job = threads.submit(own, served.address, "predict", mark=str(tmp_path / "mark"), until=str(until))
+        marked(tmp_path / "mark")
+        frames = bare.frames()
+        next(frames)
+        served.process.send_signal(signal.SIGTERM)
+        assert next(body for kind, _, _, body in frames if kind == GOAWAY) == (2**31 - 1).to_bytes(4, "big") + bytes(4)
+        kind, flags, _, farewell = next(frames)
+        assert (kind, flags) == (PING, 0)
+        # As if it had not read that yet.
+        bare.send(bare.headers(1) + raw_frame(DATA, END_STREAM, 1, request(b"{}")))
+        bare.send(raw_frame(PING, ACK, 0, farewell))
+        assert next(body for kind, _, _, body in frames if kind == GOAWAY) == (1).to_bytes(4, "big") + bytes(4)
+        until.touch()
+        after = list(frames)
+        assert sum(kind == DATA and b"PONG" not in body for kind, _, _, body in after) == 1, "its answer"
+        assert [flags & END_STREAM for kind, flags, _, _ in after if kind == HEADERS_FRAME][-1]
+        assert job.result() == "done"
+    ended(served, seconds=10)
+
+
+def test_who_does_not_answer_is_told_all_the_same(serve: Serve, tmp_path: Path) -> None:
+    """Mutant seen: without its timer the second GOAWAY comes at the end only."""
+    served = serve(WORK)
+    until = tmp_path / "until"
+    with calls() as threads, Bare(served) as bare:
+        job = threads.submit(own, served.address, "predict", mark=str(tmp_path / "mark"), until=str(until))
+        marked(tmp_path / "mark")
+        served.process.send_signal(signal.SIGTERM)
+        told = [body[:4] for kind, _, _, body in bare.frames() if kind == GOAWAY]
+        assert told == [(2**31 - 1).to_bytes(4, "big"), bytes(4)]
+        assert not job.done(), "the job goes on, the connection without a call has ended"
+        until.touch()
+        assert job.result() == "done"
+    ended(served, seconds=10)
+
+
+def test_who_asks_for_a_job_is_answered_and_who_brings_one_is_not(serve: Serve, tmp_path: Path) -> None:
+    """Over new connections too, until the jobs have ended. Each refusal says that it may be tried again."""
+    served = serve(JOBS, "--instances", "3", "--tick", "0.2")
+    starts, until = str(tmp_path / "starts"), tmp_path / "until"
+
+    def client(name: str = "wait", payload: bytes = b"x") -> Client:
+        return Client(name, payload, {"starts": starts, "until": str(until)} if name == "wait" else {"starts": starts})
+
+    async def reason(coroutine: Any) -> tuple[str, bool]:
+        with pytest.raises(Refusal) as caught:
+            await coroutine
+        return caught.value.reason, caught.value.retry
+
+    async def main() -> None:
+        running, leaving, uploading, done = client(), client(), client("count", bytes(5000)), client("count")
+        outcome = await done.visit(served.address)
+        async with asyncio.TaskGroup() as group:
+            start = group.create_task
+            visits = [start(one.visit(served.address)) for one in (running, leaving)]
+            while running.phase != Phase.RUNNING or leaving.phase != Phase.RUNNING:
+                await asyncio.sleep(0.02)
+            async with call(
+                served.address, uploading.ticket, Op.RUN, "count", uploading.kwargs, **uploading.fields
+            ) as one:
+                await one.chunk(uploading.payload[:1000], 0)
+                state = await one.state()
+                payload = served.spool / job_id(uploading.ticket) / "in"
+                while payload.stat().st_size < 1000:  # it has arrived
+                    await asyncio.sleep(0.02)
+                served.process.send_signal(signal.SIGTERM)
+                assert await reason(one.outcome()) == ("DRAINING", True)
+            uploading.spool, uploading.epoch = state.spool, 1
+            # RUN, of a new job and of one that is here, and `last`
+            assert await reason(client().visit(served.address)) == ("DRAINING", True)
+            assert await reason(uploading.visit(served.address)) == ("DRAINING", True)
+            uploading.committed = True
+            assert await reason(uploading.visit(served.address)) == ("DRAINING", True)
+            # RESUME of one that runs, ATTACH, CANCEL, RELEASE
+            again = Client("wait", b"x", running.kwargs)
+            again.ticket, again.spool, again.committed = running.ticket, running.spool, True
+            watching = start(again.visit(served.address))
+            attached = start(attach(served.address, running.ticket))
+            while again.phase != Phase.RUNNING:
+                await asyncio.sleep(0.02)
+            assert (await ask(served.address, leaving.ticket, Op.CANCEL)).phase in (Phase.RUNNING, Phase.CANCELLED)
+            assert (await visits[1]).phase == Phase.CANCELLED
+            assert await attach(served.address, done.ticket) == outcome
+            assert (await ask(served.address, done.ticket, Op.RELEASE)).phase == Phase.RELEASED
+            # RESUME of what never was
+            never = client()
+            never.spool, never.committed = running.spool, True
+            assert await reason(never.visit(served.address)) == ("NOT_STARTED", False)
+            async with aipod.Client(served.address) as own_client:
+                assert await own_client.chaos(metadata=[("x-func-name", "aipod.methods")])
+            assert served.process.poll() is None
+            until.touch()
+            told = {await visits[0], await watching, await attached}
+            assert [one.json for one in told] == ["done"]
+        await asyncio.to_thread(served.process.communicate, timeout=20)
+        assert served.process.returncode == 0, served.log_text()
+        # What was received is there for the next one.
+        following = serve(JOBS, "--tick", "0.2")
+        uploading.committed = False
+        assert (await uploading.visit(following.address)).data == answer_to(uploading.payload, 70_000)
+        assert uploading.sent[0] == 1000
+
+    run(main)
+
+
+def test_a_stock_clients_upload_goes_on_until_the_time_is_over(serve: Serve, tmp_path: Path) -> None:
+    """One that is whole by then is run; another one is refused as what came too late. Mutant seen: it is told that its
+    job waits here."""
+    served = serve(WORK, "--drain", "3")
+    with calls() as threads, stranger.open_channel(served.address) as channel:
+        requests = [queue.Queue[Any]() for _ in range(2)]
+        under_way = [stranger.start(channel, "train", iter(one.get, None), timeout=60) for one in requests]
+        for one, started in zip(requests, under_way, strict=True):
+            one.put(stranger.first_message("train", {}))
+            one.put(next(stranger.more_messages("train", stranger.shaped(b"payload", "frame"))))
+            assert next(started).data == b"PONG"
+        wait_until(lambda: len(list(served.spool.glob("*/state"))) == 2)
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "draining" in served.log_text())
+        requests[0].put(None)
+        replies = [threads.submit(stranger.reply_of, one) for one in under_way]
+        assert replies[0].result().json() == "trained"
+        refused = replies[1].result()
+        requests[1].put(None)
+        assert (refused.code, refused.info.reason) == (StatusCode.UNAVAILABLE, "DRAINING")
+        assert dict(refused.info.metadata) == {}
+    ended(served, seconds=20)
+
+
+def test_who_is_not_known_is_told_that_before_a_message_of_his_is_read(serve: Serve, tmp_path: Path) -> None:
+    """While it drains as well. Mutant seen: the wait for a first message comes before."""
+    token = add_token(tmp_path / "tokens", "somebody", (), ())
+    served = serve(WORK, "--tokens", str(tmp_path / "tokens"))
+    until, known = tmp_path / "until", [("authorization", f"Bearer {token}")]
+    with stranger.open_channel(served.address) as channel:
+        kwargs = {"mark": str(tmp_path / "mark"), "until": str(until)}
+        job = stranger.start(channel, "predict", iter([stranger.first_message("predict", kwargs)]), metadata=known)
+        marked(tmp_path / "mark")
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: check(channel, "") == NOT_SERVING)
+        with stranger.open_channel(served.address) as other:
+            nothing = iter(queue.Queue[Any]().get, None)
+            refused = stranger.reply_of(stranger.start(other, "chaos", nothing, timeout=30))
+            assert (refused.code, refused.info.reason) == (StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+        until.touch()
+        assert stranger.reply_of(job).json() == "done"
+    ended(served, seconds=20)
+
+
+def test_who_only_waits_for_others_does_not_hold_it_up(serve: Serve, tmp_path: Path) -> None:
+    """A watcher of another server's job, and a call without a message. Mutant seen: it waits for them."""
+    working, served = serve(WORK), serve(WORK, "--drain", "100")
+    until = tmp_path / "until"
+
+    async def main() -> None:
+        async with aipod.Client(working.address) as one, aipod.Client(served.address) as other:
+            job = await one.submit("predict", kwargs={"mark": str(tmp_path / "mark"), "until": str(until)})
+            await asyncio.to_thread(marked, tmp_path / "mark")
+            events: list[Event] = []
+            watching = asyncio.create_task(other.attach(job.ticket).wait(on_event=events.append))
+            with stranger.open_channel(served.address) as channel:
+                silent = stranger.start(channel, "chaos", iter(queue.Queue[Any]().get, None), timeout=100)
+                assert next(silent).data == b"PONG"
+                while not any(event.phase == "RUNNING" for event in events):
+                    await asyncio.sleep(0.02)
+                served.process.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(served.process.communicate, timeout=30)
+                assert served.process.returncode == 0
+                assert silent.code() is StatusCode.UNAVAILABLE
+            while not any(event.phase == "WAITING" for event in events):
+                await asyncio.sleep(0.02)
+            watching.cancel()
+            await asyncio.wait([watching])
+            until.touch()
+            assert await job.wait() == "done"
+
+    run(main)

@@ -17,6 +17,7 @@ from aipod.config import Config
 from aipod.errors import Refused
 from aipod.job.job import Job
 from aipod.job.request import Request
+from aipod.service.drain import Drain
 from aipod.service.jobs import Jobs
 from aipod.spool import Spool
 from aipod.versions import Versions
@@ -176,6 +177,30 @@ async def test_a_caller_that_leaves_while_its_entry_is_made_leaves_nothing(tmp_p
         assert jobs.held == {}
     assert not spool.look(ID).path.exists()
     assert left_in(spool.path, uploads=True) == []
+
+
+async def test_an_upload_whose_entry_is_made_as_the_drain_begins_is_left_to_the_next_server(tmp_path: Path) -> None:
+    """Mutant seen: it goes on, and the drain waits for its end."""
+    spool = SlowSpool.open(tmp_path / "spool", "app", reserve=0)
+    spool.slow = reached, passed = threading.Event(), threading.Event()
+    begun: list[Job] = []
+    async with trio.open_nursery() as nursery:
+        jobs = jobs_of(spool, nursery)
+
+        async def begin() -> None:
+            job = await jobs.find(request(), lambda: None)
+            assert isinstance(job, Job)
+            begun.append(job)
+
+        async with trio.open_nursery() as calls:
+            calls.start_soon(begin)
+            assert await trio.to_thread.run_sync(reached.wait, 30)
+            await Drain(jobs, 0).run(0, lambda text: None)
+            passed.set()
+        (job,) = begun
+        assert (job.handed_over, job.upload.cancel_called) == (True, True)
+        await jobs.leave_upload(job)
+    assert spool.look(ID).read().get("phase", "RECEIVING") == "RECEIVING"
 
 
 async def test_a_caller_that_comes_back_to_what_the_disk_has_not_kept_begins_anew(tmp_path: Path) -> None:

@@ -18,11 +18,15 @@ import click
 from aipod.cli import lasting_imports
 from aipod.cli.logs import set_up_logging
 from aipod.cli.options import config_options, make_config
+from aipod.config import Config
+from aipod.systemd import ServiceManager, microseconds
 
 log = logging.getLogger("aipod.server")
 
 # Seconds after a second signal in which everything may still end in order.
 AT_ONCE = 1.0
+# Seconds that the service manager is asked for beyond the end of what a drain takes at most.
+AIR = 5.0
 
 OPTIONS = (
     "bind", "insecure", "tokens", "reuse_port", "spool", "data", "runner", "instances", "max_instances", "concurrency",
@@ -44,9 +48,14 @@ def serve(context: click.Context, /, **options: Any) -> None:
 
     Writes one line per address to stdout once health answers; logs go to stderr. HUP (but not under nohup), INT
     and TERM drain it: no new jobs, running ones get --drain seconds; a second signal ends it at once.
+
+    Under systemd it is of Type=notify; sockets that are handed down (LISTEN_FDS) replace --bind.
     """
     config = make_config(options)
     set_up_logging(config.log_format, debug=context.obj.debug)
+    manager = ServiceManager()
+    if manager.sockets and config.bind != Config().bind:
+        log.warning("listening on the sockets that were handed down (LISTEN_FDS), not on %s", ", ".join(config.bind))
     # The class lies where the user is, as with `python -m`; the installed script would not look there.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -56,19 +65,29 @@ def serve(context: click.Context, /, **options: Any) -> None:
 
         from aipod.server import serve as run_server
 
+    def say(text: str) -> None:
+        manager.tell(f"STATUS={text}")
+
     async def main(lines: TextIO) -> None:
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
             ending = trio.CancelScope()
             # Before the start: a TERM while a model loads must end it, not be lost.
             await nursery.start(_listen_to_signals, stop, ending)
-            nursery.start_soon(_end_after_drain, stop, config.longest_stop)
+            nursery.start_soon(_end_after_drain, stop, config.longest_stop, manager)
+            if manager.watchdog is not None:
+                nursery.start_soon(_show_life, manager, manager.watchdog / 2)
+            # The class is looked at, then come the versions that are to be there, each within its time.
+            manager.tell(f"EXTEND_TIMEOUT_USEC={microseconds((1 + len(config.preload)) * config.load_timeout)}")
             with ending:
                 async with trio.open_nursery() as server:
-                    addresses: list[str] = await server.start(functools.partial(run_server, config, stop=stop))
+                    run = functools.partial(run_server, config, stop=stop, sockets=manager.sockets, say=say)
+                    addresses: list[str] = await server.start(run)
                     for address in addresses:
                         lines.write(f"aipod listening on {address}\n")
                     lines.flush()
+                    if addresses:
+                        manager.tell("READY=1", f"STATUS=serving {config.model} on {', '.join(addresses)}")
             nursery.cancel_scope.cancel()
 
     with _stdout() as lines:
@@ -106,11 +125,22 @@ async def _listen_to_signals(stop: Any, scope: Any, *, task_status: Any) -> None
             stop.set()
 
 
-async def _end_after_drain(stop: Any, seconds: float) -> None:
+async def _show_life(manager: ServiceManager, every: float) -> None:
+    """Tell the service manager that the loop goes round."""
+    import trio
+
+    while True:
+        manager.tell("WATCHDOG=1")
+        await trio.sleep(every)
+
+
+async def _end_after_drain(stop: Any, seconds: float, manager: ServiceManager) -> None:
     """End the process where a drain does not: a method that runs in a thread of this process cannot be stopped."""
     import trio
 
     await stop.wait()
+    # And not earlier: TimeoutStopSec= need not be set for a long drain.
+    manager.tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={microseconds(seconds + AIR)}")
     await trio.sleep(seconds)
     log.error("after %g s there still runs %s; ending without it", seconds, _running())
     os._exit(1)

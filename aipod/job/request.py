@@ -104,6 +104,12 @@ def stored_request(job_id: str, fields: Mapping[str, Any], kwargs: bytes | None)
     )
 
 
+def is_plain(message: Raw | StreamInput) -> bool:
+    """Whether a first message is one of a plain client's."""
+    raw = message.raw if isinstance(message, StreamInput) else message
+    return raw is None or raw.open is None
+
+
 def parse_attach(message: Raw | StreamInput, headers: Mapping[str, str]) -> tuple[str, Open] | None:
     """The job id and `open` of a call that needs nothing but a ticket; None for one that brings a request.
 

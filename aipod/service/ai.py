@@ -20,7 +20,7 @@ from aipod.errors import AipodError, Refused, job_failed, leaves
 from aipod.identity import Caller, Identities
 from aipod.job.job import Job
 from aipod.job.reply import own_messages, plain_messages, send_all
-from aipod.job.request import Request, has_large_kwargs, parse_attach, parse_request
+from aipod.job.request import Request, has_large_kwargs, is_plain, parse_attach, parse_request
 from aipod.job.times import Download
 from aipod.job.upload import check_limit, receive_payload
 from aipod.job.watched import Told
@@ -28,7 +28,7 @@ from aipod.metrics import Metrics
 from aipod.pool import Pool
 from aipod.runner import Description
 from aipod.service.builtin import Builtins, is_builtin
-from aipod.service.drain import Drain
+from aipod.service.drain import Drain, Ongoing
 from aipod.service.forget import Forgetter
 from aipod.service.jobs import Jobs
 from aipod.service.place import Place
@@ -127,8 +127,8 @@ class AI:
         """
         call = Call(stream)
         try:
-            with self.drain.call() as scope:
-                await self._converse(rpc, call, scope)
+            with self.drain.call(was_on_its_way=call.was_on_its_way) as ongoing:
+                await self._converse(rpc, call, ongoing)
         except (Exception, BaseExceptionGroup) as exc:
             rest = [leaf for leaf in leaves(exc) if not isinstance(leaf, trio.Cancelled)]
             if not all(isinstance(leaf, (*PEER_GONE, AipodError, GRPCError)) for leaf in rest):
@@ -141,14 +141,26 @@ class AI:
         finally:
             call.log_end(rpc)
 
-    async def _converse(self, rpc: str, call: Call, scope: trio.CancelScope) -> None:
+    async def _converse(self, rpc: str, call: Call, ongoing: Ongoing) -> None:
         ending, trailers = Ending(), dict[str, str]()
+        first = None
+        if ongoing.refused:
+            # Before the initial metadata, with which a stock client commits itself: its retry policy may yet find
+            # another server (gRFC A6).
+            try:
+                self._identities.identify(call.headers.get("authorization", ""), call.certificate)
+                first = await self._first(call, ongoing)
+                if is_plain(first) and not is_builtin(rpc, call.headers.get("x-func-name", "")):
+                    raise Refusals.draining()
+            except (AipodError, GRPCError) as exc:
+                await call.finish(ending_of(exc), trailers)
+                return
         await call.start()
         async with trio.open_nursery() as nursery:
             writer = Writer(call)
             nursery.start_soon(writer.run)
             try:
-                await self._view(rpc, call, writer, trailers, scope)
+                await self._view(rpc, first, call, writer, trailers, ongoing)
             except (Exception, BaseExceptionGroup) as exc:
                 if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(exc)):
                     raise
@@ -160,21 +172,29 @@ class AI:
         await call.finish(ending, trailers)
 
     async def _view(
-        self, rpc: str, call: Call, writer: Writer, trailers: dict[str, str], scope: trio.CancelScope
+        self,
+        rpc: str,
+        first: Raw | StreamInput | None,
+        call: Call,
+        writer: Writer,
+        trailers: dict[str, str],
+        ongoing: Ongoing,
     ) -> None:
         caller = self._identities.identify(call.headers.get("authorization", ""), call.certificate)
         call.caller = caller.name
         viewer = Viewer(writer, self._config.tick, self._metrics.late)
-        timeout = call.timeout
+        timeout, scope = call.timeout, ongoing.scope
         scope.deadline = trio.current_time() + timeout if timeout is not None else float("inf")
         with scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(viewer.beat)
-                first = await self._first(call)
+                if first is None:
+                    first = await self._first(call, ongoing)
+                ongoing.asks = not is_plain(first)
                 if is_builtin(rpc, call.headers.get("x-func-name", "")):
                     await self._builtins.run(first, caller, call, viewer, writer)
                 elif (attach := parse_attach(first, call.headers)) is not None:
-                    await self._own(None, None, *attach, caller, call, viewer, writer, scope.deadline)
+                    await self._own(None, None, *attach, caller, call, viewer, writer, ongoing)
                 else:
                     large = has_large_kwargs(first, self._config.kwargs_limit)
                     async with self._room_for_kwargs(large) as give_back:
@@ -192,16 +212,16 @@ class AI:
                         stored()
                     if request.open is not None:
                         who = request.job_id, request.open
-                        await self._own(request, found, *who, caller, call, viewer, writer, scope.deadline)
+                        await self._own(request, found, *who, caller, call, viewer, writer, ongoing)
                     else:
-                        await self._plain(request, entry, call, viewer, writer, trailers, scope)
+                        await self._plain(request, entry, call, viewer, writer, trailers, ongoing)
                 nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
             if trio.current_time() >= scope.deadline:
                 raise job_failed("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
-            raise self.drain.why(scope)
+            raise self.drain.why(ongoing)
 
-    async def _first(self, call: Call) -> Raw | StreamInput:
+    async def _first(self, call: Call, ongoing: Ongoing) -> Raw | StreamInput:
         """Wait for the first message; a later call may end that wait (`SILENT`).
 
         This is a trio-flavored async function. Raises `Refused` (BAD_MESSAGE, OVERLOADED, UPLOAD_STALLED).
@@ -210,7 +230,7 @@ class AI:
             oldest = next(iter(self._silent))
             del self._silent[oldest]
             oldest.cancel()
-        with trio.move_on_after(self._config.upload_stall) as patience:
+        with trio.move_on_after(self._config.upload_stall) as patience, self.drain.idling(ongoing):
             self._silent[patience] = None
             try:
                 first: Raw | StreamInput | None = await call.receive_first()
@@ -255,8 +275,6 @@ class AI:
             *(self._config.kwargs_limit, caller),
             limiter=limiter,
         )
-        if self.drain.begun and request.plain:
-            raise Refusals.draining()
         check_limit(request.size or 0, self._config.max_payload)
         return request
 
@@ -272,7 +290,7 @@ class AI:
         call: Call,
         viewer: Viewer,
         writer: Writer,
-        deadline: float,
+        ongoing: Ongoing,
     ) -> None:
         """Watch the job, `found` or looked for; bring its payload where it is this call's to bring; send its answer."""
         call.job_id = job_id
@@ -296,12 +314,13 @@ class AI:
             job, found = found, None
             viewer.watch(job, open_.log_have)
             if not isinstance(job, Job):
-                await self._jobs.follow(job)
+                with self.drain.idling(ongoing):
+                    await self._jobs.follow(job)
             else:
                 job.viewers += 1
                 try:
                     if job.request is request and job.phase == Phase.RECEIVING:
-                        await self._upload(job, call, deadline)
+                        await self._upload(job, call, ongoing.scope.deadline)
                     await job.over.wait()
                 finally:
                     job.leave()
@@ -354,11 +373,11 @@ class AI:
         viewer: Viewer,
         writer: Writer,
         trailers: dict[str, str],
-        scope: trio.CancelScope,
+        ongoing: Ongoing,
     ) -> None:
         call.job_id = request.job_id
-        async with self._job(request, entry, call, viewer, scope.deadline) as job:
-            self.drain.is_of(scope, job)
+        async with self._job(request, entry, call, viewer, ongoing.scope.deadline) as job:
+            ongoing.job = job
             await job.over.wait()
             viewer.stop()
             if job.answer is None:

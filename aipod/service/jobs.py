@@ -273,6 +273,8 @@ class Jobs:
 
     def _take_in(self, job: Job) -> Job:
         self.held[job.entry.id] = job
+        if self.draining:
+            job.hand_over()  # the drain began while its entry was made
         return job
 
     async def _let_go(self, job: Job) -> None:

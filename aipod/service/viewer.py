@@ -16,7 +16,7 @@ from aipod.job.watched import Watched
 from aipod.metrics import LAG, Histogram
 from aipod.service.status import Ending
 from aipod.transport import bridge
-from aipod.transport.server import peer_certificate, request_timeout, send_message
+from aipod.transport.server import peer_certificate, request_timeout, send_message, was_on_its_way
 from aipod.wire.ai import Raw, State, StreamInput
 
 log = logging.getLogger("aipod.service")
@@ -35,6 +35,7 @@ class Call:
         self.caller = ""  # whose it is, where the server asks
         self.job_id = ""  # which job it watches
         self.timeout = request_timeout(stream)
+        self.was_on_its_way = was_on_its_way(stream)
         # Repeated headers: the last one wins, as in a dict; bin headers are not for us.
         self.headers: Mapping[str, str] = {
             name: value for name, value in (stream.metadata or {}).items() if isinstance(value, str)

@@ -57,6 +57,8 @@ _SMALL_PER_FRAME, _SMALL_DATA = 20, 64
 # Bytes sent for which a peer may say once that it took them. With windows of 64 KiB, as they are where nothing else was
 # said, stock clients do so for each quarter of them at most, twice: for the stream and for the connection.
 _SENT_PER_CREDIT = 4 * KIB
+# The PING behind a first GOAWAY: who answers it has heard that one (`server.ServerProtocol.leave`).
+FAREWELL = b"farewell"
 # A DATA frame for nobody that is shorter costs more for being a frame than for its payload.
 _SMALL_FOR_NOBODY = 1 * KIB
 _REST = 0.1  # seconds without reading where frames come too fast, at least; at most one
@@ -327,6 +329,8 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
                 self.greeted.set()
             elif isinstance(event, PingAckReceived) and event.ping_data == _MEASURE:
                 self._measured()
+            elif isinstance(event, PingAckReceived) and event.ping_data == FAREWELL:
+                self.drain()
             if isinstance(event, StreamReset):
                 self.connection.count_reset()
             self.processor.process(event)

@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import socket
+import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
@@ -30,7 +31,7 @@ from aipod.metrics import Metrics
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
-from aipod.transport.protocol import REFUSED, STREAM_SLACK, H2Protocol
+from aipod.transport.protocol import FAREWELL, REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.sockets import BACKLOG
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import server_context
@@ -55,6 +56,9 @@ _KINDS = {
     Cardinality.STREAM_UNARY: "client_stream",
     Cardinality.STREAM_STREAM: "bidi_stream",
 }
+# Seconds after which a connection that was told to go takes no more requests, also where its peer has not answered.
+_FAREWELL_TIME = 1.0
+_ANY_STREAM = 2**31 - 1
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
@@ -120,6 +124,7 @@ class Handler(grpclib.server.Handler):
             self._start(stream, release_stream, _reply(stream, problem))
             return
         self.protocol.last_busy = time.monotonic()
+        stream.was_on_its_way = self.protocol.leaving
         if for_anybody:
             self._for_anybody.add(stream)
         else:
@@ -248,7 +253,9 @@ class Server(grpclib.server.Server):
             self.metrics.offer(path, _KINDS[handler.cardinality])
         self.protocols: set[ServerProtocol] = set()
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
-        self._listeners: list[asyncio.AbstractServer] = []
+        self._listeners: dict[socket.socket, asyncio.AbstractServer] = {}
+        self._tls: dict[str, Any] = {}
+        self._taking: set[asyncio.Task[None]] = set()  # connections that were accepted last, until they are made
         self._stopped = False
 
     async def listen(self, sockets: Sequence[socket.socket]) -> None:
@@ -256,17 +263,19 @@ class Server(grpclib.server.Server):
 
         Raises TLSError.
         """
-        tls: dict[str, Any] = {}
         if (context := server_context(self.settings)) is not None:
-            tls = {"ssl": context, "ssl_handshake_timeout": self.settings.handshake_timeout}
+            self._tls = {"ssl": context, "ssl_handshake_timeout": self.settings.handshake_timeout}
         for sock in sockets:
-            create = self._loop.create_unix_server if sock.family == socket.AF_UNIX else self._loop.create_server
+            is_unix, options = sock.family == socket.AF_UNIX, dict(self._tls)
+            if is_unix and sys.version_info >= (3, 13):
+                options["cleanup_socket"] = False  # its file belongs to who has made it
+            create = self._loop.create_unix_server if is_unix else self._loop.create_server
             # A duplicate: asyncio closes what it is given. Its `backlog` is also how often it calls accept() in a row,
             # and it goes on after an error: a thousand times where there is no descriptor left.
-            self._listeners.append(await create(self._protocol_factory, sock=sock.dup(), backlog=1, **tls))
+            self._listeners[sock] = await create(self._protocol_factory, sock=sock.dup(), backlog=1, **options)
             sock.listen(BACKLOG)
 
-    def _protocol_factory(self) -> H2Protocol:
+    def _protocol_factory(self, *, leaving: bool = False) -> H2Protocol:
         if self._stopped:  # accepted in the moment in which its listener was closed: asyncio would stumble over it
             raise ConnectionAbortedError("the server listens no more")
         limit = self.settings.max_connections
@@ -277,6 +286,7 @@ class Server(grpclib.server.Server):
         self.metrics.accepted += 1
         handler = Handler(self)
         handler.protocol = protocol = ServerProtocol(handler, self)
+        protocol.leaving = leaving
         # asyncio's own for this connection: it ends when the handshake is over, or has failed.
         task = asyncio.current_task()
         assert task is not None
@@ -302,10 +312,47 @@ class Server(grpclib.server.Server):
                 return True
         return False
 
+    async def leave(self, sockets: Sequence[socket.socket]) -> None:
+        """Tell the open connections to bring no more requests (GOAWAY), and accept no new ones on `sockets`.
+
+        What waits there to be accepted is taken first. Calls under way go on, and so does whatever a peer has sent
+        before it heard of the end. This is an asyncio-flavored function; it waits for the loop's next turns only.
+        """
+        for sock in sockets:
+            listener = cast(asyncio.Server, self._listeners.pop(sock))
+            # First no more, then a turn for what was accepted this moment: it stumbles over a listener that is closed.
+            self._loop.remove_reader(listener.sockets[0].fileno())
+            await asyncio.sleep(0)
+            listener.close()
+            for _ in range(2 * BACKLOG):
+                try:
+                    connection, _ = sock.accept()
+                except OSError as exc:  # BlockingIOError: there is none
+                    if not isinstance(exc, BlockingIOError):
+                        log.error("connections that waited to be accepted are lost: %s", exc.strerror)
+                    break
+                task = self._loop.create_task(self._take(connection))
+                self._taking.add(task)
+                task.add_done_callback(self._taking.discard)
+        for protocol in self._arriving:
+            protocol.leaving = True
+        for protocol in list(self.protocols):
+            protocol.leave()
+
+    async def _take(self, sock: socket.socket) -> None:
+        """Serve an accepted connection, which hears at once that it is to go."""
+        factory = functools.partial(self._protocol_factory, leaving=True)
+        try:
+            sock.setblocking(False)
+            await self._loop.connect_accepted_socket(factory, sock, **self._tls)
+        except OSError as exc:
+            log.info("a connection that waited to be accepted was lost: %s", exc)
+            sock.close()
+
     def stop_listening(self) -> None:
         """Accept no more connections, and tell the open ones to bring no more requests (GOAWAY)."""
         self._stopped = True
-        for listener in self._listeners:
+        for listener in self._listeners.values():
             listener.close()
         for protocol in list(self.protocols):
             protocol.drain()
@@ -325,6 +372,7 @@ class ServerProtocol(H2Protocol):
         self._server = server
         self.last_call = time.monotonic()  # when there was one; until then, when the connection was accepted
         self.answered = -math.inf  # when its last call ended
+        self.leaving = False  # its peer is told, or about to be, that it is to go
 
     @property
     def is_idle(self) -> bool:
@@ -345,6 +393,25 @@ class ServerProtocol(H2Protocol):
             self.connection.abort("its handshake was over when the server listened no more")
             return
         self._server.protocols.add(self)
+        if self.leaving:
+            self._say_farewell()
+
+    def leave(self) -> None:
+        """Tell the peer to go elsewhere, so that nothing is lost that it sends meanwhile (RFC 9113 section 6.8).
+
+        A first GOAWAY ends no stream, a second one follows when its PING is answered, or after `_FAREWELL_TIME`. Not
+        each peer tries again what only the second one would refuse: nginx tells its client that the upstream is dead.
+        """
+        if not self.leaving:
+            self.leaving = True
+            self._say_farewell()
+
+    def _say_farewell(self) -> None:
+        if self.connection.alive:
+            self.connection.goaway(_ANY_STREAM)
+            self.h2.ping(FAREWELL)
+            self.connection.flush()
+            asyncio.get_running_loop().call_later(_FAREWELL_TIME, self.drain)
 
     def make_room(self) -> None:
         """Say that nothing more is taken (GOAWAY) and close, without waiting for the peer to do so.
@@ -364,6 +431,11 @@ class ServerProtocol(H2Protocol):
 def request_timeout(stream: grpclib.server.Stream[Any, Any]) -> float | None:
     """Seconds that the caller gave this call; None where it did not say."""
     return cast(H2Stream, stream._stream).timeout
+
+
+def was_on_its_way(stream: grpclib.server.Stream[Any, Any]) -> bool:
+    """Whether a call of a connection that was told to go came before its peer had heard of that."""
+    return cast(H2Stream, stream._stream).was_on_its_way
 
 
 def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] | None:

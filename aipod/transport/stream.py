@@ -61,6 +61,7 @@ class H2Stream(base.Stream):
     inbox: Inbox
     timeout: float | None = None  # server: seconds of the call's grpc-timeout
     is_call = False  # server: of a service that not everybody may use
+    was_on_its_way = False  # server: its connection was told to go; its peer had not heard of that
     finished_by_peer = False  # client: the server has completed its response and wants no more of the request
     refused = False  # client: the server has said that it has not processed the call
     blocked_since: float | None = None  # a sender waits for the peer's window since then (monotonic)
