@@ -255,6 +255,7 @@ async def _listening(config: Config, services: list[object], sockets: list[socke
     async with trio.open_nursery() as calls:
         spawner = bridge.Spawner(calls)
         server = await bridge.to_trio(start)()
+        calls.start_soon(server.watch_tls)
         try:
             yield server
         finally:

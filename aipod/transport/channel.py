@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -19,7 +20,9 @@ from aipod.config import Config
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.protocol import H2Protocol, configuration
 from aipod.transport.stream import H2Stream, StreamRefused
-from aipod.transport.tls import client_context
+from aipod.transport.tls import Followed, TLSError, client_context
+
+log = logging.getLogger("aipod.transport")
 
 # What sending raises once the call is over; what is received tells why.
 CALL_OVER = (StreamTerminatedError, ProtocolError, H2ProtocolError, asyncio.TimeoutError)
@@ -48,6 +51,7 @@ class Channel(grpclib.client.Channel):
         grpc = configuration(config)
         if path is not None:  # with TLS the other end of a unix socket is "localhost", as for gRPC's C core
             grpc = dataclasses.replace(grpc, ssl_target_name_override="localhost")
+        self._tls = Followed(client_context, config)
         super().__init__(
             host,
             port,
@@ -55,7 +59,7 @@ class Channel(grpclib.client.Channel):
             codec=Codec(config),
             status_details_codec=_Details(),
             config=grpc,
-            ssl=client_context(config),
+            ssl=self._tls.context,
         )
         self._settings = config
         self._closed = False
@@ -90,6 +94,10 @@ class Channel(grpclib.client.Channel):
     async def _create_connection(self) -> Any:
         if self._closed:
             raise StreamTerminatedError("the client was closed")
+        try:
+            self._tls.renew()
+        except TLSError as exc:
+            log.warning("the files of TLS have changed, and %s; what was read before stays", exc.message)
         async with asyncio.timeout(self._settings.connect_timeout):
             protocol = self._latest = cast(H2Protocol, await super()._create_connection())
             # A request goes to nobody but a server that has said so: else it would not be known whether it was seen.

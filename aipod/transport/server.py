@@ -31,7 +31,7 @@ from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
 from aipod.transport.protocol import REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
-from aipod.transport.tls import server_context
+from aipod.transport.tls import Followed, TLSError, server_context
 
 log = logging.getLogger("aipod.transport")
 
@@ -41,6 +41,9 @@ BACKLOG = 1024
 # Seconds that a new connection has for its first call before it may have to make room: else peers that come at the same
 # moment would push each other out.
 _SETTLING = 1.0
+
+# Seconds between two looks at the files of TLS.
+TLS_LOOK = 2.0
 
 # gRPC's own services, health and reflection: nobody needs a token for them, so a stream of theirs is no call for which
 # a connection could keep others out.
@@ -222,6 +225,7 @@ class Server(grpclib.server.Server):
     """grpclib's server with hardened connections. asyncio-flavored, but for what its TrioHandlers do in `spawner`."""
 
     def __init__(self, services: Sequence[Any], config: Config, spawner: Spawner | None = None) -> None:
+        """Reads the files of TLS. Raises TLSError."""
         super().__init__(services, codec=Codec(config), status_details_codec=ProtoStatusDetailsCodec())
         self.spawner = spawner
         self.settings = config
@@ -229,21 +233,45 @@ class Server(grpclib.server.Server):
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
         self._listeners: list[asyncio.AbstractServer] = []
         self._stopped = False
+        self._tls = Followed(server_context, config)
+        self.authorities = 0  # how often those that clients' certificates must come from have changed
 
     async def listen(self, sockets: Sequence[socket.socket]) -> None:
-        """Accept connections on listening sockets, with TLS where the settings say so. The sockets stay the caller's.
-
-        Raises TLSError.
-        """
+        """Accept connections on listening sockets, with TLS where the settings say so; they stay the caller's."""
         tls: dict[str, Any] = {}
-        if (context := server_context(self.settings)) is not None:
-            tls = {"ssl": context, "ssl_handshake_timeout": self.settings.handshake_timeout}
+        if self._tls.context is not None:
+            tls = {"ssl": self._tls.context, "ssl_handshake_timeout": self.settings.handshake_timeout}
         for sock in sockets:
             create = self._loop.create_unix_server if sock.family == socket.AF_UNIX else self._loop.create_server
             # A duplicate: asyncio closes what it is given. Its `backlog` is also how often it calls accept() in a row,
             # and it goes on after an error: a thousand times where there is no descriptor left.
             self._listeners.append(await create(self._protocol_factory, sock=sock.dup(), backlog=1, **tls))
             sock.listen(BACKLOG)
+
+    async def watch_tls(self) -> None:
+        """Have new connections see certificate, key and authorities as they are on the disk, within `TLS_LOOK` seconds.
+
+        Connections that there are keep theirs. But where the authorities have changed they are told to go (GOAWAY):
+        calls under way finish, and the next one needs a certificate of the new ones. Files that cannot be used are an
+        error in the log, once, and what was read before stays. This is a trio-flavored function; it never returns.
+        """
+        said = ""
+        while True:
+            await trio.sleep(TLS_LOOK if self._tls.context is not None else math.inf)
+            try:
+                new_authorities = await trio.to_thread.run_sync(self._tls.renew)
+            except TLSError as exc:
+                if exc.message != said:
+                    log.error("the files of TLS have changed, and %s; what was read before stays", exc.message)
+                said = exc.message
+                continue
+            if new_authorities is not None:
+                said = ""
+                log.info("the files of TLS have changed and are read again")
+            if new_authorities:
+                self.authorities += 1
+                for protocol in list(self.protocols):
+                    protocol.drain()
 
     def _protocol_factory(self) -> H2Protocol:
         if self._stopped:  # accepted in the moment in which its listener was closed: asyncio would stumble over it
@@ -300,6 +328,7 @@ class ServerProtocol(H2Protocol):
     def __init__(self, handler: Handler, server: Server) -> None:
         super().__init__(handler, server.settings, client=False)
         self._server = server
+        self._authorities = server.authorities
         self.last_call = time.monotonic()  # when there was one; until then, when the connection was accepted
         self.answered = -math.inf  # when its last call ended
 
@@ -322,6 +351,8 @@ class ServerProtocol(H2Protocol):
             self.connection.abort("its handshake was over when the server listened no more")
             return
         self._server.protocols.add(self)
+        if self._authorities != self._server.authorities:  # its handshake began under those of before
+            self.drain()
 
     def make_room(self) -> None:
         """Say that nothing more is taken (GOAWAY) and close, without waiting for the peer to do so.
