@@ -63,6 +63,9 @@ class Config:
     # Paths and source lines of the model are in them.
     tracebacks: bool = _setting(False, "Tell callers the traceback of a model's exception, not only the log.")
 
+    # It tells anybody the schema, which is no secret; but some want a public server to say nothing unasked.
+    reflection: bool = _setting(True, "Answer gRPC reflection, with which tools find the schema.")
+
     # Jobs
     # A class with async methods runs on the loop, any other in processes. Threads are for plain methods that cannot be
     # in a process of their own: models that share memory, libraries that do not bear it. A crash ends the server then,

@@ -93,7 +93,7 @@ async def serve(
                 return
             spool, versions = disk or await open_disk()
             make = _runners(config, description, spool, versions, files)
-            status = ServingStatus()
+            status = ServingStatus(reflection=config.reflection)
             async with (
                 open_pool(
                     make,
@@ -113,7 +113,7 @@ async def serve(
                 ai = AI(config, identities, description, pool, spool, versions, jobs)
                 jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
-                async with _listening(config, [ai, status.service()], sockets) as server:
+                async with _listening(config, [ai, status], sockets) as server:
                     task_status.started([_name(sock) for sock in sockets])
                     try:
                         await stop.wait()
@@ -121,6 +121,7 @@ async def serve(
                         status.stop_serving()
                         await ai.drain(config.drain)
                     finally:
+                        status.close()
                         server.stop_listening()
                         for sock in sockets:  # else callers would wait in the backlog while models close
                             sock.close()
@@ -248,7 +249,7 @@ async def _listening(config: Config, services: list[object], sockets: list[socke
     """grpclib's server on `sockets`; leaving drops what connections there still are."""
 
     async def start() -> Server:
-        server = Server(with_reflection(services), config, spawner)
+        server = Server(with_reflection(services) if config.reflection else services, config, spawner)
         await server.listen(sockets)
         return server
 

@@ -185,13 +185,15 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> Callable[[Callable[...,
     flag = "--" + field.name.replace("_", "-")
     default = getattr(_DEFAULTS, field.name)
     default = ", ".join(default) if isinstance(default, tuple) else default
-    told = f" [{_show(field.name, default, kind)}]" if default not in ("", False) else ""
+    told = f" [{_show(field.name, default, kind)}]" if default not in ("", False) and kind is not bool else ""
     # No default of click's own: a value that was not given must not hide the one in the file.
     common: dict[str, Any] = {
         "envvar": f"AIPOD_{field.name.upper()}",
         "default": None,
         "help": field.metadata["help"].removesuffix(".") + told,
     }
+    if kind is bool and default:
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", **common)
     if kind is bool:
         return click.option(flag, is_flag=True, **common)
     if typing.get_origin(kind) is tuple:

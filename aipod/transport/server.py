@@ -25,7 +25,7 @@ from grpclib.metadata import decode_metadata, encode_grpc_message
 from h2.errors import ErrorCodes
 from h2.exceptions import StreamClosedError
 
-from aipod.config import Config
+from aipod.config import KIB, Config
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
@@ -51,6 +51,8 @@ _FOR_ANYBODY = "/grpc."
 # Their streams at once per connection. Nothing ends a Health/Watch, which is 20 KB for 74 bytes from anybody: as many
 # as calls, 1000, made 20 MB of each connection. Who watches opens one for each name; there are seven.
 MAX_FOR_ANYBODY = 16
+# The longest message of theirs: a name. A thousand connections with so many streams have 64 MB of them.
+MAX_ASKED = 4 * KIB
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)
@@ -116,6 +118,7 @@ class Handler(grpclib.server.Handler):
         self.protocol.last_busy = time.monotonic()
         if for_anybody:
             self._for_anybody.add(stream)
+            stream.inbox.limit = MAX_ASKED
         else:
             stream.is_call = True
             self.protocol.last_call = time.monotonic()
@@ -372,6 +375,11 @@ class ServerProtocol(H2Protocol):
 def request_timeout(stream: grpclib.server.Stream[Any, Any]) -> float | None:
     """Seconds that the caller gave this call; None where it did not say."""
     return cast(H2Stream, stream._stream).timeout
+
+
+def request_is_complete(stream: grpclib.server.Stream[Any, Any]) -> None:
+    """The method has the one message that there is to be: what else comes is dropped."""
+    cast(H2Stream, stream._stream).inbox.close()
 
 
 def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] | None:
