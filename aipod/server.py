@@ -113,7 +113,7 @@ async def serve(
                 ai = AI(config, identities, description, pool, spool, versions, jobs)
                 jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
-                async with _listening(config, [ai, status], sockets) as server:
+                async with _listening(config, identities, [ai, status], sockets) as server:
                     task_status.started([_name(sock) for sock in sockets])
                     try:
                         await stop.wait()
@@ -245,11 +245,14 @@ async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def _listening(config: Config, services: list[object], sockets: list[socket.socket]) -> AsyncIterator[Server]:
+async def _listening(
+    config: Config, identities: Identities, services: list[object], sockets: list[socket.socket]
+) -> AsyncIterator[Server]:
     """grpclib's server on `sockets`; leaving drops what connections there still are."""
 
     async def start() -> Server:
-        server = Server(with_reflection(services) if config.reflection else services, config, spawner)
+        shown = with_reflection(services) if config.reflection else services
+        server = Server(shown, config, spawner, knows=identities.knows)
         await server.listen(sockets)
         return server
 

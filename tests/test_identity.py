@@ -118,15 +118,33 @@ def test_who_is_not_known(tokens: Tokens, said: str) -> None:
 
 
 def test_names_in_certificates() -> None:
+    """Mutants seen: the common name before the URI; an empty name, which is nobody's and so sees everybody's jobs."""
     known = Identities(certificates=True)
-    alternative = (("DNS", "other"),)
-    common = {"subject": ((("countryName", "DE"),), (("commonName", "scanner"),)), "subjectAltName": alternative}
-    assert known.identify("", common) == Caller("scanner")
-    assert known.identify("", {"subject": (), "subjectAltName": alternative}) == Caller("other")
-    for nameless in (None, {}):
-        with pytest.raises(Refused, match="neither a common name"):
+    common = ((("countryName", "DE"),), (("commonName", "scanner"),))
+    other, uri = (("DNS", "other"), ("DNS", "more")), (("DNS", "other"), ("URI", "spiffe://example.org/scanner"))
+    assert known.identify("", {"subject": common, "subjectAltName": other}) == Caller("scanner")
+    assert known.identify("", {"subject": (), "subjectAltName": other}) == Caller("other")
+    for subject in (common, ()):
+        certificate = {"subject": subject, "subjectAltName": uri}
+        assert known.identify("", certificate) == Caller("spiffe://example.org/scanner")
+    empty = {"subject": ((("commonName", ""),),), "subjectAltName": (("URI", ""), ("DNS", ""))}
+    for nameless in (None, {}, empty):
+        with pytest.raises(Refused, match="has no URI, no common name and no other"):
             known.identify("", nameless)
-    assert Identities().identify("Bearer x", common) is ANYONE
+    assert Identities().identify("Bearer x", {"subject": common}) is ANYONE
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a\nb", "spiffe://example.org/scanner"])
+def test_names_that_are_none(name: str) -> None:
+    """A common name is no URI: who may have the one need not be who may have the other.
+
+    Mutants seen: any length; any letter; any common name.
+    """
+    known = Identities(certificates=True)
+    for certificate in ({"subject": ((("commonName", name),),)}, {"subjectAltName": (("DNS", name),)}):
+        with pytest.raises(Refused, match="no name") as caught:
+            known.identify("", certificate)
+        assert caught.value.reason == "UNAUTHENTICATED"
 
 
 def test_jobs_without_a_name_are_open_to_who_has_the_ticket() -> None:

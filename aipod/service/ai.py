@@ -198,7 +198,7 @@ class AI:
     async def _view(
         self, rpc: str, call: Call, writer: Writer, trailers: dict[str, str], scope: trio.CancelScope
     ) -> None:
-        caller = self._identities.identify(call.headers.get("authorization", ""), call.certificate)
+        caller = self._identities.identify(call.authorization, call.certificate)
         viewer = Viewer(writer, self._config.tick)
         timeout = call.timeout
         scope.deadline = trio.current_time() + timeout if timeout is not None else float("inf")
@@ -327,14 +327,14 @@ class AI:
         deadline: float,
     ) -> None:
         """Watch the job, `found` or looked for; bring its payload where it is this call's to bring; send its answer."""
-        if request is None:
-            await self._jobs.check_owner(job_id, caller)
         if open_.released:
             released = [codec.job_id(ticket) for ticket in open_.released]
             if open_.op == Op.RELEASE:  # its own may be among them: it is not kept for longer than the others then
                 await self._forgetter.release(released, caller)
             else:
                 self._nursery.start_soon(self._forgetter.release, released, caller)
+        if request is None:
+            await self._jobs.check_owner(job_id, caller)
         if open_.op in (Op.CANCEL, Op.RELEASE):
             told = await self._jobs.end(job_id, release=open_.op == Op.RELEASE)
             await writer.send(Raw(data=PONG, state=told.state()))

@@ -46,7 +46,7 @@ _SETTLING = 1.0
 TLS_LOOK = 2.0
 
 # gRPC's own services, health and reflection: nobody needs a token for them, so a stream of theirs is no call for which
-# a connection could keep others out.
+# a connection could keep others out; nor is a call of somebody who is not known.
 _FOR_ANYBODY = "/grpc."
 # Their streams at once per connection. Nothing ends a Health/Watch, which is 20 KB for 74 bytes from anybody: as many
 # as calls, 1000, made 20 MB of each connection. Who watches opens one for each name; there are seven.
@@ -119,9 +119,8 @@ class Handler(grpclib.server.Handler):
         if for_anybody:
             self._for_anybody.add(stream)
             stream.inbox.limit = MAX_ASKED
-        else:
-            stream.is_call = True
-            self.protocol.last_call = time.monotonic()
+        else:  # what nobody is known by, the service refuses
+            stream.is_call = self._server.knows(seen.get("authorization", ""))
         stream.inbox.encoding = seen.get("grpc-encoding", "identity")
         stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
         if isinstance(handler, TrioHandler):
@@ -227,10 +226,18 @@ async def _reply(stream: H2Stream, problem: Problem) -> None:
 class Server(grpclib.server.Server):
     """grpclib's server with hardened connections. asyncio-flavored, but for what its TrioHandlers do in `spawner`."""
 
-    def __init__(self, services: Sequence[Any], config: Config, spawner: Spawner | None = None) -> None:
-        """Reads the files of TLS. Raises TLSError."""
+    def __init__(
+        self,
+        services: Sequence[Any],
+        config: Config,
+        spawner: Spawner | None = None,
+        *,
+        knows: Callable[[str], bool] = lambda authorization: True,
+    ) -> None:
+        """Reads the files of TLS. Raises TLSError. `knows` says whether a call with this header is somebody's."""
         super().__init__(services, codec=Codec(config), status_details_codec=ProtoStatusDetailsCodec())
         self.spawner = spawner
+        self.knows = knows
         self.settings = config
         self.protocols: set[ServerProtocol] = set()
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
@@ -300,7 +307,8 @@ class Server(grpclib.server.Server):
         """End the connection that has been idle longest, or whose handshake has; False where none has been for long."""
         settled = time.monotonic() - _SETTLING
         quiet = [protocol for protocol in (*self.protocols, *self._arriving) if protocol.last_call < settled]
-        for protocol in sorted(quiet, key=lambda protocol: protocol.last_call):
+        # First those that nobody who is known has ever called on.
+        for protocol in sorted(quiet, key=lambda protocol: (protocol.answered > -math.inf, protocol.last_call)):
             if protocol in self._arriving:
                 self._arriving.pop(protocol).cancel()
                 return True
@@ -332,7 +340,7 @@ class ServerProtocol(H2Protocol):
         super().__init__(handler, server.settings, client=False)
         self._server = server
         self._authorities = server.authorities
-        self.last_call = time.monotonic()  # when there was one; until then, when the connection was accepted
+        self.last_call = time.monotonic()  # when one ended; until then, when the connection was accepted
         self.answered = -math.inf  # when its last call ended
 
     @property
