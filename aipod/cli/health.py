@@ -17,7 +17,7 @@ from aipod.config import Config
 @to_option
 @timeout_option("Time for the answer.", 5.0)
 @upstream_option
-@config_options(("tls", "tls_ca", "tls_cert", "tls_key"))
+@config_options(("tls", "tls_ca", "tls_cert", "tls_key"), text="client")
 @click.pass_context
 def health(
     context: click.Context, /, service: str, everything: bool, to: str, timeout: float, upstream: str, **options: Any

@@ -96,7 +96,7 @@ def server_options(*more: str) -> Callable[[Callable[..., Any]], Callable[..., A
     """A decorator that adds what says which server is called and how, and the fields `more`; see `take_server`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        function = config_options((*_CONNECTION, *more))(function)
+        function = config_options((*_CONNECTION, *more), text="client")(function)
         return to_option(upstream_option(token_option(meta_option(function))))
 
     return decorate
@@ -160,14 +160,14 @@ def split_pair(pair: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-def config_options(names: Sequence[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that adds an option for each named field of `Config`, and --config."""
+def config_options(names: Sequence[str], text: str = "help") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds an option for each named field of `Config`, and --config. `text`: which help they have."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     hints = typing.get_type_hints(Config)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
-            function = _option(fields[name], hints[name])(function)
+            function = _option(fields[name], hints[name], text)(function)
         return click.option(
             "--config",
             envvar="AIPOD_CONFIG",
@@ -181,7 +181,7 @@ def config_options(names: Sequence[str]) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
-def _option(field: dataclasses.Field[Any], kind: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _option(field: dataclasses.Field[Any], kind: Any, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     flag = "--" + field.name.replace("_", "-")
     default = getattr(_DEFAULTS, field.name)
     default = ", ".join(default) if isinstance(default, tuple) else default
@@ -190,7 +190,7 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> Callable[[Callable[...,
     common: dict[str, Any] = {
         "envvar": f"AIPOD_{field.name.upper()}",
         "default": None,
-        "help": field.metadata["help"].removesuffix(".") + told,
+        "help": field.metadata[text].removesuffix(".") + told,
     }
     if kind is bool and default:
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", **common)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import ssl
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from aipod.config import Config
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.protocol import H2Protocol, configuration
 from aipod.transport.stream import H2Stream, StreamRefused
-from aipod.transport.tls import Followed, TLSError, client_context
+from aipod.transport.tls import Followed, TLSError, client_context, disagreement
 
 log = logging.getLogger("aipod.transport")
 
@@ -98,6 +99,25 @@ class Channel(grpclib.client.Channel):
             self._tls.renew()
         except TLSError as exc:
             log.warning("the files of TLS have changed, and %s; what was read before stays", exc.message)
+        try:
+            protocol = await self._connect()
+        except ssl.SSLError as exc:
+            raise disagreement(exc) or exc from None
+        if not protocol.connection.alive:
+            perhaps = (
+                "the server wants TLS, or a certificate, or has as many connections as it takes (--max-connections)"
+                if self._tls.context is None
+                else "the server wants a certificate that it can verify (--tls-cert)"  # or it is leaving
+            )
+            raise disagreement(protocol.lost, protocol.instead) or ConnectionResetError(
+                f"the connection was closed before a word of HTTP/2; perhaps {perhaps}"
+            )
+        if self._closed:
+            protocol.processor.close("closed while it was connecting")
+            raise StreamTerminatedError("the client was closed")
+        return protocol
+
+    async def _connect(self) -> H2Protocol:
         async with asyncio.timeout(self._settings.connect_timeout):
             protocol = self._latest = cast(H2Protocol, await super()._create_connection())
             # A request goes to nobody but a server that has said so: else it would not be known whether it was seen.
@@ -106,14 +126,6 @@ class Channel(grpclib.client.Channel):
             except BaseException:
                 protocol.connection.abort("no HTTP/2 SETTINGS in time")
                 raise
-        if not protocol.connection.alive:
-            raise ConnectionResetError(
-                "the connection was closed before a word of HTTP/2; perhaps the server wants TLS, or a certificate, or "
-                "has as many connections as it takes (--max-connections)"
-            )
-        if self._closed:
-            protocol.processor.close("closed while it was connecting")
-            raise StreamTerminatedError("the client was closed")
         return protocol
 
     def close(self) -> None:

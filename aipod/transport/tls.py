@@ -12,8 +12,40 @@ from aipod.config import Config
 from aipod.errors import UsageError
 
 
+class Disagreement(ConnectionError):
+    """The two sides want different things of TLS, which trying again does not change. The text says what to do."""
+
+
 class TLSError(UsageError):
     """A certificate or key cannot be used, or would not be; the text says which."""
+
+
+# What OpenSSL says of a certificate that is another host's (X509_V_ERR_HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH).
+_OTHER_HOST = (62, 64)
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
+# The server's words for a client's certificate: its alerts, RFC 8446 section 6.2.
+_NOT_KNOWN = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_EXPIRED", "HANDSHAKE_FAILURE")
+
+
+def disagreement(exc: BaseException | None, instead: bytes = b"") -> Disagreement | None:
+    """What the client's own `exc`, or what the server sent `instead` of HTTP/2, says of TLS; None where nothing."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        advice = "--tls-ca FILE (Config.tls_ca) says which authority the server's certificate comes from"
+        if exc.verify_code in _OTHER_HOST:
+            advice = "call the server by a name that its certificate has"
+        return Disagreement(f"certificate verify failed: {exc.verify_message.rstrip('.')}; {advice}")
+    reason = (exc.reason or "") if isinstance(exc, ssl.SSLError) else ""
+    if reason in _NO_TLS:
+        return Disagreement("the server speaks no TLS: leave out --tls (Config.tls)")
+    if reason.endswith(_NOT_KNOWN) and "ALERT" in reason:
+        said = reason.partition("ALERT_")[2].replace("_", " ").lower()
+        return Disagreement(
+            f"the server wants a certificate that it can verify, and says: {said}; --tls-cert FILE (Config.tls_cert)"
+        )
+    if instead[:2] == b"\x15\x03" or instead == b"HTTP/":  # an alert, or nginx's answer on a port for TLS
+        what = "TLS, and no HTTP/2 without it" if instead[:1] == b"\x15" else "HTTP/1, and no HTTP/2 without TLS"
+        return Disagreement(f"the server speaks {what}: add --tls (Config.tls), or look for another port")
+    return None
 
 
 def server_context(config: Config) -> ssl.SSLContext | None:
