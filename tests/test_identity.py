@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 
 import aipod
 from aipod.config import Config, ConfigError
@@ -302,6 +303,58 @@ def test_the_name_in_a_certificate_owns_its_jobs(serve: Serve, files: Files) -> 
 
     journal = (served.spool / run(main) / "state").read_text()
     assert re.search('"owner": ?"client@example.org"', journal)
+
+
+def test_two_certificates_with_one_name_are_one_caller(serve: Serve, tmp_path: Path) -> None:
+    """And share its jobs; one with another name does not. Mutant seen: the name is not the certificate's."""
+    ca = trustme.CA()
+    paths = [tmp_path / f"{name}.pem" for name in ("ca", "server", "mine", "renewed", "other")]
+    ca.cert_pem.write_to_path(paths[0])
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(paths[1])
+    for path, name in zip(paths[2:], ("scanner", "scanner", "printer"), strict=True):
+        ca.issue_cert("x@example.org", common_name=name).private_key_and_cert_chain_pem.write_to_path(path)
+    served = serve(MODEL, "--tls-cert", str(paths[1]), "--tls-ca", str(paths[0]))
+
+    def caller(path: Path) -> aipod.Client:
+        settings = Config(tls=True, tls_ca=str(paths[0]), tls_cert=str(path), attempts=1)
+        return aipod.Client(served.address, config=settings)
+
+    async def main() -> None:
+        async with caller(paths[2]) as mine, caller(paths[3]) as renewed, caller(paths[4]) as other:
+            job = await mine.submit("predict", b"x")
+            assert len(await renewed.attach(job.ticket).wait()) == 64
+            listing = [("x-func-name", "aipod.jobs")]
+            assert [entry["id"] for entry in await renewed.chaos(metadata=listing)] == [job.id]
+            assert await other.chaos(metadata=listing) == []
+            with pytest.raises(Refused, match="this job is not printer's"):
+                await other.attach(job.ticket).wait()
+
+    run(main)
+
+
+def test_with_certificates_and_tokens_both_are_needed_and_the_token_names_the_caller(
+    serve: Serve, files: Files, tokens: Tokens
+) -> None:
+    """Mutants seen: a certificate is enough; the name is the certificate's."""
+    served = serve(MODEL, "--tls-cert", files.server, "--tls-ca", files.ca, "--tokens", str(tokens.path))
+
+    async def predict(**settings: str) -> str:
+        config = Config(tls=True, tls_ca=files.ca, attempts=1, **settings)
+        async with aipod.Client(served.address, config=config) as caller:
+            job = await caller.submit("predict", b"x", version="3")
+            await job.wait()
+            return job.id
+
+    async def main() -> str:
+        with pytest.raises((aipod.Unreachable, aipod.JobLost)):
+            await predict(token=tokens.alice)
+        with pytest.raises(Refused) as caught:
+            await predict(tls_cert=files.client)
+        assert caught.value.reason == "UNAUTHENTICATED"
+        return await predict(tls_cert=files.client, token=tokens.alice)
+
+    journal = (served.spool / run(main) / "state").read_text()
+    assert re.search('"owner": ?"alice"', journal)
 
 
 # --- the command line
