@@ -41,9 +41,16 @@ class ConfigError(ValueError):
 
 
 def _setting(
-    default: Any, help_text: str, *, low: float | None = None, high: float | None = None, secret: bool = False
+    default: Any,
+    help_text: str,
+    *,
+    client: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    secret: bool = False,
 ) -> Any:
-    metadata = {"help": help_text, "low": low, "high": high}
+    """`client`: what a client's help says instead, where the setting means something else there."""
+    metadata = {"help": help_text, "client": client or help_text, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -72,6 +79,9 @@ class Config:
 
     # Paths and source lines of the model are in them.
     tracebacks: bool = _setting(False, "Tell callers the traceback of a model's exception, not only the log.")
+
+    # It tells anybody the schema, which is no secret; but some want a public server to say nothing unasked.
+    reflection: bool = _setting(True, "Answer gRPC reflection, with which tools find the schema.")
 
     # Jobs
     # A class with async methods runs on the loop, any other in processes. Threads are for plain methods that cannot be
@@ -173,12 +183,21 @@ class Config:
     send_stall: float = _setting(2 * MINUTES, "Seconds that a peer may refuse to take data.", low=1)
 
     # TLS
-    tls: bool = _setting(False, "Client: speak TLS; the server's name is checked.")
-    tls_cert: str = _setting("", "PEM file with this side's certificate chain; a server that has one speaks TLS.")
+    tls: bool = _setting(
+        False,
+        "Client: speak TLS; the server's name is checked.",
+        client="Speak TLS; the server's certificate must name the host that is called.",
+    )
+    tls_cert: str = _setting(
+        "",
+        "PEM file with the server's certificate chain; where there is one it speaks TLS.",
+        client="PEM file with the certificate chain that says who calls, for a server that asks for one.",
+    )
     tls_key: str = _setting("", "PEM file with its key, where the certificate's file has none.")
     tls_ca: str = _setting(
         "",
-        "PEM file with the authorities that the other side's certificate must come from (server: then it needs one).",
+        "PEM file with the authorities that a client's certificate must come from; where there is one all need one.",
+        client="PEM file with the authorities that the server's certificate must come from [the system's].",
     )
 
     # Client

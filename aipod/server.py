@@ -104,7 +104,7 @@ async def serve(
                 return
             spool, versions = disk or await open_disk()
             make = _runners(config, description, spool, versions, files)
-            status = ServingStatus()
+            status = ServingStatus(reflection=config.reflection)
             metrics = Metrics(description.methods, TABLE)
             async with (
                 open_pool(
@@ -125,9 +125,8 @@ async def serve(
                 ai = AI(config, identities, description, pool, spool, versions, jobs, metrics)
                 jobs.start_soon(_sweep, Sweeper(spool, upload_ttl=config.upload_ttl, ttl=config.ttl), ai.adopt)
                 jobs.start_soon(ai.run)
-                async with _listening(
-                    config, [ai, status.service()], [one.sock for one in listeners], metrics
-                ) as server:
+                services, sockets_ = [ai, status], [one.sock for one in listeners]
+                async with _listening(config, identities, services, sockets_, metrics) as server:
                     if metrics_socket is not None:
                         figures = Figures(metrics, ai.now, ai.drain, pool, spool, lambda: len(server.protocols))
                         # Who has the port as well takes the next connections: its numbers are others.
@@ -149,6 +148,7 @@ async def serve(
                         await ai.drain.run(config.drain, say)
                         say("closing the instances")
                     finally:
+                        status.close()
                         server.stop_listening()
                         for listener in listeners:  # else callers would wait in the backlog while models close
                             listener.sock.close()
@@ -274,18 +274,20 @@ async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]
 
 @contextlib.asynccontextmanager
 async def _listening(
-    config: Config, services: list[object], sockets: list[socket.socket], metrics: Metrics
+    config: Config, identities: Identities, services: list[Any], sockets: list[socket.socket], metrics: Metrics
 ) -> AsyncIterator[Server]:
     """grpclib's server on `sockets`; leaving drops what connections there still are."""
 
     async def start() -> Server:
-        server = Server(with_reflection(services), config, spawner, metrics)
+        shown = with_reflection(services) if config.reflection else services
+        server = Server(shown, config, spawner, metrics, knows=identities.knows)
         await server.listen(sockets)
         return server
 
     async with trio.open_nursery() as calls:
         spawner = bridge.Spawner(calls)
         server = await bridge.to_trio(start)()
+        calls.start_soon(server.watch_tls)
         try:
             yield server
         finally:

@@ -56,8 +56,8 @@ def call(channel: Channel, path: str) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def channel_to_server() -> AsyncIterator[tuple[Channel, Server]]:
-    server = Server([Service()], Config())
+async def channel_to_server(**options: Any) -> AsyncIterator[tuple[Channel, Server]]:
+    server = Server([Service()], Config(), **options)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         await server.listen([sock])
         channel = Channel(f"127.0.0.1:{sock.getsockname()[1]}", Config())
@@ -129,6 +129,37 @@ def test_only_a_connection_without_a_call_makes_room_and_it_may_have_a_second() 
             assert server.protocols == set()
             await protocol.ended.wait()
             assert not channel.connected
+
+    run(main)
+
+
+def test_a_connection_without_a_call_of_somebodys_makes_room_first() -> None:
+    """However long ago the other's call was; its own, which are of nobody, are as if there were none.
+
+    Mutants seen: such a call is one; its connection is as good as any other.
+    """
+
+    async def main() -> None:
+        async with channel_to_server(knows="Bearer somebody".__eq__) as (nobody, server):
+            somebody = Channel(f"127.0.0.1:{nobody._port}", Config())
+            async with contextlib.aclosing(somebody), call(nobody, "/t/well") as stream:
+                await stream.send_message(Raw(data=b"begun"))
+                assert (await stream.recv_message()).data == b"begun"
+                [theirs] = server.protocols
+                identity = [("authorization", "Bearer somebody")]
+                kinds = Cardinality.STREAM_STREAM, Raw, Raw
+                async with somebody.request("/t/well", *kinds, metadata=identity) as other:
+                    await other.send_message(Raw(data=b"begun"), end=True)
+                    assert (await other.recv_message()).data == b"begun"
+                    await read_status(other)
+                [mine] = server.protocols - {theirs}
+                while mine.processor.streams:
+                    await asyncio.sleep(0)
+                mine.last_call, theirs.last_call = 0.0, 1.0
+                assert server._make_room()
+                assert server.protocols == {mine}
+                with pytest.raises(StreamTerminatedError):
+                    await stream.recv_message()
 
     run(main)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,16 @@ import grpc
 import pytest
 import zstandard
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpclib.const import Cardinality
+from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from grpclib.health.v1 import health_pb2
 from grpclib.reflection.v1 import reflection_pb2 as reflection_v1
 from grpclib.reflection.v1alpha import reflection_pb2 as reflection_v1alpha
 
-from tests.conftest import Serve, Served, left_in, require
+from aipod.config import KIB, Config
+from aipod.service.schema import health_message
+from aipod.transport.channel import Channel
+from tests.conftest import ROOT, Serve, Served, left_in, peak_memory, require, run, wait_until
 from tests.stranger import (
     RPCS,
     Mark,
@@ -28,6 +36,7 @@ from tests.stranger import (
     served_for_the_module,
     start,
 )
+from tests.test_transport import descriptors
 
 Code = grpc.StatusCode
 HEALTHY = (
@@ -73,6 +82,9 @@ def test_grpcurl_asks_for_health(grpcurl: Callable[..., str]) -> None:
         }
     # 64 + the status code, says its help.
     assert "NotFound" in grpcurl("-d", '{"service": "nope"}', "grpc.health.v1.Health/Check", code=64 + 5)
+    assert json.loads(grpcurl("grpc.health.v1.Health/List")) == {
+        "statuses": {service: {"status": "SERVING"} for service in HEALTHY}
+    }
 
 
 def test_grpcurl_sees_the_schema(grpcurl: Callable[..., str]) -> None:
@@ -84,6 +96,7 @@ def test_grpcurl_sees_the_schema(grpcurl: Callable[..., str]) -> None:
         assert f"rpc {rpc} ( stream .ai.StreamInput ) returns ( stream .ai.Raw );" in described
     assert "bytes kwargs_json = 1;" in grpcurl("describe", "ai.StreamInput")
     assert "PHASE_DONE = 4;" in grpcurl("describe", "ai.Phase")
+    assert "rpc List ( .grpc.health.v1.HealthListRequest )" in grpcurl("describe", "grpc.health.v1.Health")
 
 
 def test_grpcurl_calls_a_method(grpcurl: Callable[..., str]) -> None:
@@ -113,6 +126,10 @@ def test_health_knows_its_names(server: Served) -> None:
         check = health_stub(channel, "Check")
         for service in HEALTHY:
             assert check(health_pb2.HealthCheckRequest(service=service), timeout=10).status == Serving.SERVING
+        listed = channel.unary_unary(
+            "/grpc.health.v1.Health/List", response_deserializer=health_message("HealthListResponse").FromString
+        )(b"", timeout=10)
+        assert {name: one.status for name, one in listed.statuses.items()} == dict.fromkeys(HEALTHY, Serving.SERVING)
         with pytest.raises(grpc.RpcError) as caught:
             check(health_pb2.HealthCheckRequest(service="nope"), timeout=10)
         assert caught.value.code() is Code.NOT_FOUND
@@ -143,9 +160,84 @@ def test_watch_tells_of_a_drain(serve: Serve, tmp_path: Path) -> None:
         assert (refused.code, refused.info.reason) == (Code.UNAVAILABLE, "DRAINING")
         job.cancel()
         mark.wait("cancelled")
+        for call in watches.values():
+            with pytest.raises(grpc.RpcError) as caught:
+                next(call)
+            assert caught.value.details() == "the server is shutting down", "an end, and no lost connection"
     served.process.communicate(timeout=20)
     assert served.process.returncode == 0
     assert left_in(served.spool) == []
+
+
+def test_a_thousand_watches(serve: Serve) -> None:
+    """Each is told of the drain; they cost little memory; nothing is left of those whose peers have gone.
+
+    Mutants seen: no word of the change; the end before the word; the request's stream is not closed for more.
+    """
+    served = serve("tests.models_strangers:Stranger")
+    free = descriptors(served)
+    before = peak_memory(served.process.pid)
+    told = {"nope": [Serving.SERVICE_UNKNOWN], "liveness": [Serving.SERVING]}
+    kinds = health_message("HealthCheckRequest"), health_message("HealthCheckResponse")
+
+    async def main() -> None:
+        channels = [Channel(served.address, Config()) for _ in range(64)]
+
+        async def watch(number: int, watching: asyncio.Event) -> None:
+            service, said = (*HEALTHY, "nope")[number % 8], []
+            hostile = number % 4 == 0  # what no honest client sends behind the one message is not kept
+            path = "/grpc.health.v1.Health/Watch"
+            with contextlib.suppress(StreamTerminatedError, GRPCError, ProtocolError):
+                async with channels[number // 16].request(path, Cardinality.STREAM_STREAM, *kinds) as stream:
+                    await stream.send_message(kinds[0](service=service), end=not hostile)
+                    while (message := await stream.recv_message()) is not None:
+                        said.append(message.status)
+                        if hostile and not watching.is_set():
+                            await stream._stream.send_data(bytes(200 * KIB))
+                        watching.set()
+            if number >= 16:
+                assert said == told.get(service, [Serving.SERVING, Serving.NOT_SERVING])
+
+        events = [asyncio.Event() for _ in range(1008)]
+        watches = [asyncio.create_task(watch(number, event)) for number, event in enumerate(events)]
+        await asyncio.gather(*(event.wait() for event in events))
+        assert peak_memory(served.process.pid) - before < 40
+        channels[0].close()
+        await asyncio.gather(*watches[:16])
+        await asyncio.to_thread(wait_until, lambda: descriptors(served) == free + 62)
+        served.process.terminate()
+        await asyncio.gather(*watches)
+        for channel in channels:
+            await channel.aclose()
+
+    run(main)
+    served.process.communicate(timeout=30)
+    assert served.process.returncode == 0
+    assert " ERROR " not in served.log_text()
+
+
+def test_what_anybody_may_ask_is_short(server: Served) -> None:
+    """Mutant seen: as long as a call's messages."""
+    with open_channel(server.address) as channel:
+        check = health_stub(channel, "Check")
+        for length, code in ((4000, Code.NOT_FOUND), (5000, Code.RESOURCE_EXHAUSTED)):
+            with pytest.raises(grpc.RpcError) as caught:
+                check(health_pb2.HealthCheckRequest(service="x" * length), timeout=10)
+            assert caught.value.code() is code
+
+
+def test_reflection_can_be_switched_off(serve: Serve) -> None:
+    served = serve("tests.models_strangers:Stranger", "--no-reflection")
+    done = subprocess.run([require("grpcurl"), "-plaintext", served.address, "list"], capture_output=True, text=True)
+    assert (done.returncode, "does not support the reflection API" in done.stderr) == (1, True)
+    command = [sys.executable, "-m", "aipod", "health", "--to", served.address]
+    listed = subprocess.run([*command, "--all"], cwd=ROOT, capture_output=True, text=True)
+    assert listed.stdout.splitlines() == [
+        f"SERVING      {name or '(the whole server)'}" for name in sorted(HEALTHY) if "reflection" not in name
+    ]
+    unknown = subprocess.run([*command, HEALTHY[3]], cwd=ROOT, capture_output=True, text=True)
+    assert unknown.returncode == 1
+    assert unknown.stderr.startswith("aipod: NOT_FOUND: the server knows no service 'grpc.reflection.v1")
 
 
 @pytest.mark.parametrize("package", [reflection_v1, reflection_v1alpha])

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 
 import aipod
 from aipod.config import Config, ConfigError
@@ -118,15 +119,33 @@ def test_who_is_not_known(tokens: Tokens, said: str) -> None:
 
 
 def test_names_in_certificates() -> None:
+    """Mutants seen: the common name before the URI; an empty name, which is nobody's and so sees everybody's jobs."""
     known = Identities(certificates=True)
-    alternative = (("DNS", "other"),)
-    common = {"subject": ((("countryName", "DE"),), (("commonName", "scanner"),)), "subjectAltName": alternative}
-    assert known.identify("", common) == Caller("scanner")
-    assert known.identify("", {"subject": (), "subjectAltName": alternative}) == Caller("other")
-    for nameless in (None, {}):
-        with pytest.raises(Refused, match="neither a common name"):
+    common = ((("countryName", "DE"),), (("commonName", "scanner"),))
+    other, uri = (("DNS", "other"), ("DNS", "more")), (("DNS", "other"), ("URI", "spiffe://example.org/scanner"))
+    assert known.identify("", {"subject": common, "subjectAltName": other}) == Caller("scanner")
+    assert known.identify("", {"subject": (), "subjectAltName": other}) == Caller("other")
+    for subject in (common, ()):
+        certificate = {"subject": subject, "subjectAltName": uri}
+        assert known.identify("", certificate) == Caller("spiffe://example.org/scanner")
+    empty = {"subject": ((("commonName", ""),),), "subjectAltName": (("URI", ""), ("DNS", ""))}
+    for nameless in (None, {}, empty):
+        with pytest.raises(Refused, match="has no URI, no common name and no other"):
             known.identify("", nameless)
-    assert Identities().identify("Bearer x", common) is ANYONE
+    assert Identities().identify("Bearer x", {"subject": common}) is ANYONE
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a\nb", "spiffe://example.org/scanner"])
+def test_names_that_are_none(name: str) -> None:
+    """A common name is no URI: who may have the one need not be who may have the other.
+
+    Mutants seen: any length; any letter; any common name.
+    """
+    known = Identities(certificates=True)
+    for certificate in ({"subject": ((("commonName", name),),)}, {"subjectAltName": (("DNS", name),)}):
+        with pytest.raises(Refused, match="no name") as caught:
+            known.identify("", certificate)
+        assert caught.value.reason == "UNAUTHENTICATED"
 
 
 def test_jobs_without_a_name_are_open_to_who_has_the_ticket() -> None:
@@ -284,6 +303,58 @@ def test_the_name_in_a_certificate_owns_its_jobs(serve: Serve, files: Files) -> 
 
     journal = (served.spool / run(main) / "state").read_text()
     assert re.search('"owner": ?"client@example.org"', journal)
+
+
+def test_two_certificates_with_one_name_are_one_caller(serve: Serve, tmp_path: Path) -> None:
+    """And share its jobs; one with another name does not. Mutant seen: the name is not the certificate's."""
+    ca = trustme.CA()
+    paths = [tmp_path / f"{name}.pem" for name in ("ca", "server", "mine", "renewed", "other")]
+    ca.cert_pem.write_to_path(paths[0])
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(paths[1])
+    for path, name in zip(paths[2:], ("scanner", "scanner", "printer"), strict=True):
+        ca.issue_cert("x@example.org", common_name=name).private_key_and_cert_chain_pem.write_to_path(path)
+    served = serve(MODEL, "--tls-cert", str(paths[1]), "--tls-ca", str(paths[0]))
+
+    def caller(path: Path) -> aipod.Client:
+        settings = Config(tls=True, tls_ca=str(paths[0]), tls_cert=str(path), attempts=1)
+        return aipod.Client(served.address, config=settings)
+
+    async def main() -> None:
+        async with caller(paths[2]) as mine, caller(paths[3]) as renewed, caller(paths[4]) as other:
+            job = await mine.submit("predict", b"x")
+            assert len(await renewed.attach(job.ticket).wait()) == 64
+            listing = [("x-func-name", "aipod.jobs")]
+            assert [entry["id"] for entry in await renewed.chaos(metadata=listing)] == [job.id]
+            assert await other.chaos(metadata=listing) == []
+            with pytest.raises(Refused, match="this job is not printer's"):
+                await other.attach(job.ticket).wait()
+
+    run(main)
+
+
+def test_with_certificates_and_tokens_both_are_needed_and_the_token_names_the_caller(
+    serve: Serve, files: Files, tokens: Tokens
+) -> None:
+    """Mutants seen: a certificate is enough; the name is the certificate's."""
+    served = serve(MODEL, "--tls-cert", files.server, "--tls-ca", files.ca, "--tokens", str(tokens.path))
+
+    async def predict(**settings: str) -> str:
+        config = Config(tls=True, tls_ca=files.ca, attempts=1, **settings)
+        async with aipod.Client(served.address, config=config) as caller:
+            job = await caller.submit("predict", b"x", version="3")
+            await job.wait()
+            return job.id
+
+    async def main() -> str:
+        with pytest.raises((aipod.Unreachable, aipod.JobLost)):
+            await predict(token=tokens.alice)
+        with pytest.raises(Refused) as caught:
+            await predict(tls_cert=files.client)
+        assert caught.value.reason == "UNAUTHENTICATED"
+        return await predict(tls_cert=files.client, token=tokens.alice)
+
+    journal = (served.spool / run(main) / "state").read_text()
+    assert re.search('"owner": ?"alice"', journal)
 
 
 # --- the command line

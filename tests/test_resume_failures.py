@@ -27,6 +27,7 @@ from aipod.client.failure import (
 from aipod.errors import TABLE, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
+from aipod.transport.tls import Disagreement
 from aipod.wire.ai import Error, Op, Phase, State
 
 SPOOL = "0123-boot1"
@@ -79,7 +80,16 @@ def test_a_lost_connection_is_tried_again_and_typed(exc: Exception, wrapped: boo
         decision = decide(whole, known)
         assert decision is not None
         assert (decision.cause, decision.retry_after, decision.within) == (next(leaves(whole)), 0.0, None)
-        assert "may have run" in str(decision.error)
+        assert ("may have run" in str(decision.error)) is (known is not STRANGE)
+
+
+def test_a_disagreement_about_tls_is_told_at_once_and_tried_again_for_a_job_that_is_somewhere() -> None:
+    """Its server's certificate may be renewed. Mutants seen: it is tried again; a job that is there is given up."""
+    exc = Disagreement("certificate verify failed")
+    assert outcome(exc, BEFORE) == (Action.STOP, "UNREACHABLE")
+    assert outcome(exc, STRANGE) == (Action.STOP, "JOB_LOST")
+    for known in (AFTER, WATCHED):
+        assert outcome(exc, known) == (Action.RETRY, "JOB_LOST")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,18 +176,97 @@ def test_a_client_that_leaves_waits_for_a_goodbye_but_not_for_long(serve: Serve,
         served.process.send_signal(signal.SIGCONT)
 
 
+def refused_at_once(address: str, **settings: object) -> str:
+    """What a call is refused with, which is not tried again."""
+    seen: list[str] = []
+
+    async def main() -> str:
+        async with aipod.Client(address, config=Config.from_mapping(settings)) as client:
+            with pytest.raises(aipod.Unreachable) as caught:
+                await client.chaos(metadata=[("x-func-name", "echo")], on_event=lambda event: seen.append(event.phase))
+            return caught.value.message
+
+    text = run(main)
+    assert seen == ["CONNECTING"]
+    return text
+
+
 def test_a_client_does_not_talk_to_a_server_that_is_another(serve: Serve, files: Files, strange: Files) -> None:
+    """Nor tries it again: it says what to do. Mutants seen: it is tried again; the advice is for any other mistake."""
     served = serve("Plain", "--tls-cert", strange.server)
-    with pytest.raises(aipod.Unreachable, match="certificate verify failed"):
-        echo(served, b"x", config(tls_ca=files.ca))
+    told = refused_at_once(served.address, tls=True, tls_ca=files.ca)
+    assert "certificate verify failed: " in told
+    assert told.endswith("; --tls-ca FILE (Config.tls_ca) says which authority the server's certificate comes from")
+
+
+def test_a_client_does_not_talk_to_another_host(serve: Serve, files: Files) -> None:
+    served = serve("Plain", "--tls-cert", files.server, bind="127.0.0.2:0")
+    told = refused_at_once(served.address, tls=True, tls_ca=files.ca)
+    assert "IP address mismatch" in told
+    assert told.endswith("; call the server by a name that its certificate has")
 
 
 def test_with_and_without_tls_do_not_understand_each_other(serve: Serve, files: Files) -> None:
     with_tls, without = serve("Plain", "--tls-cert", files.server), serve("Plain")
-    with pytest.raises(aipod.Unreachable):
+    with pytest.raises(aipod.Unreachable, match="perhaps the server wants TLS"):
         echo(with_tls, b"x", Config(attempts=1))
-    with pytest.raises(aipod.Unreachable):
-        echo(without, b"x", config(tls_ca=files.ca))
+    told = refused_at_once(without.address, tls=True, tls_ca=files.ca)
+    assert told.endswith("the server speaks no TLS: leave out --tls (Config.tls)")
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n<html>", "the server speaks HTTP/1, and no HTTP/2 without TLS: add --tls"),
+        (b"\x15\x03\x01\0\x02\x02\x46" + bytes(20), "the server speaks TLS, and no HTTP/2 without it: add --tls"),
+    ],
+)
+def test_what_is_no_grpc_is_told_by_its_first_bytes(answer: bytes, told: str) -> None:
+    """As nginx and OpenSSL answer on a port for TLS. Mutant seen: nobody looks at them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+
+        def serve() -> None:
+            with listener.accept()[0] as sock:
+                sock.sendall(answer)
+                while sock.recv(4096):
+                    pass
+
+        done = threads.submit(serve)
+        assert told in refused_at_once(f"127.0.0.1:{listener.getsockname()[1]}")
+        done.result()
+
+
+def test_a_server_says_what_it_misses(files: Files, strange: Files) -> None:
+    """By an alert, which Python's own servers do not send. Mutant seen: nobody asks why the connection was lost."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files.ca)
+    context.load_cert_chain(files.server)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(["h2"])
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+
+        def handshake(sock: socket.socket, arrived: ssl.MemoryBIO, to_send: ssl.MemoryBIO) -> None:
+            tls = context.wrap_bio(arrived, to_send, server_side=True)
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+                sock.sendall(to_send.read())
+                arrived.write(sock.recv(65536))
+
+        def serve() -> None:
+            with listener.accept()[0] as sock:
+                to_send = ssl.MemoryBIO()
+                with pytest.raises(ssl.SSLError):
+                    handshake(sock, ssl.MemoryBIO(), to_send)
+                sock.sendall(to_send.read())
+                while sock.recv(65536):
+                    pass
+
+        for own, said in (("", "certificate required"), (strange.client, "unknown ca")):
+            done = threads.submit(serve)
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            told = refused_at_once(address, tls=True, tls_ca=files.ca, tls_cert=own)
+            assert f"wants a certificate that it can verify, and says: {said}; --tls-cert FILE" in told
+            done.result()
 
 
 def test_a_client_that_does_not_choose_h2_is_dropped(serve: Serve, files: Files) -> None:

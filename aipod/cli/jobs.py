@@ -12,7 +12,7 @@ import click
 
 from aipod.cli import end_on_signals, plain, run_async
 from aipod.cli.options import Server, server_options, take_server, timeout_option
-from aipod.cli.progress import amount, silence
+from aipod.cli.progress import Progress, amount, silence
 from aipod.client import Client
 
 HEADINGS = ("ID", "METHOD", "VERSION", "PHASE", "PROGRESS", "MESSAGE")
@@ -43,10 +43,13 @@ def jobs(as_json: bool, timeout: float, **options: Any) -> None:
 
 
 async def _ask(server: Server, timeout: float) -> list[dict[str, Any]]:
-    async with Client(server.to, config=server.config) as client:
-        metadata = [*server.metadata, ("x-func-name", "aipod.jobs")]
-        listed: list[dict[str, Any]] = await client.chaos(metadata=metadata, timeout=timeout)
-        return listed
+    with Progress(sys.stderr) as progress:
+        async with Client(server.to, config=server.config) as client:
+            metadata = [*server.metadata, ("x-func-name", "aipod.jobs")]
+            listed: list[dict[str, Any]] = await client.chaos(
+                metadata=metadata, timeout=timeout, on_event=progress.show
+            )
+            return listed
 
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:

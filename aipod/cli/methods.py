@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import click
 
 from aipod.cli import end_on_signals, plain, run_async
 from aipod.cli.options import Server, server_options, take_server, timeout_option
+from aipod.cli.progress import Progress
 from aipod.client import Client
 
 
@@ -30,10 +32,11 @@ def methods(as_json: bool, timeout: float, **options: Any) -> None:
 
 
 async def _ask(server: Server, timeout: float) -> dict[str, Any]:
-    async with Client(server.to, config=server.config) as client:
-        metadata = [*server.metadata, ("x-func-name", "aipod.methods")]
-        told: dict[str, Any] = await client.chaos(metadata=metadata, timeout=timeout)
-        return told
+    with Progress(sys.stderr) as progress:
+        async with Client(server.to, config=server.config) as client:
+            metadata = [*server.metadata, ("x-func-name", "aipod.methods")]
+            told: dict[str, Any] = await client.chaos(metadata=metadata, timeout=timeout, on_event=progress.show)
+            return told
 
 
 def _notes(method: dict[str, Any]) -> list[str]:

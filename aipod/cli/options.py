@@ -96,7 +96,7 @@ def server_options(*more: str) -> Callable[[Callable[..., Any]], Callable[..., A
     """A decorator that adds what says which server is called and how, and the fields `more`; see `take_server`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        function = config_options((*_CONNECTION, *more))(function)
+        function = config_options((*_CONNECTION, *more), text="client")(function)
         return to_option(upstream_option(token_option(meta_option(function))))
 
     return decorate
@@ -160,14 +160,14 @@ def split_pair(pair: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-def config_options(names: Sequence[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that adds an option for each named field of `Config`, and --config."""
+def config_options(names: Sequence[str], text: str = "help") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds an option for each named field of `Config`, and --config. `text`: which help they have."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     hints = typing.get_type_hints(Config)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
-            function = _option(fields[name], hints[name])(function)
+            function = _option(fields[name], hints[name], text)(function)
         return click.option(
             "--config",
             envvar="AIPOD_CONFIG",
@@ -181,17 +181,19 @@ def config_options(names: Sequence[str]) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
-def _option(field: dataclasses.Field[Any], kind: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _option(field: dataclasses.Field[Any], kind: Any, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     flag = "--" + field.name.replace("_", "-")
     default = getattr(_DEFAULTS, field.name)
     default = ", ".join(default) if isinstance(default, tuple) else default
-    told = f" [{_show(field.name, default, kind)}]" if default not in ("", False) else ""
+    told = f" [{_show(field.name, default, kind)}]" if default not in ("", False) and kind is not bool else ""
     # No default of click's own: a value that was not given must not hide the one in the file.
     common: dict[str, Any] = {
         "envvar": f"AIPOD_{field.name.upper()}",
         "default": None,
-        "help": field.metadata["help"].removesuffix(".") + told,
+        "help": field.metadata[text].removesuffix(".") + told,
     }
+    if kind is bool and default:
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", **common)
     if kind is bool:
         return click.option(flag, is_flag=True, **common)
     if typing.get_origin(kind) is tuple:

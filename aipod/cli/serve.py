@@ -35,7 +35,7 @@ OPTIONS = (
     "tls_ca", "max_connections", "max_streams", "stream_window", "max_window", "connection_window", "max_frame",
     "max_headers", "max_fields", "frame_rate", "reset_burst", "reset_rate", "handshake_timeout", "max_age",
     "max_age_grace", "max_idle", "ping_interval", "ping_timeout", "send_stall", "level", "tracebacks", "max_spool",
-    "metrics", "log_format",
+    "metrics", "log_format", "reflection",
 )  # fmt: skip
 
 

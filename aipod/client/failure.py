@@ -1,5 +1,6 @@
 """What went wrong with one attempt, and what follows from it: the table of the retry policy, without I/O.
 
+certificate that cannot be verified, no TLS where there should be, before any word of the job  stop
 connection lost, silence, status OK without an outcome, INTERNAL, UNAVAILABLE, UNKNOWN, CANCELLED or
 DEADLINE_EXCEEDED without our details (a proxy's words for a lost connection)          connect again
 OFFSET_MISMATCH, UPLOAD_STALLED, TRUNCATED                                             connect again
@@ -29,6 +30,7 @@ from aipod.codec import spool_name
 from aipod.errors import DOMAIN, TOLD, AipodError, JobFailed, JobLost, Refused, Unreachable, job_failed, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
+from aipod.transport.tls import Disagreement
 from aipod.wire.ai import Op, Phase, State
 
 # Seconds for which a job is looked for that the servers who answer do not have, though nobody of another spool may.
@@ -138,6 +140,9 @@ def _decide(exc: BaseException, known: Known) -> Decision | None:
         return dataclasses.replace(_lost(exc, known), untouched=True)
     if isinstance(exc, GRPCError) and not isinstance(exc, BadMessage):
         return _of_status(exc, known)
+    # Not of a job that is known somewhere: its server's certificate may have expired, and be renewed.
+    if isinstance(exc, Disagreement) and known.sent_to is None and known.phase == Phase.NONE:
+        return dataclasses.replace(_lost(exc, known), action=Action.STOP)
     # OSError: also TimeoutError and ssl.SSLError; GRPCError: what arrived cannot be read.
     if isinstance(exc, OSError | StreamTerminatedError | ProtocolError | NoAnswer | GRPCError):
         return _lost(exc, known)
@@ -169,7 +174,10 @@ def gone(known: Known, text: str) -> JobLost | Unreachable:
     if known.sent_to is None and known.op != Op.ATTACH:
         return Unreachable(f"no lasting connection to {known.target}: {text}")
     if known.op == Op.ATTACH and known.phase == Phase.NONE:
-        return _lost_job(f"no lasting connection to {known.target}, so nothing is known of the job", text)
+        return JobLost(
+            f"no lasting connection to {known.target}: {text}; nothing is known of the job. Where it is, it goes on, "
+            "and its ticket finds it there"
+        )
     return _lost_job(f"the connection to {known.target} was lost and the job was not found again", text)
 
 

@@ -148,7 +148,7 @@ class AI:
             # Before the initial metadata, with which a stock client commits itself: its retry policy may yet find
             # another server (gRFC A6).
             try:
-                self._identities.identify(call.headers.get("authorization", ""), call.certificate)
+                self._identities.identify(call.authorization, call.certificate)
                 first = await self._first(call, ongoing)
                 if is_plain(first) and not is_builtin(rpc, call.headers.get("x-func-name", "")):
                     raise Refusals.draining()
@@ -180,7 +180,7 @@ class AI:
         trailers: dict[str, str],
         ongoing: Ongoing,
     ) -> None:
-        caller = self._identities.identify(call.headers.get("authorization", ""), call.certificate)
+        caller = self._identities.identify(call.authorization, call.certificate)
         call.caller = caller.name
         viewer = Viewer(writer, self._config.tick, self._metrics.late)
         timeout, scope = call.timeout, ongoing.scope
@@ -294,14 +294,14 @@ class AI:
     ) -> None:
         """Watch the job, `found` or looked for; bring its payload where it is this call's to bring; send its answer."""
         call.job_id = job_id
-        if request is None:
-            await self._jobs.check_owner(job_id, caller)
         if open_.released:
             released = [codec.job_id(ticket) for ticket in open_.released]
             if open_.op == Op.RELEASE:  # its own may be among them: it is not kept for longer than the others then
                 await self._forgetter.release(released, caller)
             else:
                 self._nursery.start_soon(self._forgetter.release, released, caller)
+        if request is None:
+            await self._jobs.check_owner(job_id, caller)
         if open_.op in (Op.CANCEL, Op.RELEASE):
             told = await self._jobs.end(job_id, release=open_.op == Op.RELEASE)
             await writer.send(Raw(data=PONG, state=told.state()))

@@ -146,9 +146,13 @@ class Jobs:
             return told
 
     async def check_owner(self, job_id: str, caller: Caller) -> None:
-        """Raises `Refused(PERMISSION_DENIED)` for another name's job. This is a trio-flavored async function."""
+        """Raises `Refused` for another name's job (PERMISSION_DENIED), and for one that is not there: it may be
+        another name's the next moment. This is a trio-flavored async function.
+        """
         if caller.name:
             fields, _, _ = await trio.to_thread.run_sync(self._read, self._spool.look(job_id))
+            if not fields:
+                raise self.refusals.not_found()
             caller.check_owner(fields)
 
     async def follow(self, told: Told) -> None:

@@ -42,6 +42,11 @@ class Call:
         }
 
     @property
+    def authorization(self) -> str:
+        """The header of that name. One that comes twice is joined, as HTTP has it, and no token any more."""
+        return ", ".join(str(value) for name, value in (self._stream.metadata or {}).items() if name == "authorization")
+
+    @property
     def certificate(self) -> Mapping[str, Any] | None:
         """The caller's, which its connection has verified; None without mTLS."""
         return peer_certificate(self._stream)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
+import ssl
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -19,7 +21,9 @@ from aipod.config import Config
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.protocol import H2Protocol, configuration
 from aipod.transport.stream import H2Stream, StreamRefused
-from aipod.transport.tls import client_context
+from aipod.transport.tls import Followed, TLSError, client_context, disagreement
+
+log = logging.getLogger("aipod.transport")
 
 # What sending raises once the call is over; what is received tells why.
 CALL_OVER = (StreamTerminatedError, ProtocolError, H2ProtocolError, asyncio.TimeoutError)
@@ -48,6 +52,7 @@ class Channel(grpclib.client.Channel):
         grpc = configuration(config)
         if path is not None:  # with TLS the other end of a unix socket is "localhost", as for gRPC's C core
             grpc = dataclasses.replace(grpc, ssl_target_name_override="localhost")
+        self._tls = Followed(client_context, config)
         super().__init__(
             host,
             port,
@@ -55,7 +60,7 @@ class Channel(grpclib.client.Channel):
             codec=Codec(config),
             status_details_codec=_Details(),
             config=grpc,
-            ssl=client_context(config),
+            ssl=self._tls.context,
         )
         self._settings = config
         self._closed = False
@@ -90,6 +95,29 @@ class Channel(grpclib.client.Channel):
     async def _create_connection(self) -> Any:
         if self._closed:
             raise StreamTerminatedError("the client was closed")
+        try:
+            self._tls.renew()
+        except TLSError as exc:
+            log.warning("the files of TLS have changed, and %s; what was read before stays", exc.message)
+        try:
+            protocol = await self._connect()
+        except ssl.SSLError as exc:
+            raise disagreement(exc) or exc from None
+        if not protocol.connection.alive:
+            perhaps = (
+                "the server wants TLS, or a certificate, or has as many connections as it takes (--max-connections)"
+                if self._tls.context is None
+                else "the server wants a certificate that it can verify (--tls-cert)"  # or it is leaving
+            )
+            raise disagreement(protocol.lost, protocol.instead) or ConnectionResetError(
+                f"the connection was closed before a word of HTTP/2; perhaps {perhaps}"
+            )
+        if self._closed:
+            protocol.processor.close("closed while it was connecting")
+            raise StreamTerminatedError("the client was closed")
+        return protocol
+
+    async def _connect(self) -> H2Protocol:
         async with asyncio.timeout(self._settings.connect_timeout):
             protocol = self._latest = cast(H2Protocol, await super()._create_connection())
             # A request goes to nobody but a server that has said so: else it would not be known whether it was seen.
@@ -98,14 +126,6 @@ class Channel(grpclib.client.Channel):
             except BaseException:
                 protocol.connection.abort("no HTTP/2 SETTINGS in time")
                 raise
-        if not protocol.connection.alive:
-            raise ConnectionResetError(
-                "the connection was closed before a word of HTTP/2; perhaps the server wants TLS, or a certificate, or "
-                "has as many connections as it takes (--max-connections)"
-            )
-        if self._closed:
-            protocol.processor.close("closed while it was connecting")
-            raise StreamTerminatedError("the client was closed")
         return protocol
 
     def close(self) -> None:

@@ -85,7 +85,7 @@ class Inbox:
         self._inflating = inflating
         self.encoding = "identity"  # the peer's grpc-encoding
         self.ended = False
-        self._limit = limit
+        self.limit = limit
         self._prefix = bytearray()
         self._begun = False  # a message is under way, and its prefix is complete
         self._flag = 0
@@ -137,8 +137,8 @@ class Inbox:
     def _begin(self) -> None:
         self._flag, self._missing = _PREFIX.unpack(self._prefix)
         self._prefix.clear()
-        if self._missing > self._limit:
-            text = f"a message of {self._missing} bytes; the limit is {self._limit}"
+        if self._missing > self.limit:
+            text = f"a message of {self._missing} bytes; the limit is {self.limit}"
             self._refuse(BadMessage(Status.RESOURCE_EXHAUSTED, text))
         elif self._flag > 1 or (self._flag == 1 and self.encoding not in _WBITS):
             text = f"a message with flag {self._flag} where grpc-encoding is {self.encoding}"
@@ -264,8 +264,8 @@ class Inbox:
         try:
             for start in range(0, len(body), _STEP):
                 before = len(out)
-                out += decoder.decompress(body[start : start + _STEP], self._limit + 1 - before)
-                if decoder.eof or len(out) > self._limit:
+                out += decoder.decompress(body[start : start + _STEP], self.limit + 1 - before)
+                if decoder.eof or len(out) > self.limit:
                     break
                 spent += len(out) - before + _PER_COMPRESSED * _STEP
                 if spent > MIB:
@@ -274,8 +274,8 @@ class Inbox:
         except zlib.error as exc:
             problem = BadMessage(Status.INTERNAL, f"a message that is not {self.encoding}: {exc}")
         else:
-            if len(out) > self._limit:
-                text = f"a message over the limit of {self._limit} bytes after decompression"
+            if len(out) > self.limit:
+                text = f"a message over the limit of {self.limit} bytes after decompression"
                 problem = BadMessage(Status.RESOURCE_EXHAUSTED, text)
             elif decoder.eof:
                 return memoryview(out)

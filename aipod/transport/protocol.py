@@ -151,6 +151,8 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self._choked = False  # not read from: too much waits to be written
         self.greeted = asyncio.Event()  # the peer's SETTINGS have come; or nothing more will
         self.ended = asyncio.Event()  # the socket is closed
+        self.lost: BaseException | None = None  # why it was
+        self.instead = b""  # what the peer began with in the place of HTTP/2
         self._watch: asyncio.TimerHandle | None = None
         self.last_busy = time.monotonic()  # when there was a stream, as far as is known
         self._measuring = False  # a PING that measures a round trip is under way
@@ -227,6 +229,8 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
             self.processor.wake_senders()
             self.connection.flush()
         except ProtocolError as exc:
+            if not self.greeted.is_set():
+                self.instead = bytes(view[:5])
             log.info("protocol error: %s", exc)
             self._end(exc.error_code)
         except Exception:
@@ -424,6 +428,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
             if timer is not None:
                 timer.cancel()
         self._reader.closed = True
+        self.lost = exc
         self.greeted.set()
         self.ended.set()
         super().connection_lost(exc)

@@ -26,7 +26,7 @@ from grpclib.metadata import decode_metadata, encode_grpc_message
 from h2.errors import ErrorCodes
 from h2.exceptions import StreamClosedError
 
-from aipod.config import Config
+from aipod.config import KIB, Config
 from aipod.metrics import Metrics
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
@@ -34,7 +34,7 @@ from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_
 from aipod.transport.protocol import FAREWELL, REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.sockets import BACKLOG
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
-from aipod.transport.tls import server_context
+from aipod.transport.tls import Followed, TLSError, server_context
 
 log = logging.getLogger("aipod.transport")
 
@@ -42,12 +42,17 @@ log = logging.getLogger("aipod.transport")
 # moment would push each other out.
 _SETTLING = 1.0
 
+# Seconds between two looks at the files of TLS.
+TLS_LOOK = 2.0
+
 # gRPC's own services, health and reflection: nobody needs a token for them, so a stream of theirs is no call for which
-# a connection could keep others out.
+# a connection could keep others out; nor is a call of somebody who is not known.
 _FOR_ANYBODY = "/grpc."
 # Their streams at once per connection. Nothing ends a Health/Watch, which is 20 KB for 74 bytes from anybody: as many
 # as calls, 1000, made 20 MB of each connection. Who watches opens one for each name; there are seven.
 MAX_FOR_ANYBODY = 16
+# The longest message of theirs: a name. A thousand connections with so many streams have 64 MB of them.
+MAX_ASKED = 4 * KIB
 
 # As metrics call them.
 _KINDS = {
@@ -127,9 +132,9 @@ class Handler(grpclib.server.Handler):
         stream.was_on_its_way = self.protocol.leaving
         if for_anybody:
             self._for_anybody.add(stream)
-        else:
-            stream.is_call = True
-            self.protocol.last_call = time.monotonic()
+            stream.inbox.limit = MAX_ASKED
+        else:  # what nobody is known by, the service refuses
+            stream.is_call = self._server.knows(seen.get("authorization", ""))
         stream.inbox.encoding = seen.get("grpc-encoding", "identity")
         stream.timeout = parse_timeout(seen["grpc-timeout"]) if "grpc-timeout" in seen else None
         if isinstance(handler, TrioHandler):
@@ -244,9 +249,13 @@ class Server(grpclib.server.Server):
         config: Config,
         spawner: Spawner | None = None,
         metrics: Metrics | None = None,
+        *,
+        knows: Callable[[str], bool] = lambda authorization: True,
     ) -> None:
+        """Reads the files of TLS. Raises TLSError. `knows` says whether a call with this header is somebody's."""
         super().__init__(services, codec=Codec(config), status_details_codec=ProtoStatusDetailsCodec())
         self.spawner = spawner
+        self.knows = knows
         self.settings = config
         self.metrics = metrics or Metrics()
         for path, handler in self._mapping.items():
@@ -254,19 +263,15 @@ class Server(grpclib.server.Server):
         self.protocols: set[ServerProtocol] = set()
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
         self._listeners: dict[socket.socket, asyncio.AbstractServer] = {}
-        self._tls: dict[str, Any] = {}
         self._taking: set[asyncio.Task[None]] = set()  # connections that were accepted last, until they are made
         self._stopped = False
+        self._tls = Followed(server_context, config)
+        self.authorities = 0  # how often those that clients' certificates must come from have changed
 
     async def listen(self, sockets: Sequence[socket.socket]) -> None:
-        """Accept connections on listening sockets, with TLS where the settings say so. The sockets stay the caller's.
-
-        Raises TLSError.
-        """
-        if (context := server_context(self.settings)) is not None:
-            self._tls = {"ssl": context, "ssl_handshake_timeout": self.settings.handshake_timeout}
+        """Accept connections on listening sockets, with TLS where the settings say so; they stay the caller's."""
         for sock in sockets:
-            is_unix, options = sock.family == socket.AF_UNIX, dict(self._tls)
+            is_unix, options = sock.family == socket.AF_UNIX, dict(self._tls_options)
             if is_unix and sys.version_info >= (3, 13):
                 options["cleanup_socket"] = False  # its file belongs to who has made it
             create = self._loop.create_unix_server if is_unix else self._loop.create_server
@@ -274,6 +279,38 @@ class Server(grpclib.server.Server):
             # and it goes on after an error: a thousand times where there is no descriptor left.
             self._listeners[sock] = await create(self._protocol_factory, sock=sock.dup(), backlog=1, **options)
             sock.listen(BACKLOG)
+
+    @property
+    def _tls_options(self) -> dict[str, Any]:
+        """What a loop wants to know for each connection."""
+        if self._tls.context is None:
+            return {}
+        return {"ssl": self._tls.context, "ssl_handshake_timeout": self.settings.handshake_timeout}
+
+    async def watch_tls(self) -> None:
+        """Have new connections see certificate, key and authorities as they are on the disk, within `TLS_LOOK` seconds.
+
+        Connections that there are keep theirs. But where the authorities have changed they are told to go (GOAWAY):
+        calls under way finish, and the next one needs a certificate of the new ones. Files that cannot be used are an
+        error in the log, once, and what was read before stays. This is a trio-flavored function; it never returns.
+        """
+        said = ""
+        while True:
+            await trio.sleep(TLS_LOOK if self._tls.context is not None else math.inf)
+            try:
+                new_authorities = await trio.to_thread.run_sync(self._tls.renew)
+            except TLSError as exc:
+                if exc.message != said:
+                    log.error("the files of TLS have changed, and %s; what was read before stays", exc.message)
+                said = exc.message
+                continue
+            if new_authorities is not None:
+                said = ""
+                log.info("the files of TLS have changed and are read again")
+            if new_authorities:
+                self.authorities += 1
+                for protocol in list(self.protocols):
+                    protocol.drain()
 
     def _protocol_factory(self, *, leaving: bool = False) -> H2Protocol:
         if self._stopped:  # accepted in the moment in which its listener was closed: asyncio would stumble over it
@@ -302,7 +339,8 @@ class Server(grpclib.server.Server):
         """End the connection that has been idle longest, or whose handshake has; False where none has been for long."""
         settled = time.monotonic() - _SETTLING
         quiet = [protocol for protocol in (*self.protocols, *self._arriving) if protocol.last_call < settled]
-        for protocol in sorted(quiet, key=lambda protocol: protocol.last_call):
+        # First those that nobody who is known has ever called on.
+        for protocol in sorted(quiet, key=lambda protocol: (protocol.answered > -math.inf, protocol.last_call)):
             if protocol in self._arriving:
                 self._arriving.pop(protocol).cancel()
                 return True
@@ -344,7 +382,7 @@ class Server(grpclib.server.Server):
         factory = functools.partial(self._protocol_factory, leaving=True)
         try:
             sock.setblocking(False)
-            await self._loop.connect_accepted_socket(factory, sock, **self._tls)
+            await self._loop.connect_accepted_socket(factory, sock, **self._tls_options)
         except OSError as exc:
             log.info("a connection that waited to be accepted was lost: %s", exc)
             sock.close()
@@ -370,7 +408,8 @@ class ServerProtocol(H2Protocol):
     def __init__(self, handler: Handler, server: Server) -> None:
         super().__init__(handler, server.settings, client=False)
         self._server = server
-        self.last_call = time.monotonic()  # when there was one; until then, when the connection was accepted
+        self._authorities = server.authorities
+        self.last_call = time.monotonic()  # when one ended; until then, when the connection was accepted
         self.answered = -math.inf  # when its last call ended
         self.leaving = False  # its peer is told, or about to be, that it is to go
 
@@ -395,6 +434,8 @@ class ServerProtocol(H2Protocol):
         self._server.protocols.add(self)
         if self.leaving:
             self._say_farewell()
+        if self._authorities != self._server.authorities:  # its handshake began under those of before
+            self.drain()
 
     def leave(self) -> None:
         """Tell the peer to go elsewhere, so that nothing is lost that it sends meanwhile (RFC 9113 section 6.8).
@@ -436,6 +477,11 @@ def request_timeout(stream: grpclib.server.Stream[Any, Any]) -> float | None:
 def was_on_its_way(stream: grpclib.server.Stream[Any, Any]) -> bool:
     """Whether a call of a connection that was told to go came before its peer had heard of that."""
     return cast(H2Stream, stream._stream).was_on_its_way
+
+
+def request_is_complete(stream: grpclib.server.Stream[Any, Any]) -> None:
+    """The method has the one message that there is to be: what else comes is dropped."""
+    cast(H2Stream, stream._stream).inbox.close()
 
 
 def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] | None:
