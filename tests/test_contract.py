@@ -105,6 +105,7 @@ ATTRIBUTES: list[tuple[Any, str, Any]] = [
     (base.Connection, "_close_by_ping_handler", None),
     (base.Connection, "_ping_handle", None),
     (grpclib.client.Channel, "_protocol", None),
+    (grpclib.utils.Wrapper, "_error", None),
     (grpclib.client.Handler, "connection_lost", False),
     (grpclib.client.Stream, "_send_request_done", False),
     (grpclib.client.Stream, "_end_done", False),

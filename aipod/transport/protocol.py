@@ -44,6 +44,7 @@ from aipod.transport.frames import (
 )
 from aipod.transport.limits import Bucket
 from aipod.transport.stream import RECEIVING, H2Stream
+from aipod.transport.wakes import Wakes
 
 log = logging.getLogger("aipod.transport")
 
@@ -133,12 +134,13 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
     processor: Processor
     transport: asyncio.Transport
 
-    def __init__(self, handler: base.AbstractHandler, config: Config, *, client: bool) -> None:
+    def __init__(self, handler: base.AbstractHandler, config: Config, wakes: Wakes, *, client: bool) -> None:
         grpc = configuration(config)
         super().__init__(
             handler, grpc.__for_client__() if client else grpc.__for_server__(), h2_configuration(client=client)
         )
         self.settings = config
+        self._wakes = wakes
         self._rest = b""  # the beginning of a frame; more where the reader is held
         self._small = 0  # DATA frames that were small
         self._read_size = _READ_FRAMES
@@ -163,7 +165,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         client = self.h2_config.client_side
         self.h2 = self._open_h2(client)
         self.connection = H2Connection(
-            self.h2, self.transport, config=self.config, settings=self.settings, client=client
+            self.h2, self.transport, self._wakes, config=self.config, settings=self.settings, client=client
         )
         self.connection.flush()
         self.connection.initialize()

@@ -32,6 +32,7 @@ from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_
 from aipod.transport.protocol import REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import server_context
+from aipod.transport.wakes import Wakes
 
 log = logging.getLogger("aipod.transport")
 
@@ -189,8 +190,12 @@ class Handler(grpclib.server.Handler):
     def cancel(self, stream: Any) -> None:
         task = self._tasks.pop(stream, None)
         if task is not None:
-            task.cancel()
             self._cancelled.add(task)
+            stream.connection.wakes.add(task.cancel)
+
+    def close(self) -> None:
+        """Nothing but a mark: the connection's end cancels its streams one by one (`Processor.close`)."""
+        self.closing = True
 
 
 def _nothing() -> None:
@@ -225,6 +230,7 @@ class Server(grpclib.server.Server):
         super().__init__(services, codec=Codec(config), status_details_codec=ProtoStatusDetailsCodec())
         self.spawner = spawner
         self.settings = config
+        self.wakes = Wakes()
         self.protocols: set[ServerProtocol] = set()
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
         self._listeners: list[asyncio.AbstractServer] = []
@@ -288,7 +294,8 @@ class Server(grpclib.server.Server):
             protocol.drain()
 
     def abort(self) -> None:
-        """Cancel what still runs and drop every connection."""
+        """Cancel what still runs, all of it now, and drop every connection."""
+        self.wakes.hurry()
         for protocol in list(self.protocols):
             protocol.processor.close("the server is gone")
             protocol.transport.abort()
@@ -298,7 +305,7 @@ class ServerProtocol(H2Protocol):
     """A connection that its server knows."""
 
     def __init__(self, handler: Handler, server: Server) -> None:
-        super().__init__(handler, server.settings, client=False)
+        super().__init__(handler, server.settings, server.wakes, client=False)
         self._server = server
         self.last_call = time.monotonic()  # when there was one; until then, when the connection was accepted
         self.answered = -math.inf  # when its last call ended

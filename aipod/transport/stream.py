@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import struct
 import time
 from collections.abc import Sequence
@@ -87,7 +88,12 @@ class H2Stream(base.Stream):
             raise StreamRefused("the server takes no calls on this connection")
         try:
             release = await super().send_request(headers, end_stream, _processor=_processor)
-        except ProtocolError as exc:
+        except BaseException as exc:
+            h2 = self._h2_connection
+            if h2.open_outbound_streams < h2.remote_settings.max_concurrent_streams:
+                self.connection.places.set()  # the place for which it was called is the next one's
+            if not isinstance(exc, ProtocolError):
+                raise
             raise StreamRefused(f"the connection takes no more calls: {exc}") from None
         if not self.connection.alive:  # it ended while this stream waited to be opened
             release()
@@ -263,8 +269,8 @@ class H2Stream(base.Stream):
     def __terminated__(self, reason: str) -> None:
         if self.connection.client and self.inbox.ended:
             self.finish()  # a proxy that drains closes the connection right behind its last response
-        elif not self.refused:
-            super().__terminated__(reason)
+        else:
+            self._fail(StreamTerminatedError(reason))
 
     def finish(self) -> None:
         """Client: nothing more is sent; the response has arrived whole and can still be read."""
@@ -276,5 +282,10 @@ class H2Stream(base.Stream):
     def refuse(self, why: str) -> None:
         """Client: end the call as one that was not processed, whatever becomes of the connection."""
         self.refused = True
-        if self.wrapper is not None:
-            self.wrapper.cancel(StreamRefused(why))
+        self._fail(StreamRefused(why))
+
+    def _fail(self, error: StreamTerminatedError) -> None:
+        """End the call with `error`, unless it has one already, whatever it is doing."""
+        if self.wrapper is not None and self.wrapper._error is None:
+            self.wrapper._error = error  # if it goes on before it is woken, that ends it as well
+            self.connection.wakes.add(functools.partial(self.wrapper.cancel, error))
