@@ -1,7 +1,5 @@
 """What a connection does between its streams and its socket, either side.
 
-H2            a graceful GOAWAY lets open streams finish (h2 would forbid every later send); what a peer says in
-              SETTINGS makes nothing grow
 H2Connection  writes in turns; aborts instead of closing a dead peer (close() waits for a write buffer that nobody
               reads)
 Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_STREAM(NO_ERROR) after a complete
@@ -11,6 +9,7 @@ Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
 import time
@@ -20,9 +19,6 @@ from typing import Any, cast
 import grpclib.protocol as base
 from grpclib.config import Configuration
 from grpclib.exceptions import StreamTerminatedError
-from h2.config import H2Configuration
-from h2.connection import AllowedStreamIDs
-from h2.connection import H2Connection as BaseH2
 from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
@@ -34,13 +30,12 @@ from h2.events import (
     TrailersReceived,
     WindowUpdated,
 )
-from h2.exceptions import NoAvailableStreamIDError, ProtocolError
-from h2.settings import SettingCodes
-from h2.stream import H2Stream as BaseH2Stream
-from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
+from h2.exceptions import ProtocolError
+from hyperframe.frame import GoAwayFrame
 
 from aipod.config import KIB, MIB, Config
 from aipod.transport.headers import Headers, apart, response_is_readable, trailers_are_readable
+from aipod.transport.http2 import H2
 from aipod.transport.limits import Bucket
 from aipod.transport.socket import Socket
 from aipod.transport.stream import SMALL, H2Stream
@@ -54,59 +49,6 @@ log = logging.getLogger("aipod.transport")
 WRITE_BUFFER = 1 * MIB
 # Where asyncio pauses those who write.
 _HIGH_WATER = 64 * KIB
-# What h2 does something with; it would keep any other one for ever, and go through all of them at every SETTINGS.
-_SETTINGS = frozenset(SettingCodes)
-# Bytes of headers that are kept so that they need not be sent again: HPACK's default, whatever more the peer allows.
-_HEADER_TABLE = 4 * KIB
-
-
-class H2(BaseH2):
-    """h2's connection, which survives a GOAWAY."""
-
-    # Of how many streams it is known how they ended: DATA that was on its way when one was reset is no error. More than
-    # end in a round trip; h2's own number lets each connection keep 11 MiB.
-    MAX_CLOSED_STREAMS = 8192
-    told_to_go = False  # by GOAWAY, and the peer would ignore a new stream (RFC 9113 section 6.8); or by the end
-
-    def __init__(self, config: H2Configuration) -> None:
-        super().__init__(config=config)
-        self._frame_dispatch_table[GoAwayFrame] = self._receive_goaway
-
-    def get_next_available_stream_id(self) -> int:
-        if self.told_to_go:
-            raise NoAvailableStreamIDError("the peer has sent GOAWAY, or the connection has ended")
-        return super().get_next_available_stream_id()
-
-    def _begin_new_stream(self, stream_id: int, allowed_ids: AllowedStreamIDs) -> BaseH2Stream:
-        stream = super()._begin_new_stream(stream_id, allowed_ids)
-        # For a content-length that is wrong h2 ends the connection; the server looks at it, and ends the stream.
-        vars(stream)["_initialize_content_length"] = _nothing
-        return stream
-
-    def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
-        said = {code: value for code, value in frame.settings.items() if code in _SETTINGS}
-        table = min(said.pop(SettingCodes.HEADER_TABLE_SIZE, self.encoder.header_table_size), _HEADER_TABLE)
-        if table != self.encoder.header_table_size:  # the same again would make hpack forget to say it
-            said[SettingCodes.HEADER_TABLE_SIZE] = table
-        frame.settings = said
-        received = super()._receive_settings_frame(frame)
-        changes = self.encoder.table_size_changes
-        if len(changes) > 2:  # the smallest and the last are what has to be said (RFC 7541 section 4.2)
-            changes[:] = [min(changes), changes[-1]]
-        return received
-
-    @staticmethod
-    def _receive_goaway(frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
-        event = ConnectionTerminated()
-        known = {int(code) for code in ErrorCodes}
-        event.error_code = ErrorCodes(frame.error_code) if frame.error_code in known else frame.error_code
-        event.last_stream_id = frame.last_stream_id
-        event.additional_data = frame.additional_data or None
-        return [], [event]
-
-
-def _nothing(_: object) -> None:
-    """Stands in for what h2 would do."""
 
 
 class TooManyResets(ProtocolError):
@@ -135,7 +77,6 @@ class H2Connection(base.Connection):
         self.wakes = wakes
         self.turns = Turns()
         self.places = Places()
-        self.stream_close_waiter = cast(asyncio.Event, self.places)
         self.growth = Budget(settings.connection_window)
         self.long_messages = Budget(settings.message_limit)
         self.inflating = Budget(1)
@@ -149,7 +90,8 @@ class H2Connection(base.Connection):
     def create_stream(self, *, stream_id: int | None = None, wrapper: Any = None) -> H2Stream:
         if not self.alive:  # it ended between being chosen and being used
             raise StreamTerminatedError("the connection has ended")
-        return H2Stream(self, self._connection, self._transport, stream_id=stream_id, wrapper=wrapper)
+        h2 = cast(H2, self._connection)
+        return H2Stream(self, h2, self._transport, stream_id=stream_id, wrapper=wrapper)
 
     @property
     def alive(self) -> bool:
@@ -389,15 +331,18 @@ class Processor(base.EventsProcessor):
         self.close_if_drained()
 
     def register(self, stream: base.Stream) -> Any:
-        release = super().register(stream)
+        assert stream.id is not None
+        self.streams[stream.id] = stream
+        return functools.partial(self._release, cast(H2Stream, stream))
 
-        def release_once() -> None:
-            if stream.id in self.streams:
-                cast(H2Stream, stream).inbox.close()
-                release()
-                self.close_if_drained()
-
-        return release_once
+    def _release(self, stream: H2Stream) -> None:
+        """Forget a stream; nothing the second time."""
+        assert stream.id is not None
+        if self.streams.pop(stream.id, None) is not None:
+            stream.inbox.close()
+            cast(H2, self.connection._connection).forget(stream.id)
+            self.connection.places.give()
+            self.close_if_drained()
 
     def close_if_drained(self) -> None:
         if self.draining and not self.streams and self.connection.alive:

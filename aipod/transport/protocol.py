@@ -31,7 +31,7 @@ from h2.stream import H2Stream as BaseH2Stream
 from h2.stream import StreamInputs
 
 from aipod.config import KIB, MIB, Config
-from aipod.transport.connection import H2, WRITE_BUFFER, H2Connection, Processor
+from aipod.transport.connection import WRITE_BUFFER, H2Connection, Processor
 from aipod.transport.frames import (
     HEAD,
     HEADERS,
@@ -42,6 +42,7 @@ from aipod.transport.frames import (
     Take,
     empty_data,
 )
+from aipod.transport.http2 import H2
 from aipod.transport.limits import Bucket
 from aipod.transport.stream import RECEIVING, H2Stream
 from aipod.transport.wakes import Wakes

@@ -92,7 +92,7 @@ class Handler(grpclib.server.Handler):
             reset = ErrorCodes.PROTOCOL_ERROR
         limit = self._server.settings.stream_limit
         # A stream is over for its peer before its handler is: it may open the next one.
-        many = len(streams) > limit and self.protocol.h2.open_inbound_streams > limit
+        many = len(streams) > limit and self.protocol.h2.count_inbound() > limit
         for_anybody = problem is None and seen[":path"].startswith(_FOR_ANYBODY)
         if for_anybody:
             many = many or sum(other.closable for other in self._for_anybody) >= MAX_FOR_ANYBODY

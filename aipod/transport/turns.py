@@ -113,8 +113,7 @@ class Turns:
 class Places:
     """The calls that wait to open a stream, in order: one goes on for each stream that ends.
 
-    It stands for grpclib's event, which lets all go on, and all but one wait again. Who was called and opens no stream
-    calls `set` for the next one.
+    (grpclib lets all go on, and all but one wait again.) Who was called and opens no stream gives its place on.
     """
 
     def __init__(self) -> None:
@@ -125,13 +124,10 @@ class Places:
         """How many wait."""
         return len(self._waiting)
 
-    def set(self) -> None:
-        """There is a place."""
+    def give(self) -> None:
+        """There is a place: for who waits for it, or who comes next."""
         while self._waiting and not _give(self._waiting.popleft()):
             pass
-
-    def clear(self) -> None:
-        """Nothing: a place is given to who waits for it, or taken by who comes next."""
 
     def end(self, wakes: Wakes) -> None:
         """There will be no more places: nobody waits for one any longer."""
@@ -139,7 +135,7 @@ class Places:
             wakes.add(functools.partial(_give, self._waiting.popleft()))
 
     async def wait(self) -> None:
-        """Wait for a place. Cancelled, it leaves the line; see `set`. This is an asyncio-flavored function."""
+        """Wait for a place. Cancelled, it leaves the line, or gives its place on. asyncio-flavored."""
         turn: Turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
@@ -147,6 +143,8 @@ class Places:
         except BaseException:
             if turn in self._waiting:
                 self._waiting.remove(turn)
+            elif not turn.cancelled():
+                self.give()
             raise
 
 
