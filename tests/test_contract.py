@@ -33,7 +33,7 @@ from h2.exceptions import InvalidBodyLengthError
 from hyperframe.frame import GoAwayFrame
 
 from aipod.config import Config
-from aipod.transport.connection import H2
+from aipod.transport.http2 import H2
 from aipod.transport.protocol import configuration
 from tests.conftest import ROOT, run
 
@@ -105,6 +105,7 @@ ATTRIBUTES: list[tuple[Any, str, Any]] = [
     (base.Connection, "_close_by_ping_handler", None),
     (base.Connection, "_ping_handle", None),
     (grpclib.client.Channel, "_protocol", None),
+    (grpclib.utils.Wrapper, "_error", None),
     (grpclib.client.Handler, "connection_lost", False),
     (grpclib.client.Stream, "_send_request_done", False),
     (grpclib.client.Stream, "_end_done", False),
@@ -119,7 +120,7 @@ INSTANCE = {
     "_mapping", "_codec", "_status_details_codec", "_loop", "_settings", "_frame_dispatch_table", "_timers",
     "_timer_handle_cancelled", "_connected", "_headers_buffer", "_inbound_flow_control_window_manager",
     "_inbound_window_manager", "_expected_content_length", "_main_loop_one", "_io_task", "_q_recv", "_run", "_raise",
-    "_scope",
+    "_scope", "_closed_streams",
 }  # fmt: skip
 CONFIGURATION = {field.name for field in dataclasses.fields(grpclib.config.Configuration)}
 
@@ -295,8 +296,9 @@ async def main():
         handle = loop.call_later(5, print)
         assert hasattr(handle, "cancelled"), "a timer that says whether it is cancelled"
         handle.cancel()
-for name in ("open_loop", "aio_as_trio", "allow_asyncio"):
+for name in ("open_loop", "aio_as_trio"):
     assert callable(getattr(trio_asyncio, name)), name
+assert inspect.iscoroutinefunction(trio_asyncio.TrioEventLoop.run_aio_future)
 trio.run(main)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -29,13 +29,14 @@ DOORS = {
     "h2": {
         "transport/headers.py",
         "transport/connection.py",
+        "transport/http2.py",
         "transport/frames.py",
         "transport/protocol.py",
         "transport/stream.py",
         "transport/server.py",
         "transport/channel.py",
     },
-    "hyperframe": {"transport/connection.py"},
+    "hyperframe": {"transport/connection.py", "transport/http2.py"},
     "filelock": {"spool/locks.py"},
     "grpclib.protocol": {"transport/connection.py", "transport/protocol.py", "transport/stream.py"},
 }

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from aipod.transport.turns import Turns
+from aipod.transport.wakes import Wakes
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
@@ -75,7 +76,7 @@ def test_a_sender_that_is_cancelled_and_has_not_run_since_is_passed_over(then: s
         first, second = asyncio.create_task(turns.wait(object())), asyncio.create_task(turns.wait(object()))
         await settle()
         first.cancel()
-        turns.resume() if then == "resume" else turns.end()
+        turns.resume() if then == "resume" else turns.end(Wakes())
         await asyncio.wait_for(second, 5)
         await settle()
         assert first.cancelled()
@@ -115,7 +116,7 @@ def test_the_end_of_the_connection_wakes_all() -> None:
         turns.pause()
         waiting = [asyncio.create_task(turns.wait(object())) for _ in range(3)]
         await settle()
-        turns.end()
+        turns.end(Wakes())
         await asyncio.wait_for(asyncio.gather(*waiting), 5)
         assert turns.free
 

@@ -22,6 +22,7 @@ from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.protocol import H2Protocol, configuration
 from aipod.transport.stream import H2Stream, StreamRefused
 from aipod.transport.tls import Followed, TLSError, client_context, disagreement
+from aipod.transport.wakes import Wakes
 
 log = logging.getLogger("aipod.transport")
 
@@ -67,7 +68,7 @@ class Channel(grpclib.client.Channel):
         self._latest: H2Protocol | None = None  # the newest connection, closed or not
 
     def _protocol_factory(self) -> H2Protocol:
-        return H2Protocol(grpclib.client.Handler(), self._settings, client=True)
+        return H2Protocol(grpclib.client.Handler(), self._settings, Wakes(), client=True)
 
     @property
     def _connected(self) -> bool:

@@ -1,7 +1,5 @@
 """What a connection does between its streams and its socket, either side.
 
-H2            a graceful GOAWAY lets open streams finish (h2 would forbid every later send); what a peer says in
-              SETTINGS makes nothing grow
 H2Connection  writes in turns; aborts instead of closing a dead peer (close() waits for a write buffer that nobody
               reads)
 Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_STREAM(NO_ERROR) after a complete
@@ -11,11 +9,9 @@ Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
+import functools
 import logging
 import sys
-import termios
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -23,9 +19,6 @@ from typing import Any, cast
 import grpclib.protocol as base
 from grpclib.config import Configuration
 from grpclib.exceptions import StreamTerminatedError
-from h2.config import H2Configuration
-from h2.connection import AllowedStreamIDs
-from h2.connection import H2Connection as BaseH2
 from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
@@ -37,16 +30,17 @@ from h2.events import (
     TrailersReceived,
     WindowUpdated,
 )
-from h2.exceptions import NoAvailableStreamIDError, ProtocolError
-from h2.settings import SettingCodes
-from h2.stream import H2Stream as BaseH2Stream
-from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
+from h2.exceptions import ProtocolError
+from hyperframe.frame import GoAwayFrame
 
 from aipod.config import KIB, MIB, Config
 from aipod.transport.headers import Headers, apart, response_is_readable, trailers_are_readable
+from aipod.transport.http2 import H2
 from aipod.transport.limits import Bucket
+from aipod.transport.socket import Socket
 from aipod.transport.stream import SMALL, H2Stream
-from aipod.transport.turns import Turns
+from aipod.transport.turns import Places, Turns
+from aipod.transport.wakes import Wakes
 from aipod.transport.window import Budget
 
 log = logging.getLogger("aipod.transport")
@@ -55,61 +49,6 @@ log = logging.getLogger("aipod.transport")
 WRITE_BUFFER = 1 * MIB
 # Where asyncio pauses those who write.
 _HIGH_WATER = 64 * KIB
-# Seconds that a closed connection may take to send what was written last, and its peer to close it too.
-_LINGER = 10.0
-# What h2 does something with; it would keep any other one for ever, and go through all of them at every SETTINGS.
-_SETTINGS = frozenset(SettingCodes)
-# Bytes of headers that are kept so that they need not be sent again: HPACK's default, whatever more the peer allows.
-_HEADER_TABLE = 4 * KIB
-
-
-class H2(BaseH2):
-    """h2's connection, which survives a GOAWAY."""
-
-    # Of how many streams it is known how they ended: DATA that was on its way when one was reset is no error. More than
-    # end in a round trip; h2's own number lets each connection keep 11 MiB.
-    MAX_CLOSED_STREAMS = 8192
-    told_to_go = False  # the peer has sent GOAWAY: it would ignore a new stream (RFC 9113 section 6.8)
-
-    def __init__(self, config: H2Configuration) -> None:
-        super().__init__(config=config)
-        self._frame_dispatch_table[GoAwayFrame] = self._receive_goaway
-
-    def get_next_available_stream_id(self) -> int:
-        if self.told_to_go:
-            raise NoAvailableStreamIDError("the peer has sent GOAWAY")
-        return super().get_next_available_stream_id()
-
-    def _begin_new_stream(self, stream_id: int, allowed_ids: AllowedStreamIDs) -> BaseH2Stream:
-        stream = super()._begin_new_stream(stream_id, allowed_ids)
-        # For a content-length that is wrong h2 ends the connection; the server looks at it, and ends the stream.
-        vars(stream)["_initialize_content_length"] = _nothing
-        return stream
-
-    def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
-        said = {code: value for code, value in frame.settings.items() if code in _SETTINGS}
-        table = min(said.pop(SettingCodes.HEADER_TABLE_SIZE, self.encoder.header_table_size), _HEADER_TABLE)
-        if table != self.encoder.header_table_size:  # the same again would make hpack forget to say it
-            said[SettingCodes.HEADER_TABLE_SIZE] = table
-        frame.settings = said
-        received = super()._receive_settings_frame(frame)
-        changes = self.encoder.table_size_changes
-        if len(changes) > 2:  # the smallest and the last are what has to be said (RFC 7541 section 4.2)
-            changes[:] = [min(changes), changes[-1]]
-        return received
-
-    @staticmethod
-    def _receive_goaway(frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
-        event = ConnectionTerminated()
-        known = {int(code) for code in ErrorCodes}
-        event.error_code = ErrorCodes(frame.error_code) if frame.error_code in known else frame.error_code
-        event.last_stream_id = frame.last_stream_id
-        event.additional_data = frame.additional_data or None
-        return [], [event]
-
-
-def _nothing(_: object) -> None:
-    """Stands in for what h2 would do."""
 
 
 class TooManyResets(ProtocolError):
@@ -122,13 +61,22 @@ class H2Connection(base.Connection):
     """A connection that can be aborted, and whose peer may ping as often as it likes."""
 
     def __init__(
-        self, h2: H2, transport: asyncio.Transport, *, config: Configuration, settings: Config, client: bool
+        self,
+        h2: H2,
+        transport: asyncio.Transport,
+        wakes: Wakes,
+        *,
+        config: Configuration,
+        settings: Config,
+        client: bool,
     ) -> None:
-        self._socket = _Socket(transport, lingers=not client)
+        self._socket = Socket(transport, lingers=not client)
         super().__init__(h2, cast(asyncio.Transport, self._socket), config=config)
         self.settings = settings
         self.client = client
+        self.wakes = wakes
         self.turns = Turns()
+        self.places = Places()
         self.growth = Budget(settings.connection_window)
         self.long_messages = Budget(settings.message_limit)
         self.inflating = Budget(1)
@@ -142,7 +90,8 @@ class H2Connection(base.Connection):
     def create_stream(self, *, stream_id: int | None = None, wrapper: Any = None) -> H2Stream:
         if not self.alive:  # it ended between being chosen and being used
             raise StreamTerminatedError("the connection has ended")
-        return H2Stream(self, self._connection, self._transport, stream_id=stream_id, wrapper=wrapper)
+        h2 = cast(H2, self._connection)
+        return H2Stream(self, h2, self._transport, stream_id=stream_id, wrapper=wrapper)
 
     @property
     def alive(self) -> bool:
@@ -255,13 +204,19 @@ class H2Connection(base.Connection):
             frame.last_stream_id = last_stream
             frame.error_code = int(code)
             self._transport.write(frame.serialize())
+            self._socket.write_out()  # before an abort
 
     def close(self) -> None:
         super().close()
         # Nobody else wakes those who wait to open a stream on it, or to write.
-        self.write_ready.set()
-        self.stream_close_waiter.set()
-        self.turns.end()
+        self.told_to_go()
+        self.turns.end(self.wakes)
+        self.wakes.add(self.write_ready.set)
+
+    def told_to_go(self) -> None:
+        """No stream can be opened any more: those who wait for a place go elsewhere."""
+        cast(H2, self._connection).told_to_go = True
+        self.places.end(self.wakes)
 
     def abort(self, why: str) -> None:
         if self.alive:
@@ -279,71 +234,6 @@ class H2Connection(base.Connection):
             )
 
 
-class _Socket:
-    """The transport as a connection and its streams see it: closed, it takes nothing more.
-
-    A server ends its side only (`lingers`) and leaves it to the peer to close: closed while there is something unread,
-    a socket is reset, and what was written last may be lost on the way (RFC 9112 section 9.6 tells the same of HTTP/1).
-    """
-
-    def __init__(self, transport: asyncio.Transport, *, lingers: bool) -> None:
-        self._transport = transport
-        self._lingers = lingers
-        self._closed = False
-        self._written = 0  # bytes
-        self.abort = transport.abort
-        self.get_extra_info = transport.get_extra_info
-        self.get_write_buffer_size = transport.get_write_buffer_size
-        self.set_write_buffer_limits = transport.set_write_buffer_limits
-
-    @property
-    def taken(self) -> int:
-        """Bytes that the peer's system has acknowledged; with TLS not to the byte.
-
-        Not those that ours has taken: it takes no more until a third of its buffer is free, which has up to 4 MiB, and
-        a peer that reads slowly, but steadily, would look like one that does not read.
-        """
-        return self._written - self.waiting
-
-    @property
-    def waiting(self) -> int:
-        """Bytes that were written, and that the peer's system has not acknowledged."""
-        queued = bytes(4)
-        # Not every system tells it of every socket; with TLS the socket may be closed a moment before its connection.
-        with contextlib.suppress(OSError, ValueError):
-            queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
-        return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
-
-    def write(self, data: Any) -> None:
-        if not self._closed:
-            self._written += len(data)
-            self._transport.write(data)
-
-    def writelines(self, buffers: list[memoryview]) -> None:
-        if not self._closed:
-            self._written += sum(map(len, buffers))
-            self._transport.writelines(buffers)
-
-    def is_closing(self) -> bool:
-        return self._closed or self._transport.is_closing()
-
-    def close(self) -> None:
-        if self.is_closing():
-            return
-        self._closed = True
-        # Nobody waits longer for a write buffer that is not read, or for a peer that does not close.
-        asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
-        # With something in its write buffer asyncio would end this side later, where nothing catches an error.
-        if self._lingers and self._transport.can_write_eof() and not self._transport.get_write_buffer_size():
-            try:
-                self._transport.write_eof()
-            except OSError:  # its peer has reset it
-                self._transport.abort()
-            self._transport.resume_reading()  # to see it close; the protocol drops what comes
-        else:
-            self._transport.close()
-
-
 class _AbortTimer:
     """Marks a PING timer as ours: grpclib's own would close() and wait for a write buffer that nobody reads."""
 
@@ -357,6 +247,17 @@ class Processor(base.EventsProcessor):
     connection: H2Connection
     draining = False
     _credited = False  # the connection's window has grown
+
+    def close(self, reason: str = "Connection closed") -> None:
+        """End the connection and all its streams, which hear of it in the next turns of the loop."""
+        self.connection.close()
+        if not hasattr(self, "processors"):
+            return
+        del self.processors  # as grpclib does: it refers to this
+        self.handler.close()
+        for stream in list(self.streams.values()):
+            stream.__terminated__(reason)
+            self.handler.cancel(stream)
 
     def process(self, event: Event) -> None:
         handle = getattr(self, "processors", {}).get(event.__class__)
@@ -424,23 +325,25 @@ class Processor(base.EventsProcessor):
             super().process_connection_terminated(event)
             return
         self.draining = True
-        cast(H2, self.connection._connection).told_to_go = True
-        self.connection.stream_close_waiter.set()  # those who wait to open a stream go elsewhere
+        self.connection.told_to_go()
         for stream_id, stream in list(self.streams.items()):
             if stream_id > (event.last_stream_id or 0):
                 cast(H2Stream, stream).refuse("refused by GOAWAY: not processed")
         self.close_if_drained()
 
     def register(self, stream: base.Stream) -> Any:
-        release = super().register(stream)
+        assert stream.id is not None
+        self.streams[stream.id] = stream
+        return functools.partial(self._release, cast(H2Stream, stream))
 
-        def release_once() -> None:
-            if stream.id in self.streams:
-                cast(H2Stream, stream).inbox.close()
-                release()
-                self.close_if_drained()
-
-        return release_once
+    def _release(self, stream: H2Stream) -> None:
+        """Forget a stream; nothing the second time."""
+        assert stream.id is not None
+        if self.streams.pop(stream.id, None) is not None:
+            stream.inbox.close()
+            cast(H2, self.connection._connection).forget(stream.id)
+            self.connection.places.give()
+            self.close_if_drained()
 
     def close_if_drained(self) -> None:
         if self.draining and not self.streams and self.connection.alive:

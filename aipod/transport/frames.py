@@ -45,9 +45,9 @@ def empty_data(stream_id: int, end: bool) -> bytes:
     return _HEAD.pack(0, 0, DATA, END_STREAM if end else 0, stream_id)
 
 
-def data_head(size: int, stream_id: int) -> bytes:
+def data_head(size: int, stream_id: int, *, end: bool) -> bytes:
     """The head of a DATA frame with `size` bytes of payload."""
-    return _HEAD.pack(size >> 8, size & 0xFF, DATA, 0, stream_id)
+    return _HEAD.pack(size >> 8, size & 0xFF, DATA, END_STREAM if end else 0, stream_id)
 
 
 def headers_head(size: int, stream_id: int, *, end: bool) -> bytes:

@@ -31,7 +31,7 @@ from h2.stream import H2Stream as BaseH2Stream
 from h2.stream import StreamInputs
 
 from aipod.config import KIB, MIB, Config
-from aipod.transport.connection import H2, WRITE_BUFFER, H2Connection, Processor
+from aipod.transport.connection import WRITE_BUFFER, H2Connection, Processor
 from aipod.transport.frames import (
     HEAD,
     HEADERS,
@@ -42,8 +42,10 @@ from aipod.transport.frames import (
     Take,
     empty_data,
 )
+from aipod.transport.http2 import H2
 from aipod.transport.limits import Bucket
 from aipod.transport.stream import RECEIVING, H2Stream
+from aipod.transport.wakes import Wakes
 
 log = logging.getLogger("aipod.transport")
 
@@ -135,12 +137,13 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
     processor: Processor
     transport: asyncio.Transport
 
-    def __init__(self, handler: base.AbstractHandler, config: Config, *, client: bool) -> None:
+    def __init__(self, handler: base.AbstractHandler, config: Config, wakes: Wakes, *, client: bool) -> None:
         grpc = configuration(config)
         super().__init__(
             handler, grpc.__for_client__() if client else grpc.__for_server__(), h2_configuration(client=client)
         )
         self.settings = config
+        self._wakes = wakes
         self._rest = b""  # the beginning of a frame; more where the reader is held
         self._small = 0  # DATA frames that were small
         self._read_size = _READ_FRAMES
@@ -167,7 +170,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         client = self.h2_config.client_side
         self.h2 = self._open_h2(client)
         self.connection = H2Connection(
-            self.h2, self.transport, config=self.config, settings=self.settings, client=client
+            self.h2, self.transport, self._wakes, config=self.config, settings=self.settings, client=client
         )
         self.connection.flush()
         self.connection.initialize()

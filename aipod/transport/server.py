@@ -35,6 +35,7 @@ from aipod.transport.protocol import FAREWELL, REFUSED, STREAM_SLACK, H2Protocol
 from aipod.transport.sockets import BACKLOG
 from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
 from aipod.transport.tls import Followed, TLSError, server_context
+from aipod.transport.wakes import Wakes
 
 log = logging.getLogger("aipod.transport")
 
@@ -107,7 +108,7 @@ class Handler(grpclib.server.Handler):
             reset = ErrorCodes.PROTOCOL_ERROR
         limit = self._server.settings.stream_limit
         # A stream is over for its peer before its handler is: it may open the next one.
-        many = len(streams) > limit and self.protocol.h2.open_inbound_streams > limit
+        many = len(streams) > limit and self.protocol.h2.count_inbound() > limit
         for_anybody = problem is None and seen[":path"].startswith(_FOR_ANYBODY)
         if for_anybody:
             many = many or sum(other.closable for other in self._for_anybody) >= MAX_FOR_ANYBODY
@@ -211,8 +212,12 @@ class Handler(grpclib.server.Handler):
     def cancel(self, stream: Any) -> None:
         task = self._tasks.pop(stream, None)
         if task is not None:
-            task.cancel()
             self._cancelled.add(task)
+            stream.connection.wakes.add(task.cancel)
+
+    def close(self) -> None:
+        """Nothing but a mark: the connection's end cancels its streams one by one (`Processor.close`)."""
+        self.closing = True
 
 
 def _nothing() -> None:
@@ -260,6 +265,7 @@ class Server(grpclib.server.Server):
         self.metrics = metrics or Metrics()
         for path, handler in self._mapping.items():
             self.metrics.offer(path, _KINDS[handler.cardinality])
+        self.wakes = Wakes()
         self.protocols: set[ServerProtocol] = set()
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
         self._listeners: dict[socket.socket, asyncio.AbstractServer] = {}
@@ -396,7 +402,8 @@ class Server(grpclib.server.Server):
             protocol.drain()
 
     def abort(self) -> None:
-        """Cancel what still runs and drop every connection."""
+        """Cancel what still runs, all of it now, and drop every connection."""
+        self.wakes.hurry()
         for protocol in list(self.protocols):
             protocol.processor.close("the server is gone")
             protocol.transport.abort()
@@ -406,7 +413,7 @@ class ServerProtocol(H2Protocol):
     """A connection that its server knows."""
 
     def __init__(self, handler: Handler, server: Server) -> None:
-        super().__init__(handler, server.settings, client=False)
+        super().__init__(handler, server.settings, server.wakes, client=False)
         self._server = server
         self._authorities = server.authorities
         self.last_call = time.monotonic()  # when one ended; until then, when the connection was accepted

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import functools
 import struct
 import time
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 from h2.connection import ConnectionInputs, ConnectionState
 from h2.errors import ErrorCodes
-from h2.exceptions import ProtocolError, StreamClosedError
+from h2.exceptions import ProtocolError, StreamClosedError, TooManyStreamsError
 from h2.stream import StreamInputs, StreamState
 
 from aipod.config import KIB, MIB
@@ -24,6 +26,7 @@ from aipod.transport.window import ReceiveWindow
 
 if TYPE_CHECKING:
     from aipod.transport.connection import H2Connection
+    from aipod.transport.http2 import H2
 
 # A message up to it does not wait for its turn behind long ones (a heartbeat has 10 bytes).
 SMALL = 16 * KIB
@@ -54,10 +57,22 @@ class StreamRefused(StreamTerminatedError):
     """The server has done nothing for this call and says so (RFC 9113 section 8.7): it may be made again."""
 
 
+class _Lazy:
+    """An event that is made when it is first asked for: most are not waited for, on the server none."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, stream: H2Stream, owner: type) -> asyncio.Event:
+        event = stream.__dict__[self._name] = asyncio.Event()
+        return event
+
+
 class H2Stream(base.Stream):
     """A stream that reads bounded messages and gives up on a peer that takes nothing."""
 
     connection: H2Connection
+    _h2_connection: H2
     inbox: Inbox
     timeout: float | None = None  # server: seconds of the call's grpc-timeout
     is_call = False  # server: of a service that not everybody may use
@@ -70,9 +85,30 @@ class H2Stream(base.Stream):
     began = 0.0  # server: monotonic
     status = ""  # server: the grpc-status that it was ended with
     _body: memoryview | None = None  # what the second recv_data of a message gives
+    window_updated = _Lazy()
+    headers_received = _Lazy()
+    trailers_received = _Lazy()
+
+    def __init__(
+        self,
+        connection: H2Connection,
+        h2: H2,
+        transport: Any,
+        *,
+        stream_id: int | None = None,
+        wrapper: Any = None,
+    ) -> None:
+        # Not grpclib's: it makes a queue besides, which nobody uses here, and all the events.
+        self.connection = connection
+        self._h2_connection = h2
+        self._transport = transport
+        self.wrapper = wrapper
+        self.headers = self.trailers = None
+        if stream_id is not None:
+            self.init_stream(stream_id, connection)
 
     def init_stream(self, stream_id: int, connection: base.Connection) -> None:
-        super().init_stream(stream_id, connection)
+        self.id = stream_id
         settings = self.connection.settings
         window = ReceiveWindow(
             settings.stream_window,
@@ -90,10 +126,28 @@ class H2Stream(base.Stream):
     async def send_request(self, headers: Any, end_stream: bool = False, *, _processor: Any) -> Any:
         if self._h2_connection.remote_settings.max_concurrent_streams == 0:
             raise StreamRefused("the server takes no calls on this connection")
+        h2, places = self._h2_connection, self.connection.places
+        called = False
         try:
-            release = await super().send_request(headers, end_stream, _processor=_processor)
-        except ProtocolError as exc:
+            while True:
+                await self.connection.write_ready.wait()
+                try:
+                    stream_id, frames = h2.open_stream(headers, end=end_stream)
+                    break
+                except TooManyStreamsError:
+                    called = False
+                    await places.wait()
+                    called = True
+        except BaseException as exc:
+            if called:
+                places.give()  # the next one has it
+            if not isinstance(exc, ProtocolError):
+                raise
             raise StreamRefused(f"the connection takes no more calls: {exc}") from None
+        self.init_stream(stream_id, self.connection)
+        release = _processor.register(self)
+        self._transport.write(frames)
+        self.connection.headers_send_process()
         if not self.connection.alive:  # it ended while this stream waited to be opened
             release()
             raise StreamTerminatedError("the connection ended before the call began")
@@ -206,7 +260,7 @@ class H2Stream(base.Stream):
         assert self.id is not None
         h2 = self._h2_connection
         stream = h2.streams[self.id]
-        buffers = [memoryview(data_head(size, self.id))]
+        buffers = [memoryview(data_head(size, self.id, end=end))]
         left = size
         while left:
             piece = rest.popleft()
@@ -220,10 +274,10 @@ class H2Stream(base.Stream):
         if not h2.outbound_flow_control_window:
             self.connection.starve()
         self.connection.owed = min(self.connection.owed + size, _MOST_OWED)
-        self.connection.write(buffers)
         if end:
-            h2.end_stream(self.id)
-            self.connection.flush()
+            h2.state_machine.process_input(ConnectionInputs.SEND_DATA)
+            stream.state_machine.process_input(StreamInputs.SEND_END_STREAM)
+        self.connection.write(buffers)
         self.connection.data_send_process()
 
     async def _wait_for_window(self) -> None:
@@ -272,8 +326,8 @@ class H2Stream(base.Stream):
     def __terminated__(self, reason: str) -> None:
         if self.connection.client and self.inbox.ended:
             self.finish()  # a proxy that drains closes the connection right behind its last response
-        elif not self.refused:
-            super().__terminated__(reason)
+        else:
+            self._fail(StreamTerminatedError(reason))
 
     def finish(self) -> None:
         """Client: nothing more is sent; the response has arrived whole and can still be read."""
@@ -285,5 +339,10 @@ class H2Stream(base.Stream):
     def refuse(self, why: str) -> None:
         """Client: end the call as one that was not processed, whatever becomes of the connection."""
         self.refused = True
-        if self.wrapper is not None:
-            self.wrapper.cancel(StreamRefused(why))
+        self._fail(StreamRefused(why))
+
+    def _fail(self, error: StreamTerminatedError) -> None:
+        """End the call with `error`, unless it has one already, whatever it is doing."""
+        if self.wrapper is not None and self.wrapper._error is None:
+            self.wrapper._error = error  # if it goes on before it is woken, that ends it as well
+            self.connection.wakes.add(functools.partial(self.wrapper.cancel, error))

@@ -1,14 +1,17 @@
-"""Who may write next on a connection: senders of long messages take turns, a frame each.
+"""Who may write next on a connection, and who may open a stream.
 
-Both where its socket is full and where its window is used up: else whoever runs first when there is credit again takes
-all of it, and others never have any (of six downloads over a window of 64 KiB, two had everything). Small messages that
-have to wait, heartbeats above all, go before long ones.
+Senders of long messages take turns, a frame each, both where the socket is full and where the window is used up: else
+whoever runs first when there is credit again takes all of it, and others never have any (of six downloads over a window
+of 64 KiB, two had everything). Small messages that have to wait, heartbeats above all, go before long ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import functools
+
+from aipod.transport.wakes import Wakes
 
 # What one waits for: False where the next frame may be written, True where there is none to write any more.
 Turn = asyncio.Future[bool]
@@ -60,18 +63,21 @@ class Turns:
         self.has_credit = True
         self.next()
 
-    def end(self) -> None:
+    def end(self, wakes: Wakes) -> None:
         """The connection is over: nobody waits for it any more."""
         self._ended = True
         while self.awaited:
-            _give((self._small or self._long).popleft())
+            wakes.add(functools.partial(_give, (self._small or self._long).popleft()))
 
     def skip(self, sender: object) -> None:
         """Let `sender` go on, which has nothing to write any more."""
         turn = self._of.get(sender)
-        if turn is not None and not turn.done():
-            (self._small if turn in self._small else self._long).remove(turn)
-            turn.set_result(True)
+        if turn is None or turn.done():
+            return
+        for queue in (self._small, self._long):
+            if turn in queue:
+                queue.remove(turn)
+        turn.set_result(True)
 
     async def wait(self, sender: object, *, small: bool = False) -> None:
         """Wait for one's turn to write one frame; whoever got it calls `next` afterwards, whatever happened.
@@ -102,6 +108,44 @@ class Turns:
         while self._is_open and self.awaited:
             if _give((self._small or self._long).popleft()):
                 return
+
+
+class Places:
+    """The calls that wait to open a stream, in order: one goes on for each stream that ends.
+
+    (grpclib lets all go on, and all but one wait again.) Who was called and opens no stream gives its place on.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: collections.deque[Turn] = collections.deque()
+
+    @property
+    def awaited(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def give(self) -> None:
+        """There is a place: for who waits for it, or who comes next."""
+        while self._waiting and not _give(self._waiting.popleft()):
+            pass
+
+    def end(self, wakes: Wakes) -> None:
+        """There will be no more places: nobody waits for one any longer."""
+        while self._waiting:
+            wakes.add(functools.partial(_give, self._waiting.popleft()))
+
+    async def wait(self) -> None:
+        """Wait for a place. Cancelled, it leaves the line, or gives its place on. asyncio-flavored."""
+        turn: Turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except BaseException:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif not turn.cancelled():
+                self.give()
+            raise
 
 
 def _give(turn: Turn) -> bool:

@@ -1,0 +1,115 @@
+"""h2's connection, where it has to do something else, or the same with less."""
+
+from __future__ import annotations
+
+from h2.config import H2Configuration
+from h2.connection import AllowedStreamIDs, ConnectionInputs
+from h2.connection import H2Connection as BaseH2
+from h2.errors import ErrorCodes
+from h2.events import ConnectionTerminated, Event
+from h2.exceptions import NoAvailableStreamIDError, TooManyStreamsError
+from h2.settings import SettingCodes
+from h2.stream import H2Stream as BaseH2Stream
+from h2.stream import StreamInputs
+from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
+
+from aipod.config import KIB
+from aipod.transport.frames import headers_head
+from aipod.transport.headers import Headers
+
+# Streams that are there, open or not, up to which nobody counts the open ones.
+_UNCOUNTED = 256
+# Bytes of headers whose block is shorter than any frame may be: a character has at most 30 bits there.
+_SHORT_BLOCK = 4 * KIB
+# What h2 does something with; it would keep any other one for ever, and go through all of them at every SETTINGS.
+_SETTINGS = frozenset(SettingCodes)
+# Bytes of headers that are kept so that they need not be sent again: HPACK's default, whatever more the peer allows.
+_HEADER_TABLE = 4 * KIB
+
+
+class H2(BaseH2):
+    """A graceful GOAWAY lets open streams finish (h2 would forbid every later send); what a peer says in SETTINGS makes
+    nothing grow; a stream that opens or is over costs the same, however many there are.
+    """
+
+    # Of how many streams it is known how they ended: DATA that was on its way when one was reset is no error. More than
+    # end in a round trip; h2's own number lets each connection keep 11 MiB.
+    MAX_CLOSED_STREAMS = 8192
+    told_to_go = False  # by GOAWAY, and the peer would ignore a new stream (RFC 9113 section 6.8); or by the end
+
+    def __init__(self, config: H2Configuration) -> None:
+        super().__init__(config=config)
+        self._frame_dispatch_table[GoAwayFrame] = self._receive_goaway
+
+    def get_next_available_stream_id(self) -> int:
+        if self.told_to_go:
+            raise NoAvailableStreamIDError("the peer has sent GOAWAY, or the connection has ended")
+        return super().get_next_available_stream_id()
+
+    def open_stream(self, headers: Headers, *, end: bool) -> tuple[int, bytes]:
+        """Open a stream: its id, and what has to be written for it.
+
+        Raises TooManyStreamsError, NoAvailableStreamIDError.
+        """
+        stream_id = self.get_next_available_stream_id()
+        if sum(len(name) + len(value) for name, value in headers) > _SHORT_BLOCK:
+            self.send_headers(stream_id, headers, end_stream=end)
+            return stream_id, self.data_to_send()
+        # As h2 does it, without its objects for frames.
+        if self.open_outbound_streams >= self.remote_settings.max_concurrent_streams:
+            raise TooManyStreamsError("the peer takes no more streams at once")
+        self.state_machine.process_input(ConnectionInputs.SEND_HEADERS)
+        stream = self._begin_new_stream(stream_id, AllowedStreamIDs(self.config.client_side))
+        stream.state_machine.process_input(StreamInputs.SEND_HEADERS)
+        if end:
+            stream.state_machine.process_input(StreamInputs.SEND_END_STREAM)
+        block = self.encoder.encode(headers)
+        return stream_id, self.data_to_send() + headers_head(len(block), stream_id, end=end) + block
+
+    def forget(self, stream_id: int) -> None:
+        """Keep of a stream, which nobody uses any more, nothing but how it ended."""
+        stream = self.streams.get(stream_id)
+        if stream is not None and stream.closed:
+            del self.streams[stream_id]
+            self._closed_streams[stream_id] = stream.closed_by
+
+    def _open_streams(self, remainder: int) -> int:
+        """At each new stream h2 looks at all of them; only where there are about as many as may be that matters."""
+        outbound = remainder == int(self.config.client_side)
+        limit = (self.remote_settings if outbound else self.local_settings).max_concurrent_streams
+        return len(self.streams) if len(self.streams) < min(limit, _UNCOUNTED) else super()._open_streams(remainder)
+
+    def count_inbound(self) -> int:
+        """How many streams of the peer's are open."""
+        return super()._open_streams(int(not self.config.client_side))
+
+    def _begin_new_stream(self, stream_id: int, allowed_ids: AllowedStreamIDs) -> BaseH2Stream:
+        stream = super()._begin_new_stream(stream_id, allowed_ids)
+        # For a content-length that is wrong h2 ends the connection; the server looks at it, and ends the stream.
+        vars(stream)["_initialize_content_length"] = _nothing
+        return stream
+
+    def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
+        said = {code: value for code, value in frame.settings.items() if code in _SETTINGS}
+        table = min(said.pop(SettingCodes.HEADER_TABLE_SIZE, self.encoder.header_table_size), _HEADER_TABLE)
+        if table != self.encoder.header_table_size:  # the same again would make hpack forget to say it
+            said[SettingCodes.HEADER_TABLE_SIZE] = table
+        frame.settings = said
+        received = super()._receive_settings_frame(frame)
+        changes = self.encoder.table_size_changes
+        if len(changes) > 2:  # the smallest and the last are what has to be said (RFC 7541 section 4.2)
+            changes[:] = [min(changes), changes[-1]]
+        return received
+
+    @staticmethod
+    def _receive_goaway(frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
+        event = ConnectionTerminated()
+        known = {int(code) for code in ErrorCodes}
+        event.error_code = ErrorCodes(frame.error_code) if frame.error_code in known else frame.error_code
+        event.last_stream_id = frame.last_stream_id
+        event.additional_data = frame.additional_data or None
+        return [], [event]
+
+
+def _nothing(_: object) -> None:
+    """Stands in for what h2 would do."""

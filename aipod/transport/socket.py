@@ -1,0 +1,116 @@
+"""The socket of a connection: how much its peer has taken, and how it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import sys
+import termios
+from typing import Any
+
+from aipod.config import KIB
+
+# Seconds that a closed connection may take to send what was written last, and its peer to close it too.
+_LINGER = 10.0
+# Bytes that are written together: to copy them costs less than to write them by themselves.
+_TOGETHER = 16 * KIB
+
+
+class Socket:
+    """The transport as a connection and its streams see it: closed, it takes nothing more.
+
+    A server ends its side only (`lingers`) and leaves it to the peer to close: closed while there is something unread,
+    a socket is reset, and what was written last may be lost on the way (RFC 9112 section 9.6 tells the same of HTTP/1).
+    """
+
+    def __init__(self, transport: asyncio.Transport, *, lingers: bool) -> None:
+        self._transport = transport
+        self._lingers = lingers
+        self._closed = False
+        self._written = 0  # bytes
+        self._pending: list[Any] = []  # what is written in this turn of the loop
+        self._size = 0  # bytes of it
+        self._scheduled: asyncio.Handle | None = None
+        self.abort = transport.abort
+        self.get_extra_info = transport.get_extra_info
+        self.set_write_buffer_limits = transport.set_write_buffer_limits
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the peer's system has acknowledged; with TLS not to the byte.
+
+        Not those that ours has taken: it takes no more until a third of its buffer is free, which has up to 4 MiB, and
+        a peer that reads slowly, but steadily, would look like one that does not read.
+        """
+        return self._written - self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that were written, and that the peer's system has not acknowledged."""
+        queued = bytes(4)
+        # Not every system tells it of every socket; with TLS the socket may be closed a moment before its connection.
+        with contextlib.suppress(OSError, ValueError):
+            queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+        return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
+    def get_write_buffer_size(self) -> int:
+        return self._size + self._transport.get_write_buffer_size()
+
+    def write(self, data: Any) -> None:
+        if self._closed:
+            return
+        self._written += len(data)
+        if len(data) > _TOGETHER:
+            self.write_out()
+            self._transport.write(data)
+            return
+        self._pending.append(data)
+        self._size += len(data)
+        if self._size > _TOGETHER:
+            self.write_out()
+        elif self._scheduled is None:
+            self._scheduled = asyncio.get_running_loop().call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._scheduled = None
+        self.write_out()
+
+    def write_out(self) -> None:
+        """Hand over what was written in this turn, and do not wait for its end."""
+        if not self._pending:
+            return
+        data = b"".join(self._pending)
+        self._pending.clear()
+        self._size = 0
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def writelines(self, buffers: list[memoryview]) -> None:
+        size = sum(map(len, buffers))
+        if size <= _TOGETHER:
+            self.write(b"".join(buffers))
+        elif not self._closed:
+            self._written += size
+            self.write_out()
+            self._transport.writelines(buffers)
+
+    def is_closing(self) -> bool:
+        return self._closed or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        self.write_out()
+        self._closed = True
+        # Nobody waits longer for a write buffer that is not read, or for a peer that does not close.
+        asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
+        # With something in its write buffer asyncio would end this side later, where nothing catches an error.
+        if self._lingers and self._transport.can_write_eof() and not self._transport.get_write_buffer_size():
+            try:
+                self._transport.write_eof()
+            except OSError:  # its peer has reset it
+                self._transport.abort()
+            self._transport.resume_reading()  # to see it close; the protocol drops what comes
+        else:
+            self._transport.close()
