@@ -39,8 +39,8 @@ from aipod.service.health import ServingStatus
 from aipod.service.reflection import with_reflection
 from aipod.spool import Spool, Sweeper
 from aipod.transport import bridge
+from aipod.transport.listeners import Given, Listener, is_loopback, open_metrics_socket, open_sockets
 from aipod.transport.server import Server
-from aipod.transport.sockets import Given, Listener, is_loopback, open_metrics_socket, open_sockets
 from aipod.trash import remove
 from aipod.versions import Versions, check_version
 

@@ -94,7 +94,8 @@ def serve_aipod(settings: dict[str, Any]) -> None:
 
     from aipod.config import Config
     from aipod.transport import bridge
-    from aipod.transport.server import PEER_GONE, Server, TrioHandler, request_timeout, send_message
+    from aipod.transport.requests import PEER_GONE, TrioHandler, request_timeout, send_message
+    from aipod.transport.server import Server
     from aipod.transport.stream import H2Stream
     from aipod.wire.ai import Raw
 

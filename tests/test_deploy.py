@@ -28,7 +28,7 @@ from aipod.cli.options import Seconds
 from aipod.cli.serve import OPTIONS
 from aipod.config import Config
 from aipod.identity import add_token
-from aipod.transport.server import BACKLOG
+from aipod.transport.listeners import BACKLOG
 from tests.conftest import ROOT, Serve, children, free_port, left_in, missing, require, wait_until
 from tests.test_cli import aipod
 from tests.test_nginx_conf import made_by

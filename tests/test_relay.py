@@ -18,8 +18,8 @@ import trio
 
 from aipod.config import Config
 from aipod.transport import bridge
+from aipod.transport.listeners import open_sockets
 from aipod.transport.server import Server
-from aipod.transport.sockets import open_sockets
 from tests.conftest import FIRST, left_in, run
 from tests.rolling import OWN, PLAIN, Relay, relay_race
 from tests.test_hardening import PREFACE, SETTINGS

@@ -106,7 +106,8 @@ import json, socket, sys, trio
 from grpclib.const import Cardinality
 from aipod.config import Config
 from aipod.transport import bridge
-from aipod.transport.server import Server, TrioHandler, peer_certificate, send_message
+from aipod.transport.requests import TrioHandler, peer_certificate, send_message
+from aipod.transport.server import Server
 from aipod.wire.ai import Raw
 
 class Service:

@@ -17,7 +17,8 @@ from grpclib.const import Cardinality
 
 from aipod.config import Config
 from aipod.transport import bridge
-from aipod.transport.server import Server, TrioHandler
+from aipod.transport.requests import TrioHandler
+from aipod.transport.server import Server
 from aipod.wire.ai import Raw
 from tests.test_transport import HEADERS, raw_frame
 

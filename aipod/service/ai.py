@@ -38,7 +38,7 @@ from aipod.service.status import Ending, ending_of, failure_of, log
 from aipod.service.viewer import Call, Viewer, Writer
 from aipod.spool import Entry, Spool
 from aipod.tracing import span
-from aipod.transport.server import PEER_GONE, TrioHandler
+from aipod.transport.requests import PEER_GONE, TrioHandler
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase, Raw, StreamInput
 

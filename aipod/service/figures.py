@@ -16,7 +16,7 @@ from aipod.metrics.http import Page, serve_page
 from aipod.pool import Pool
 from aipod.service.drain import Drain
 from aipod.spool import Spool
-from aipod.transport.sockets import name_of
+from aipod.transport.listeners import name_of
 
 log = logging.getLogger("aipod.metrics")
 

@@ -14,7 +14,7 @@ from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 
 from aipod.service.schema import health_message
-from aipod.transport.server import request_is_complete
+from aipod.transport.requests import request_is_complete
 
 CheckRequest, CheckResponse = health_message("HealthCheckRequest"), health_message("HealthCheckResponse")
 ListRequest, ListResponse = health_message("HealthListRequest"), health_message("HealthListResponse")

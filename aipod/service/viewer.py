@@ -16,7 +16,7 @@ from aipod.job.watched import Watched
 from aipod.metrics import LAG, Histogram
 from aipod.service.status import Ending
 from aipod.transport import bridge
-from aipod.transport.server import peer_certificate, request_timeout, send_message, was_on_its_way
+from aipod.transport.requests import peer_certificate, request_timeout, send_message, was_on_its_way
 from aipod.wire.ai import Raw, State, StreamInput
 
 log = logging.getLogger("aipod.service")

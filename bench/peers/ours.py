@@ -34,7 +34,7 @@ async def server_send(call: Call, data: bytes) -> None:
 
 class Service:
     def __mapping__(self) -> dict[str, Any]:
-        from aipod.transport.server import TrioHandler
+        from aipod.transport.requests import TrioHandler
 
         return {
             common.UP: TrioHandler(self._up, Cardinality.STREAM_STREAM, Raw, Raw),
