@@ -26,7 +26,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import StreamClosedError
 
 from aipod.config import Config
-from aipod.metrics import Metrics
+from aipod.metrics import OTHER, Metrics
 from aipod.transport.bridge import Spawner, inline
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
@@ -245,7 +245,8 @@ class Server(grpclib.server.Server):
         self.settings = config
         self.metrics = metrics or Metrics()
         for path, handler in self._mapping.items():
-            self.metrics.offer(path, _KINDS[handler.cardinality])
+            kind = handler.cardinality if isinstance(handler, grpclib.const.Handler) else None
+            self.metrics.offer(path, _KINDS.get(kind, OTHER))
         self.protocols: set[ServerProtocol] = set()
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
         self._listeners: list[asyncio.AbstractServer] = []
