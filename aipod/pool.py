@@ -282,7 +282,8 @@ class Pool:
     def _find(self, version: str, beside: bool) -> Instance | None:
         for instance in self._of(version):
             if instance.ready and instance.users == 0 and instance.runner.broken:
-                self._shut(instance)  # it died while nobody used it
+                self._restarts.died("idle")
+                self._shut(instance)
             elif not instance.retired and instance.data.replaced:
                 self._retire(instance)  # by another process, which cannot call `retire`
         mine = [instance for instance in self._of(version) if instance.beside == beside and not instance.retired]

@@ -56,7 +56,7 @@ class Restarts:
         if when == "load":
             self._metrics.loads["failed"] += 1
         else:
-            self._metrics.died[when] += 1
+            self.died(when)
         count = self._failures.pop(version, 0) + 1
         self._failures[version] = count
         if len(self._failures) > VERSIONS:
@@ -74,6 +74,10 @@ class Restarts:
         if self._in_row >= UNABLE and not others and self.able:
             log.error("%d instances in a row have died or not loaded: not ready until one is loaded", self._in_row)
             self._become(False)
+
+    def died(self, when: str) -> None:
+        """An instance has died by itself, in a "run" or "idle"."""
+        self._metrics.died[when] += 1
 
     def ran(self, version: str) -> None:
         """A run has ended, and its instance lives on."""

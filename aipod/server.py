@@ -34,7 +34,6 @@ from aipod.runner.capture import captured
 from aipod.runner.loop import LoopRunner, ThreadRunner
 from aipod.runner.process import ProcessRunner
 from aipod.service.ai import AI
-from aipod.service.figures import Figures, serve_figures
 from aipod.service.health import ServingStatus
 from aipod.service.reflection import with_reflection
 from aipod.spool import Spool, Sweeper
@@ -128,6 +127,9 @@ async def serve(
                 services, sockets_ = [ai, status], [one.sock for one in listeners]
                 async with _listening(config, identities, services, sockets_, metrics) as server:
                     if metrics_socket is not None:
+                        # Not before: it takes memory and time that most servers have better uses for.
+                        from aipod.service.figures import Figures, serve_figures
+
                         figures = Figures(metrics, ai.now, ai.drain, pool, spool, lambda: len(server.protocols))
                         # Who has the port as well takes the next connections: its numbers are others.
                         until = stop if any(listener.shared for listener in listeners) else None

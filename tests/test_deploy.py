@@ -62,15 +62,12 @@ def option(word: str) -> str:
     return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
-# `serve` gets it elsewhere; then it is to be taken from here.
-PENDING = {"metrics"} - set(OPTIONS)
-
-
 def served_as(arguments: list[str], changes: dict[str, str]) -> list[str]:
-    """The arguments with other values, without those that `serve` does not have yet; all others must be known."""
-    known = [word for word in arguments if option(word) not in PENDING]
-    assert {option(word) for word in known if word.startswith("--")} <= {*OPTIONS, "config"}
-    return [f"{word.partition('=')[0]}={changes[option(word)]}" if option(word) in changes else word for word in known]
+    """The arguments, all of which must be known, with other values."""
+    assert {option(word) for word in arguments if word.startswith("--")} <= {*OPTIONS, "config"}
+    return [
+        f"{word.partition('=')[0]}={changes[option(word)]}" if option(word) in changes else word for word in arguments
+    ]
 
 
 # ---- the container
@@ -285,7 +282,9 @@ def test_a_server_takes_the_arguments(serve: Serve, server: dict[str, Any], tmp_
     token = add_token(tokens, "alice", [], [])
     assert server["args"][0] == "serve"
     changes = {"tokens": str(tokens), "spool": str(tmp_path / "spool"), "data": str(tmp_path / "data")}
-    served = serve(CARELESS, *served_as(server["args"][2:], {**changes, "bind": "127.0.0.1:0"}))
+    served = serve(
+        CARELESS, *served_as(server["args"][2:], {**changes, "bind": "127.0.0.1:0", "metrics": "127.0.0.1:0"})
+    )
     done = aipod("call", "orphan", "--to", served.address, environ={"AIPOD_TOKEN": token}, forked=True)
     assert done.answer == "left"
     assert aipod("call", "orphan", "--to", served.address, forked=True).status == 1

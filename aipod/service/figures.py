@@ -71,14 +71,13 @@ class Figures:
 
 
 async def serve_figures(sock: socket.socket, figures: Figures, until: trio.Event | None) -> None:
-    """Answer who asks for metrics on a listening socket, which is closed when that ends, or once `until` is set.
+    """Answer who asks for metrics on a listening socket until `until` is set; then it is closed.
 
     This is a trio-flavored async function.
     """
     log.info("metrics are at http://%s/metrics", name_of(sock))
-    with sock:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve_page, sock, Page(figures.collect))
-            if until is not None:
-                await until.wait()
-                nursery.cancel_scope.cancel()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_page, sock, Page(figures.collect))
+        if until is not None:
+            await until.wait()
+            nursery.cancel_scope.cancel()

@@ -19,7 +19,7 @@ from grpclib.const import Cardinality
 from grpclib.encoding.proto import ProtoStatusDetailsCodec
 
 from aipod.config import Config
-from aipod.metrics import Metrics
+from aipod.metrics import OTHER, Metrics
 from aipod.transport.bridge import Spawner
 from aipod.transport.codec import Codec
 from aipod.transport.listeners import BACKLOG
@@ -69,7 +69,8 @@ class Server(grpclib.server.Server):
         self.settings = config
         self.metrics = metrics or Metrics()
         for path, handler in self._mapping.items():
-            self.metrics.offer(path, _KINDS[handler.cardinality])
+            kind = handler.cardinality if isinstance(handler, grpclib.const.Handler) else None
+            self.metrics.offer(path, _KINDS.get(kind, OTHER))
         self.wakes = Wakes()
         self.protocols: set[ServerProtocol] = set()
         self._arriving: dict[ServerProtocol, asyncio.Task[Any]] = {}  # accepted; their TLS handshakes are under way
