@@ -137,7 +137,6 @@ async def serve(
                     task_status.started([listener.name for listener in listeners])
                     try:
                         await stop.wait()
-                        log.info("draining: at most %g s for running jobs", config.drain)
                         status.stop_serving()
                         # Where others accept connections on the same address, they do it better from now on. One
                         # that is alone has callers who ask for their jobs, and for its health.
@@ -147,6 +146,7 @@ async def serve(
                         await bridge.to_trio(server.leave)([listener.sock for listener in shared])
                         for listener in shared:
                             listener.sock.close()
+                        log.info("draining: at most %g s for running jobs", config.drain)
                         await ai.drain.run(config.drain, say)
                         say("closing the instances")
                     finally:

@@ -76,13 +76,14 @@ def test_running_jobs_finish_and_new_ones_are_refused(serve: Serve, tmp_path: Pa
         assert [check(channel, name) for name in ("", "ai.AI", "liveness")] == [SERVING] * 3
         served.process.send_signal(number)
         wait_until(lambda: check(channel, "") == NOT_SERVING)
+        wait_until(lambda: "draining: at most" in served.log_text())
         assert [check(channel, name) for name in ("ai.AI", "readiness", "liveness")] == [
             NOT_SERVING,
             NOT_SERVING,
             SERVING,
         ]
         call = stranger.start(
-            grpc.insecure_channel(served.address, options=[("grpc.enable_retries", 0)]),
+            grpc.insecure_channel(served.address),  # no retry policy
             "chaos",
             iter([stranger.first_message("chaos", {})]),
         )
@@ -390,6 +391,7 @@ def test_who_is_not_known_is_told_that_before_a_message_of_his_is_read(serve: Se
         marked(tmp_path / "mark")
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: check(channel, "") == NOT_SERVING)
+        wait_until(lambda: "draining: at most" in served.log_text())
         with stranger.open_channel(served.address) as other:
             nothing = iter(queue.Queue[Any]().get, None)
             refused = stranger.reply_of(stranger.start(other, "chaos", nothing, timeout=30))

@@ -65,9 +65,7 @@ def test_a_crowd_of_calls_when_the_server_is_told_to_leave(serve: Serve, tmp_pat
             began = time.monotonic()
             await until(lambda: "draining: at most" in served.log_text())
             for address in (served.address, nginx.address):
-                # Retries are off, transparent ones too: this is what the server itself says.
-                late = [*STOCK, ("grpc.enable_retries", 0)]
-                async with grpc.aio.insecure_channel(address, options=late) as channel:
+                async with grpc.aio.insecure_channel(address, options=STOCK) as channel:
                     reply = await stranger.reply_of_aio(stranger.start(channel, "chaos", requests("ends")))
                     assert (reply.code, reply.info.reason, reply.messages) == (Code.UNAVAILABLE, "DRAINING", [])
             gate.touch()
