@@ -206,7 +206,7 @@ class Config:
     silence: float = _setting(15 * SECONDS, "Seconds without a heartbeat before a server is lost.", low=0.1)
     attempts: int = _setting(5, "Times a request is tried while it is not complete.", low=1, high=100)
     level: int = _setting(3, "zstd level of what is sent.", low=-100, high=19)
-    # As long as the server keeps a job that nobody watches.
+    # As long as the server keeps a job that nobody watches. Also for what drains to be followed by another server.
     reconnect: float = _setting(10 * MINUTES, "Seconds without progress before a job is given up.", low=0)
 
     def __post_init__(self) -> None:

@@ -256,3 +256,42 @@ def test_jobs_that_another_server_had_to_take_are_cancelled_there(two: Two, tmp_
 
     with proxy(tmp_path, two.addresses) as nginx:
         run(main)
+
+
+def test_a_new_job_goes_to_the_other_server_while_its_own_drains(tmp_path: Path) -> None:
+    """For as long as that takes. Mutant seen: it is refused after five tries at its own."""
+    require("nginx")
+    drains, stays = (
+        Served(MODEL, directory, ("--tick", "0.2", "--drain", "60"), "127.0.0.1:0", forked=True)
+        for directory in (made(tmp_path / "drains"), made(tmp_path / "stays"))
+    )
+    gate, waits = tmp_path / "gate", tmp_path / "waits"
+    to_work = [*REPORT, ("x-func-name", "work")]
+
+    async def main() -> None:
+        config = aipod.Config(attempts=2)
+        async with aipod.Client(nginx.address, config=config) as client, aipod.Client(drains.address) as direct:
+            kept = await direct.submit("work", mark=str(waits), gate=str(gate))
+            await until(waits.exists)
+            drains.process.terminate()
+            await until(lambda: "draining" in drains.log_text())
+            marks = [tmp_path / f"mark{number}" for number in range(12)]
+            calls = [client.chaos(b"x", metadata=to_work, mark=str(mark)) for mark in marks]
+            answers = await asyncio.gather(*calls)
+            assert len({bytes(answer) for answer in answers}) == 1
+            parents = {mark.read_text() for mark in marks}
+            assert parents == {f"start {stays.process.pid}\n"}
+            gate.touch()
+            await kept.wait()
+
+    with proxy(tmp_path, [nobody()] * 4 + [drains.address, stays.address]) as nginx:
+        run(main)
+        asked = sum(f"at={drains.address}" in line for line in nginx.calls())
+        assert asked > 0, "no job's id has led to the server that drains"
+    drains.process.communicate(timeout=30)
+    assert (drains.process.returncode, stays.stop()) == (0, 0)
+
+
+def made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory

@@ -24,6 +24,8 @@ from aipod.client.failure import (
     decide,
     of_state,
 )
+from aipod.client.patience import Patience
+from aipod.config import Config
 from aipod.errors import TABLE, leaves
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
@@ -150,6 +152,22 @@ def test_reasons_with_retry_info(reason: str) -> None:
     decision = decide(refusal(reason, delay=1.5), AFTER)
     assert decision is not None
     assert decision.retry_after == 1.5
+
+
+def test_a_job_that_a_draining_server_does_not_create_is_for_another_one() -> None:
+    decisions = [decide(refusal("DRAINING", delay=1.0, **more), known) for known, more in (
+        (BEFORE, {}), (BEFORE, {"kept": "spool-boot1"}), (AFTER, {}),
+    )]  # fmt: skip
+    assert [decision.leaving for decision in decisions if decision is not None] == [True, False, False]
+    # For as long as a drain may take, unless what fails once is not to be tried again.
+    now = 0.0
+    patience = Patience(Config(attempts=2, reconnect=60), clock=lambda: now)
+    for _ in range(20):
+        assert patience.pause(known=False, leaving=True, at_least=1.0) is not None
+        now += 2.9
+    now = 60.0
+    assert patience.pause(known=False, leaving=True, at_least=1.0) is None
+    assert Patience(Config(attempts=1)).pause(known=False, leaving=True, at_least=1.0) is None
 
 
 def test_an_upload_that_found_a_full_disk_has_not_run() -> None:

@@ -5,6 +5,7 @@ connection lost, silence, status OK without an outcome, INTERNAL, UNAVAILABLE, U
 DEADLINE_EXCEEDED without our details (a proxy's words for a lost connection)          connect again
 OFFSET_MISMATCH, UPLOAD_STALLED, TRUNCATED                                             connect again
 anything with RetryInfo (BUSY, DRAINING, SPOOL_FULL, OVERLOADED)                       connect again, later
+DRAINING of a job that is nowhere yet             connect again, elsewhere, until `reconnect`
 BAD_CHUNK, an answer that arrived damaged                                              connect again, once
 WRONG_SPOOL where nothing was to be created elsewhere                                  run at once, without a spool
 WRONG_SPOOL of a job that was there, NOT_FOUND of one in another spool: its own server is away
@@ -103,6 +104,7 @@ class Decision:
     within: float | None = None  # seconds for which RETRY makes sense, whatever patience there is
     missed: bool = False  # the job is not where it was asked for
     untouched: bool = False  # the server has done nothing for this attempt
+    leaving: bool = False  # the server does not create the job, for it drains: another one may, or the next one
     damaged: bool = False
     spool: str = ""  # the server's own
     epoch: int = 0  # the one that won
@@ -247,7 +249,8 @@ def _of_reason(
     if delay is not None:
         # RetryInfo: the server says that nothing was done now. What it did before is another matter.
         if known.op == Op.RUN and "kept" not in metadata:
-            return Decision(Action.RETRY, refused, exc, retry_after=delay, untouched=True)
+            leaving = reason == "DRAINING"
+            return Decision(Action.RETRY, refused, exc, retry_after=delay, untouched=True, leaving=leaving)
         error = refused if paused or known.sent_to is None else gone(known, text)
         return Decision(Action.RETRY, error, exc, retry_after=delay)
     if reason in _ENDED:

@@ -107,6 +107,8 @@ class Follower:
             return 0.0
         missed = decision.missed
         course.misses += missed
+        if decision.leaving:
+            course.misses = elsewhere(course.misses)
         known = course.answered or course.sent_to is not None
         if decision.action is Action.ANEW:
             self._anew += 1
@@ -115,7 +117,9 @@ class Follower:
             self.course = Course(next_ticket(course.ticket), file=course.file, event=course.event)
             return 0.0  # the attempts that were lost have waited
         free = attempt.idle and not attempt.heard and decision.action is Action.RETRY
-        pause = self._patience.pause(known=known, at_least=decision.retry_after, free=free, within=decision.within)
+        pause = self._patience.pause(
+            known=known, leaving=decision.leaving, at_least=decision.retry_after, free=free, within=decision.within
+        )
         if pause is None:
             raise decision.error from decision.cause
         return 0.0 if missed and course.misses % 2 else pause  # elsewhere it is asked for at once

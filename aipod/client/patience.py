@@ -18,7 +18,8 @@ class Patience:
     """What is left of the tries for one job.
 
     Until anything was heard of the job, or its request was complete, `attempts` connections. From then on connections
-    for as long as they bring progress, and `reconnect` seconds without any; `clock` says seconds.
+    for as long as they bring progress, and `reconnect` seconds without any; so long also for a server that drains to be
+    followed by another one. `clock` says seconds.
     """
 
     def __init__(
@@ -50,15 +51,22 @@ class Patience:
         self._grudged = False
 
     def pause(
-        self, *, known: bool, at_least: float = 0.0, free: bool = False, within: float | None = None
+        self,
+        *,
+        known: bool,
+        leaving: bool = False,
+        at_least: float = 0.0,
+        free: bool = False,
+        within: float | None = None,
     ) -> float | None:
         """Seconds to wait before the next connection; None where there must be none.
 
-        `known`: the server knows the job, or may. `at_least`: the pause that the server asked for. `free`: the failure
-        was that of a connection that had been idle; one of a kind costs neither time nor an attempt. `within`: seconds
-        for which the job may be somewhere else than it was.
+        `known`: the server knows the job, or may. `leaving`: it drains, and has nothing of the job. `at_least`: the
+        pause that the server asked for. `free`: the failure was that of a connection that had been idle; one of a kind
+        costs neither time nor an attempt. `within`: seconds for which the job may be somewhere else than it was.
         """
         now = self._clock()
+        known = known or (leaving and self._attempts > 1)  # else what fails once is not to be tried again
         if free and not self._grudged and not at_least:
             self._grudged = True
             return 0.0
