@@ -125,7 +125,17 @@ class Relay:
         else:
             self.address = f"127.0.0.1:{free_port()}"
         self._number = 0
+        self._started: list[subprocess.Popen[str]] = []
         self._server = self._start()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        """Whatever went wrong, no server is left."""
+        for server in self._started:
+            server.kill()
+            server.communicate()
 
     def _start(self) -> subprocess.Popen[str]:
         self._number += 1
@@ -142,6 +152,7 @@ class Relay:
         self.log = self._directory / f"server-{self._number}.log"
         with self.log.open("w") as stderr:
             server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, **more)
+        self._started.append(server)
         assert server.stdout is not None
         assert server.stdout.readline() == f"aipod listening on {self.address}\n", self.log.read_text()
         return server
@@ -177,8 +188,8 @@ async def relay_race(relay: Relay, directory: Path, restarts: int) -> Callers:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        race = Relay(Path(name), sys.argv[1])
         (Path(name) / "marks").mkdir()
-        told = run(lambda: relay_race(race, Path(name) / "marks", int(sys.argv[2])), timeout=1200)
-        race.stop()
+        with Relay(Path(name), sys.argv[1]) as race:
+            told = run(lambda: relay_race(race, Path(name) / "marks", int(sys.argv[2])), timeout=1200)
+            race.stop()
         print(dict(told.done), "own clients looked for their job:", told.waits)

@@ -39,10 +39,10 @@ def test_100_jobs_and_uploads_do_not_notice_that_servers_are_restarted(tmp_path:
 
     Mutant seen: the listener that others share is not closed.
     """
-    relay = Relay(tmp_path, way)
     (tmp_path / "marks").mkdir()
-    callers = run(lambda: relay_race(relay, tmp_path / "marks", RESTARTS[way]), timeout=60 + 20 * RESTARTS[way])
-    relay.stop()
+    with Relay(tmp_path, way) as relay:
+        callers = run(lambda: relay_race(relay, tmp_path / "marks", RESTARTS[way]), timeout=60 + 20 * RESTARTS[way])
+        relay.stop()
     assert callers.done["own"] >= OWN
     assert callers.done["plain"] >= PLAIN
     assert callers.waits > 0, "no upload had to move, so nothing was shown"
