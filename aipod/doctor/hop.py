@@ -21,8 +21,8 @@ _OWN = {"max_concurrent_streams": "max_streams", "initial_window_size": "stream_
 
 def judge_unconnected(exc: BaseException, hop: Hop | None, *, tls: bool) -> Finding | None:
     """What it means that there is no HTTP/2 connection; None where nobody answers at all."""
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        text = f"the certificate is not accepted: {said(exc.verify_message)}"
+    if isinstance(exc.__cause__, ssl.SSLCertVerificationError):
+        text = f"the certificate is not accepted: {said(exc.__cause__.verify_message)}"
         return Finding(Level.BROKEN, "tls", text, "ssl_certificate", "or --tls-ca on this side")
     if hop is None:
         return None

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import ssl
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -211,9 +210,7 @@ def fate_of(exc: BaseException | None, probe: Probe | None, since: float) -> Fat
     if told.reset is not None:
         code, at = told.reset
         return Fate(at - since, reset=code, headers=headers)
-    text = exc.verify_message if isinstance(exc, ssl.SSLCertVerificationError) else str(exc)
-    if isinstance(exc, TimeoutError):
-        text = TIMED_OUT
+    text = TIMED_OUT if isinstance(exc, TimeoutError) else str(exc)
     if probe is not None and probe.goaway is not None:
         code, said = probe.goaway
         text = f"GOAWAY code {code} {said}".rstrip()

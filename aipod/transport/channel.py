@@ -103,7 +103,9 @@ class Channel(grpclib.client.Channel):
         try:
             protocol = await self._connect()
         except ssl.SSLError as exc:
-            raise disagreement(exc) or exc from None
+            if (why := disagreement(exc)) is None:
+                raise
+            raise why from exc
         if not protocol.connection.alive:
             perhaps = (
                 "the server wants TLS, or a certificate, or has as many connections as it takes (--max-connections)"
