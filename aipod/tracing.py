@@ -8,8 +8,7 @@ that the API makes spans of no cost that record nothing. No payload, argument or
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 try:
@@ -19,7 +18,7 @@ except ImportError:
 
 
 class Trace:
-    """A span, and one below it for the phase that is under way. Not thread-safe.
+    """A span, and one below it for the phase that is under way. A `with` block ends it as it ends. Not thread-safe.
 
     `remote`: headers with the context that the span belongs to; None: a caller's, in the context of its own code.
     """
@@ -58,6 +57,12 @@ class Trace:
         if self._span is not None:
             self._span.set_attributes(_named(attributes))
 
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        self.end("" if exc is None else getattr(exc, "reason", type(exc).__name__))
+
     def end(self, reason: str = "") -> None:
         """It is over; `reason`: what the failure is called. Again it changes nothing."""
         if self._span is None:
@@ -68,19 +73,6 @@ class Trace:
             self._span.set_status(trace.StatusCode.ERROR, reason)
         self._span.end()
         self._span = None
-
-
-@contextlib.contextmanager
-def span(name: str, remote: Mapping[str, str], **attributes: str) -> Iterator[None]:
-    """The body is done for who sent the headers `remote`."""
-    whole, reason = Trace(name, remote, **attributes), ""
-    try:
-        yield
-    except BaseException as exc:
-        reason = getattr(exc, "reason", type(exc).__name__)
-        raise
-    finally:
-        whole.end(reason)
 
 
 def _named(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,16 +13,12 @@ from aipod.tracing import Trace
 @contextlib.contextmanager
 def traced(follower: Follower, request: Request, what: str) -> Iterator[None]:
     """The body does `what`; who serves `request` goes on with its trace, unless the metadata names another."""
-    trace = request.trace = Trace(what)
-    told = {header for header, _ in request.metadata}
-    own = [(header, value) for header, value in trace.headers().items() if header not in told]
-    request.metadata = [*request.metadata, *own]
-    reason = ""
-    try:
-        yield
-    except BaseException as exc:
-        reason = getattr(exc, "reason", type(exc).__name__)
-        raise
-    finally:
-        trace.tag(job_id=follower.course.id)
-        trace.end(reason)
+    with Trace(what) as trace:
+        request.trace = trace
+        told = {header for header, _ in request.metadata}
+        own = [(header, value) for header, value in trace.headers().items() if header not in told]
+        request.metadata = [*request.metadata, *own]
+        try:
+            yield
+        finally:
+            trace.tag(job_id=follower.course.id)

@@ -37,7 +37,7 @@ from aipod.service.shortage import Shortage
 from aipod.service.status import Ending, ending_of, failure_of, log
 from aipod.service.viewer import Call, Viewer, Writer
 from aipod.spool import Entry, Spool
-from aipod.tracing import span
+from aipod.tracing import Trace
 from aipod.transport.requests import PEER_GONE, TrioHandler
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Open, Phase, Raw, StreamInput
@@ -332,7 +332,7 @@ class AI:
             try:
                 download = Download(self._metrics, job.method, job.answer.size, open_.have)
                 messages = own_messages(job.look, job.answer, open_.have, self._config.level, download)
-                with span("download", call.headers, job_id=job_id):
+                with Trace("download", call.headers, job_id=job_id):
                     await send_all(messages, writer.send, download)
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
@@ -387,7 +387,7 @@ class AI:
                 trailers["x-content-type"] = "application/octet-stream"
             download = Download(self._metrics, job.method, job.answer.size)
             limits = self._config.level, self._config.message_limit
-            with span("download", call.headers, job_id=request.job_id):
+            with Trace("download", call.headers, job_id=request.job_id):
                 await send_all(plain_messages(job.look, job.answer, *limits, download), writer.send, download)
 
     @contextlib.asynccontextmanager
