@@ -31,6 +31,7 @@ from aipod.config import Config
 from aipod.errors import Refused
 from aipod.job.request import Request
 from aipod.job.watched import stored_answer
+from aipod.metrics import Metrics
 from aipod.results import INLINE, settle
 from aipod.service.jobs import Jobs
 from aipod.service.recover import Ended, recover
@@ -279,7 +280,7 @@ def options() -> dict[str, Any]:
 
 def jobs(spool: Spool) -> Jobs:
     """What a server makes of its spool; no call is served here."""
-    return Jobs(Config(), options(), spool, Versions(spool.path), None, cast(trio.Nursery, None))
+    return Jobs(Config(), options(), spool, Versions(spool.path), None, cast(trio.Nursery, None), Metrics())
 
 
 class Recovery:

@@ -26,6 +26,7 @@ from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, STORE_TRIES, Terms, run_job, settle_later
 from aipod.job.watched import Answer, Keep, Told
+from aipod.metrics import Metrics
 from aipod.pool import Pool, open_pool
 from aipod.results import INLINE
 from aipod.runner import Description
@@ -213,9 +214,8 @@ class Story:
 
     def service(self) -> AI:
         """The server's object, without a server."""
-        return AI(
-            Config(), Identities(), Description("Class", {}, False), self.pool, self.spool, self.versions, self.nursery
-        )
+        what = Identities(), Description("Class", {}, False), self.pool, self.spool, self.versions
+        return AI(Config(), *what, self.nursery, Metrics())
 
     def run(self, job: Job, terms: Terms) -> None:
         self.nursery.start_soon(run_job, job, Place(self.pool, "v", "train"), self.versions, terms)

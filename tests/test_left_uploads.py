@@ -17,6 +17,7 @@ from aipod.config import Config
 from aipod.errors import Refused
 from aipod.job.job import Job
 from aipod.job.request import Request
+from aipod.metrics import Metrics
 from aipod.service.drain import Drain
 from aipod.service.jobs import Jobs
 from aipod.spool import Spool
@@ -63,7 +64,7 @@ def slow_journal(job: Job) -> Iterator[None]:
 
 def jobs_of(spool: Spool, nursery: trio.Nursery) -> Jobs:
     methods = {"predict": {"restartable": False, "timeout": None}}
-    return Jobs(Config(), methods, spool, Versions(spool.path.parent / "data"), None, nursery)
+    return Jobs(Config(), methods, spool, Versions(spool.path.parent / "data"), None, nursery, Metrics())
 
 
 def request() -> Request:

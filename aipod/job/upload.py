@@ -168,22 +168,20 @@ def check_limit(size: int, limit: int) -> None:
         raise Refused("PAYLOAD_TOO_LARGE", f"the payload is over this server's limit of {limit} bytes (--max-payload)")
 
 
-def _uncounted(data: int, wire: int) -> None: ...
-
-
 async def receive_payload(
     request: Request,
     entry: Entry,
     receive: Receive,
-    synced: Callable[[], None],
     *,
     limit: int,
     stall: float,
-    arrived: Callable[[int, int], None] = _uncounted,
+    synced: Callable[[], None],
+    arrived: Callable[[int, int], None],
 ) -> None:
-    """Take the whole payload in. Returns when it is complete and checked. `synced`: a checkpoint that was asked for.
+    """Take the whole payload in. Returns when it is complete and checked.
 
-    `arrived` hears of bytes that have come, new ones of the payload and what they and others were on the wire.
+    `synced` hears of a checkpoint that was asked for, `arrived` of bytes that have come: new ones of the payload, and
+    what they and others were on the wire.
 
     This is a trio-flavored async function. Cancelled or raising `Refused`, the entry holds a part of the payload, and
     no thread writes to it any more.

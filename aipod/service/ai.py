@@ -72,9 +72,9 @@ class AI:
         spool: Spool,
         versions: Versions,
         jobs: trio.Nursery,
-        metrics: Metrics | None = None,
+        metrics: Metrics,
     ) -> None:
-        self._metrics = metrics = metrics or Metrics()
+        self._metrics = metrics
         self._config = config
         self._identities = identities
         self._description = description
@@ -342,15 +342,7 @@ class AI:
         """Receive the payload and start the job; whatever comes between leaves it to who comes next."""
         try:
             with job.upload:
-                await receive_payload(
-                    job.request,
-                    job.entry,
-                    call.receive,
-                    job.notify,
-                    limit=self._config.max_payload,
-                    stall=self._config.upload_stall,
-                    arrived=job.times.arrived,
-                )
+                await self._receive(job, call)
                 self._jobs.start(job, deadline)
                 return
         except BaseException:
@@ -362,6 +354,17 @@ class AI:
             raise Refused("SUPERSEDED", "a newer call with the same ticket goes on with this upload", won)
         if job.handed_over:
             raise Refusals.draining()
+
+    async def _receive(self, job: Job, call: Call) -> None:
+        await receive_payload(
+            job.request,
+            job.entry,
+            call.receive,
+            limit=self._config.max_payload,
+            stall=self._config.upload_stall,
+            synced=job.notify,
+            arrived=job.times.arrived,
+        )
 
     # Plain clients: the call is the job
 
@@ -399,15 +402,7 @@ class AI:
         try:
             viewer.watch(job)
             with self._jobs.coming(request.job_id, request.version):
-                await receive_payload(
-                    request,
-                    entry,
-                    call.receive,
-                    job.notify,
-                    limit=self._config.max_payload,
-                    stall=self._config.upload_stall,
-                    arrived=job.times.arrived,
-                )
+                await self._receive(job, call)
                 self._jobs.start(job, deadline)
         except BaseException as exc:
             job.end(failure_of(exc))

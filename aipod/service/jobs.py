@@ -62,9 +62,9 @@ class Jobs:
         versions: Versions,
         make_queue: Any,
         nursery: trio.Nursery,
-        metrics: Metrics | None = None,
+        metrics: Metrics,
     ) -> None:
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics
         self._config = config
         self._methods = methods
         self._spool = spool

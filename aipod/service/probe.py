@@ -29,6 +29,7 @@ from aipod.codec import Compressor, parse_kwargs
 from aipod.config import CHUNK, KIB, MIB, MINUTES, Config
 from aipod.errors import Refused
 from aipod.job.upload import check_limit
+from aipod.service.refusals import Refusals
 from aipod.service.status import MAX_TEXT, MAX_TRACE
 from aipod.service.viewer import Call, Writer
 from aipod.wire.ai import Raw, StreamInput
@@ -138,7 +139,7 @@ class Probes:
     async def _beat(self, aloud: bool, writer: Writer) -> None:
         while True:
             if self._draining():
-                raise Refused("DRAINING", "the server is shutting down; try again")
+                raise Refusals.draining()
             if aloud:
                 writer.beat(None)
             await trio.sleep(self._config.tick)
