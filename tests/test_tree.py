@@ -40,8 +40,11 @@ DOORS = {
     "filelock": {"spool/locks.py"},
     "grpclib.protocol": {"transport/connection.py", "transport/protocol.py", "transport/stream.py"},
 }
-# Attributes that start processes, and who may use them: the runners, and the demo, which is its own client.
-PROCESS_DOORS = {"runner/process.py", "cli/demo.py"}
+# Who starts processes: the runners, the demo, which is its own client, and who asks nginx.
+PROCESS_DOORS = {"runner/process.py", "cli/demo.py", "cli/nginx_conf.py"}
+PROCESSES = re.compile(
+    r"(open|run)_process\(|(import|from) subprocess|multiprocessing|os\.(fork|spawn|posix_spawn|system)"
+)
 
 
 def modules() -> list[Path]:
@@ -84,7 +87,7 @@ def test_doors(path: Path) -> None:
         if any(module == door or module.startswith(door + ".") for module in imports(path)):
             assert name in allowed, f"{name} imports {door}"
     text = path.read_text()
-    if re.search(r"open_process\(|Popen\(|multiprocessing", text):
+    if PROCESSES.search(text):
         assert name in PROCESS_DOORS, f"{name} starts processes"
     if not name.startswith("cli/"):
         assert not re.search(r"^\s*print\(", text, re.MULTILINE), f"{name} prints"

@@ -24,7 +24,7 @@ _UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 60480
 _FROM_CALLER = re.compile(r"\$\{?(http_|arg_|cookie_|host\b|uri|request|args|document_uri|is_args)")
 _VARIABLE = re.compile(r"\$\{?(\w+)")
 
-# Directive: nginx's default, and what a value below `_LEAST` cuts.
+# Directive: what a value below `_LEAST` cuts.
 _TIMEOUTS = {
     "grpc_read_timeout": "cuts jobs between two heartbeats of the server",
     "grpc_send_timeout": "cuts uploads whose server must wait for its disk",

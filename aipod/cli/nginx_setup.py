@@ -133,14 +133,14 @@ def _split(address: str) -> str:
     if not colon or not re.match(r"[0-9]{1,5}\Z", port) or not 0 < int(port) < 65536:
         raise UsageError(f"{address!r} is not HOST:PORT, [::1]:PORT or unix:/PATH")
     if host.startswith("[") and host.endswith("]"):
-        with_brackets = host[1:-1]
+        bare = host[1:-1]
         try:
-            ipaddress.IPv6Address(with_brackets)
+            ipaddress.IPv6Address(bare)
         except ValueError:
             raise UsageError(f"{address!r} has no IPv6 address in its brackets") from None
-        if "%" in with_brackets:
+        if "%" in bare:
             raise UsageError(f"{address!r} has a zone, which nginx does not take")
-        return with_brackets
+        return bare
     if not _HOST.match(host):
         raise UsageError(f"{address!r} is not HOST:PORT, [::1]:PORT or unix:/PATH")
     return host

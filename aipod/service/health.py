@@ -14,7 +14,7 @@ from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 
 from aipod.service.schema import health_message
-from aipod.transport.requests import request_is_complete
+from aipod.transport.requests import end_request
 
 CheckRequest, CheckResponse = health_message("HealthCheckRequest"), health_message("HealthCheckResponse")
 ListRequest, ListResponse = health_message("HealthListRequest"), health_message("HealthListResponse")
@@ -99,5 +99,5 @@ async def _request(stream: Stream[Any, Any]) -> Any:
     request = await stream.recv_message()
     if request is None:
         raise GRPCError(Status.INVALID_ARGUMENT, "the request ended before its message")
-    request_is_complete(stream)
+    end_request(stream)
     return request

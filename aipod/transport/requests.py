@@ -231,8 +231,8 @@ def was_on_its_way(stream: grpclib.server.Stream[Any, Any]) -> bool:
     return cast(H2Stream, stream._stream).was_on_its_way
 
 
-def request_is_complete(stream: grpclib.server.Stream[Any, Any]) -> None:
-    """The method has the one message that there is to be: what else comes is dropped."""
+def end_request(stream: grpclib.server.Stream[Any, Any]) -> None:
+    """Take no more of a call that has the one message that there is to be: what else comes is dropped."""
     cast(H2Stream, stream._stream).inbox.close()
 
 
