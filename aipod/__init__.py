@@ -7,7 +7,7 @@
 #   job  pool                    the story of one job: receive, queue, lease, run, store, reply; who runs it
 #   runner                       how an instance's methods are executed: process, loop
 #   spool  versions              what is on disk: jobs, and the data of versions
-#   codec  trash  transport  restarts  identity  systemd     one hard thing each
+#   codec  trash  transport  restarts  identity  systemd  prometheus     one hard thing each
 #   worker                       the child process (standard library only)
 #   methods                      what a class offers, and what fits it (standard library only)
 #   models  results              what the author of a model sees and returns (standard library only)

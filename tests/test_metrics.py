@@ -24,8 +24,8 @@ from trio.testing import MockClock
 
 import aipod
 from aipod.metrics import LAG, SECONDS, Histogram, Metrics, Now
-from aipod.metrics.families import families
-from aipod.metrics.http import AGAIN, AT_ONCE, FRESH, MAX_REQUEST, PATIENCE, Page, serve_page
+from aipod.prometheus.families import families
+from aipod.prometheus.page import AGAIN, AT_ONCE, FRESH, MAX_REQUEST, PATIENCE, Page, serve_page
 from tests import scrape, stranger, wire
 from tests.conftest import ROOT, Serve, Served, children, free_port, require, run, wait_until
 from tests.pairs import MODEL as RESUME

@@ -11,9 +11,9 @@ from prometheus_client.metrics_core import Metric
 
 from aipod import __version__
 from aipod.metrics import Metrics, Now
-from aipod.metrics.families import families
-from aipod.metrics.http import Page, serve_page
 from aipod.pool import Pool
+from aipod.prometheus.families import families
+from aipod.prometheus.page import Page, serve_page
 from aipod.service.drain import Drain
 from aipod.spool import Spool
 from aipod.transport.listeners import name_of

@@ -1,8 +1,6 @@
 """What a server has done and does, in plain numbers: added to on the way, made into metrics when somebody asks.
 
-    __init__   the numbers
-    families   the numbers as Prometheus metrics
-    http       the page that Prometheus asks for
+`service.figures` asks, and `prometheus` writes them down.
 
 All numbers change in the trio thread only, and are read in it. The names that become labels are the server's own: of
 its RPCs, of the methods that its class offers, of outcomes and reasons. What a caller may choose freely, the names of
