@@ -76,7 +76,7 @@ class Drain:
         """Refuse new jobs and wait for those under way; end what is left after `seconds`. `say` is told once a second.
 
         A job whose method was not started is left to the next server, or a plain client's refused with the advice to
-        try again; any other ends as interrupted or cancelled, for the method must not run twice.
+        try again; any other ends as interrupted or cancelled, unless its method is restartable and it is left too.
         This is a trio-flavored async function.
         """
         self._jobs.draining = True
