@@ -159,16 +159,16 @@ def test_a_job_that_a_draining_server_does_not_create_is_for_another_one() -> No
     decisions = [decide(refusal("DRAINING", delay=1.0, **more), known) for known, more in (
         (BEFORE, {}), (BEFORE, {"kept": "spool-boot1"}), (AFTER, {}),
     )]  # fmt: skip
-    assert [decision.leaving for decision in decisions if decision is not None] == [True, False, False]
+    assert [decision.draining for decision in decisions if decision is not None] == [True, False, False]
     # For as long as a drain may take, unless what fails once is not to be tried again.
     now = 0.0
     patience = Patience(Config(attempts=2, reconnect=60), clock=lambda: now)
     for _ in range(20):
-        assert patience.pause(known=False, leaving=True, at_least=1.0) is not None
+        assert patience.pause(known=False, draining=True, at_least=1.0) is not None
         now += 2.9
     now = 60.0
-    assert patience.pause(known=False, leaving=True, at_least=1.0) is None
-    assert Patience(Config(attempts=1)).pause(known=False, leaving=True, at_least=1.0) is None
+    assert patience.pause(known=False, draining=True, at_least=1.0) is None
+    assert Patience(Config(attempts=1)).pause(known=False, draining=True, at_least=1.0) is None
 
 
 def test_an_upload_that_found_a_full_disk_has_not_run() -> None:

@@ -104,7 +104,7 @@ class Decision:
     within: float | None = None  # seconds for which RETRY makes sense, whatever patience there is
     missed: bool = False  # the job is not where it was asked for
     untouched: bool = False  # the server has done nothing for this attempt
-    leaving: bool = False  # the server does not create the job, for it drains: another one may, or the next one
+    draining: bool = False  # the server does not create the job, for it drains: another one may, or the next one
     damaged: bool = False
     spool: str = ""  # the server's own
     epoch: int = 0  # the one that won
@@ -249,8 +249,8 @@ def _of_reason(
     if delay is not None:
         # RetryInfo: the server says that nothing was done now. What it did before is another matter.
         if known.op == Op.RUN and "kept" not in metadata:
-            leaving = reason == "DRAINING"
-            return Decision(Action.RETRY, refused, exc, retry_after=delay, untouched=True, leaving=leaving)
+            draining = reason == "DRAINING"
+            return Decision(Action.RETRY, refused, exc, retry_after=delay, untouched=True, draining=draining)
         error = refused if paused or known.sent_to is None else gone(known, text)
         return Decision(Action.RETRY, error, exc, retry_after=delay)
     if reason in _ENDED:

@@ -107,7 +107,7 @@ class Follower:
             return 0.0
         missed = decision.missed
         course.misses += missed
-        if decision.leaving:
+        if decision.draining:
             course.misses = elsewhere(course.misses)
         known = course.answered or course.sent_to is not None
         if decision.action is Action.ANEW:
@@ -118,7 +118,7 @@ class Follower:
             return 0.0  # the attempts that were lost have waited
         free = attempt.idle and not attempt.heard and decision.action is Action.RETRY
         pause = self._patience.pause(
-            known=known, leaving=decision.leaving, at_least=decision.retry_after, free=free, within=decision.within
+            known=known, draining=decision.draining, at_least=decision.retry_after, free=free, within=decision.within
         )
         if pause is None:
             raise decision.error from decision.cause

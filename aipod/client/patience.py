@@ -54,19 +54,19 @@ class Patience:
         self,
         *,
         known: bool,
-        leaving: bool = False,
+        draining: bool = False,
         at_least: float = 0.0,
         free: bool = False,
         within: float | None = None,
     ) -> float | None:
         """Seconds to wait before the next connection; None where there must be none.
 
-        `known`: the server knows the job, or may. `leaving`: it drains, and has nothing of the job. `at_least`: the
+        `known`: the server knows the job, or may. `draining`: it drains, and has nothing of the job. `at_least`: the
         pause that the server asked for. `free`: the failure was that of a connection that had been idle; one of a kind
         costs neither time nor an attempt. `within`: seconds for which the job may be somewhere else than it was.
         """
         now = self._clock()
-        known = known or (leaving and self._attempts > 1)  # else what fails once is not to be tried again
+        known = known or (draining and self._attempts > 1)  # else what fails once is not to be tried again
         if free and not self._grudged and not at_least:
             self._grudged = True
             return 0.0
