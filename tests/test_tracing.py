@@ -222,6 +222,7 @@ def test_without_opentelemetry_nothing_is_traced_and_a_wish_for_it_is_refused(tm
     refused = command("call", "predict", "--to", served.address, **wish)
     assert refused.returncode == 2
     assert "pip install 'aipod[traces]'" in refused.stderr
+    assert command("health", "--to", served.address, **wish).returncode == 0, "it makes no spans"
     assert command("call", "predict", "--to", served.address, "--meta", f"traceparent={REMOTE}", **wish,
                    OTEL_TRACES_EXPORTER="none").returncode == 0  # fmt: skip
     assert served.stop() == 0, served.log_text()

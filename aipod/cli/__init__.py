@@ -76,6 +76,10 @@ def lasting_imports() -> Iterator[None]:
         gc.enable()
 
 
+# They make no spans: what looks at a server every few seconds needs no exporter, nor what only writes a file.
+_UNTRACED = ("doctor", "health", "nginx-conf", "token")
+
+
 class _Commands(click.Group):
     """Imports a command when it is needed: a server has no use for a client and a progress bar."""
 
@@ -88,6 +92,8 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         found = super().resolve_command(ctx, args)
         ctx.obj.command = found[0] or ""
+        if ctx.obj.command not in _UNTRACED:
+            ctx.with_resource(exported_spans())
         return found
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -172,8 +178,7 @@ def run(arguments: list[str]) -> int:
     flags = Flags()
     warnings.showwarning = _note
     try:
-        with exported_spans():
-            status = cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
+        status = cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
         return status if isinstance(status, int) else OK
     except click.exceptions.Exit as exc:
         return exc.exit_code
