@@ -29,7 +29,7 @@ LONG_LOG = MAX_LOG - 2 * MAX_PENDING_LOG - 1024
 LOG_IS_LONG = "[the log is long: of the rest, beginning and end are told when the run is over]\n"
 
 # What a phase is called in metrics, logs and traces; those that come after are none.
-PHASES = {Phase.RECEIVING: UPLOAD, Phase.QUEUED: QUEUE, Phase.RUNNING: RUN}
+PHASE_NAMES = {Phase.RECEIVING: UPLOAD, Phase.QUEUED: QUEUE, Phase.RUNNING: RUN}
 
 
 class Job(Watched):
@@ -50,7 +50,7 @@ class Job(Watched):
         self.request = request
         self.entry = entry
         self.phase = phase
-        self.times = Times(metrics or Metrics(), request, PHASES[phase])
+        self.times = Times(metrics or Metrics(), request, PHASE_NAMES[phase])
         self.epoch = request.open.epoch if request.open is not None else 0
         self.attempt = request.attempt
         self.queue: Queue | None = None
@@ -99,7 +99,7 @@ class Job(Watched):
     def enter(self, phase: Phase) -> None:
         """Go to `phase` and wake who watches."""
         self.phase = phase
-        self.times.enter(PHASES.get(phase, ""))
+        self.times.enter(PHASE_NAMES.get(phase, ""))
         if phase == Phase.RUNNING:
             self.attempt += 1
             self.heard = time.monotonic()
