@@ -48,7 +48,7 @@ class Restarts:
         """When the next instance of `version` may be started, by trio's clock."""
         return self._due.get(version, 0.0)
 
-    def failed(self, version: str, when: str = "load", *, others: bool) -> None:
+    def failed(self, version: str, when: str, *, others: bool) -> None:
         """An instance has not loaded, or has died.
 
         `when`: "load", "run", or "idle" where nobody used it. `others`: there are some that have loaded and live.
@@ -85,7 +85,7 @@ class Restarts:
         self._failures.pop(version, None)
         self._due.pop(version, None)
 
-    def loaded(self, version: str, seconds: float = 0.0) -> None:
+    def loaded(self, version: str, seconds: float) -> None:
         """An instance has loaded, which took so long."""
         self._metrics.loads["ok"] += 1
         self._metrics.load_seconds.observe(seconds)

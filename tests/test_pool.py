@@ -469,11 +469,11 @@ async def test_an_instance_that_runs_is_reason_enough_to_be_ready(autojump_clock
 async def test_what_may_be_started_is_tried_before_what_must_wait(autojump_clock: MockClock) -> None:
     """Mutant seen: what has failed last is waited for, though another version would load."""
     restarts = Restarts(lambda version: True, lambda able: None)
-    restarts.loaded("v")
-    restarts.failed("w", others=False)
+    restarts.loaded("v", 1.0)
+    restarts.failed("w", "load", others=False)
     assert restarts.suspects == ["w", "v"]
     for _ in range(2):
-        restarts.failed("w", others=False)
+        restarts.failed("w", "load", others=False)
     assert restarts.suspects == ["v", "w"]
 
 
@@ -481,7 +481,7 @@ async def test_of_many_names_the_failures_are_forgotten(autojump_clock: MockCloc
     restarts = Restarts(lambda version: False, lambda able: None)
     for n in range(2 * VERSIONS):
         for _ in range(3):
-            restarts.failed(f"v{n}", others=False)
+            restarts.failed(f"v{n}", "load", others=False)
     assert restarts.due("v0") == 0
     assert restarts.due(f"v{2 * VERSIONS - 1}") > 0
     assert len(restarts._failures) == len(restarts._due) == VERSIONS

@@ -30,7 +30,7 @@ RESTARTS = {"reuse-port": 20 if LONG else 3 if FIRST else 1, "handed-down": 20 i
 WAYS = ["reuse-port", "handed-down"] if FIRST else ["reuse-port"]
 # That connect at once, one connection after the other each.
 CROWD = 8
-TURNS = 100
+TURNS = 100 if FIRST else 25
 
 
 @pytest.mark.parametrize("way", WAYS)
