@@ -8,7 +8,7 @@ from typing import Any
 
 from aipod.config import KIB
 from aipod.doctor.finding import Finding, Level, said
-from aipod.doctor.hop import is_next_hop, judge_first, judge_hop, judge_server, judge_unconnected, unseen
+from aipod.doctor.hop import is_next_hop, judge_first, judge_hop, judge_server, judge_unconnected, limits_of, unseen
 from aipod.doctor.idle import check_connection, check_idle
 from aipod.doctor.limits import check_error, check_headers, check_health, check_routing, measure_body
 from aipod.doctor.load import check_calls, check_rate
@@ -122,6 +122,5 @@ async def _first(chain: Chain) -> tuple[Fate, Mapping[str, Any]]:
 
 
 def _most_headers(about: Mapping[str, Any]) -> int:
-    limits = about.get("limits")
-    most = limits.get("max_headers") if isinstance(limits, Mapping) else None
+    most = limits_of(about).get("max_headers")
     return most if isinstance(most, int) and most >= 4 * KIB else _HEADERS

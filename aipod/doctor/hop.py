@@ -73,18 +73,22 @@ def judge_first(told: Fate, about: Mapping[str, Any]) -> list[Finding]:
     return [*findings, Finding(Level.BROKEN, "server", text, nginx, others)]
 
 
+def limits_of(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The server's own limits, by the names of `Config`; empty where it does not tell any."""
+    limits = about.get("limits")
+    return limits if isinstance(limits, Mapping) else {}
+
+
 def is_next_hop(about: Mapping[str, Any], settings: Mapping[str, int]) -> bool:
     """Whether the server itself is what was connected: as far as its SETTINGS tell."""
-    limits = about.get("limits")
-    if not isinstance(limits, Mapping):
-        return False
+    limits = limits_of(about)
     return all(limits.get(own) == settings.get(name) for name, own in _OWN.items())
 
 
 def judge_server(about: Mapping[str, Any]) -> list[Finding]:
     """The server's own limits, which are nobody else's: they are set where it is started."""
-    limits = about.get("limits")
-    if not isinstance(limits, Mapping):
+    limits = limits_of(about)
+    if not limits:
         return []
     named = ("max_payload", "max_message", "max_kwargs", "upload_stall", "tick")
     shown = ((name.replace("_", "-"), limits[name]) for name in named if name in limits)
