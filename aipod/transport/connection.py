@@ -204,6 +204,7 @@ class H2Connection(base.Connection):
             frame.last_stream_id = last_stream
             frame.error_code = int(code)
             self._transport.write(frame.serialize())
+            self._socket.write_out()  # before an abort
 
     def close(self) -> None:
         super().close()
