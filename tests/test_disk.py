@@ -29,10 +29,11 @@ import trio
 from aipod.codec import digest
 from aipod.config import Config
 from aipod.errors import Refused
+from aipod.job.request import Request
 from aipod.job.watched import stored_answer
 from aipod.results import INLINE, settle
 from aipod.service.jobs import Jobs
-from aipod.service.recover import recover
+from aipod.service.recover import Ended, recover
 from aipod.spool import Entry, Journal, Look, Spool
 from aipod.versions import Versions
 from tests import disk
@@ -228,7 +229,7 @@ def run_by_the_next_server(story: Story) -> None:
     entry.let_go()
     again = story.spool.hold(ID)
     assert again is not None
-    assert recover(again, options(), True) is not None
+    assert isinstance(recover(again, options(), True), Request)
     story.start(again)
     story.store(again, LONG)
     again.let_go()
@@ -336,7 +337,7 @@ class Recovery:
         entry = self.spool.hold(ID)
         assert entry is not None
         request = recover(entry, options(), True)
-        assert request is not None
+        assert isinstance(request, Request)
         assert (request.method, entry.kwargs()) == ("hello", self.kwargs)
         assert request.kwargs == (self.kwargs if len(self.kwargs) <= INLINE else None)  # the run reads long ones
         assert entry.payload.read_bytes() == PAYLOAD
@@ -346,7 +347,7 @@ class Recovery:
         assert self.answer is None
         entry = self.spool.hold(ID)
         assert entry is not None
-        assert recover(entry, options(), True) is None
+        assert isinstance(recover(entry, options(), True), Ended)
         entry.let_go()
         assert self.spool.look(ID).read()["reason"] == "INTERRUPTED"
 

@@ -27,7 +27,7 @@ from aipod.errors import Unreachable
 from aipod.service.probe import AT_ONCE, MAX_BYTES
 from tests.conftest import FIRST, ROOT, Serve, Served, free_port, left_in, run, wait_until
 from tests.proxy import open_proxy
-from tests.test_nginx import CONF, nginx_command
+from tests.test_nginx import nginx_command
 
 # Seconds that silence is watched for, and after which the configurations cut it that are wrong about it.
 WAIT, CUT = 6.0, "2s"
@@ -126,7 +126,9 @@ class Proxies:
         soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=5, hours=12)
         pair = ca.issue_cert("127.0.0.1", not_after=soon).private_key_and_cert_chain_pem
         pair.write_to_path(str(directory / "server.pem"))
-        text = re.sub(r"server 127\.0\.0\.1:5005\d ", f"server {upstream} ", CONF.read_text())
+        text = re.sub(
+            r"server 127\.0\.0\.1:5005\d ", f"server {upstream} ", (ROOT / "deploy" / "nginx.conf").read_text()
+        )
         text = text.replace("/var/log/nginx", str(directory))
         temporary = [f"{name}_temp_path {directory};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
         text = text.replace("\nhttp {\n", "\n".join(["\nhttp {", *temporary, ""]))

@@ -772,7 +772,7 @@ async def test_a_drain_leaves_an_upload_that_comes_late_to_the_next_server(story
         run.enter(phase)
     ai._jobs.held[run.entry.id] = run
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(ai.drain.run, 0.05)
+        nursery.start_soon(ai.drain.run, 0.05, lambda text: None)
         await trio.testing.wait_all_tasks_blocked()
         ai._jobs.held[upload.entry.id] = upload
         await until(lambda: upload.upload.cancel_called and run.stop_asked)

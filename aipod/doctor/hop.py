@@ -12,6 +12,7 @@ from aipod.doctor.finding import Finding, Level, said
 from aipod.doctor.load import ENOUGH_STREAMS
 from aipod.doctor.wire import Fate
 from aipod.transport.sounding import Hop
+from aipod.transport.tls import Disagreement
 
 # Days in which a certificate is renewed by hand; those that renew it by itself do so a month before.
 _DAYS = 14
@@ -21,6 +22,8 @@ _OWN = {"max_concurrent_streams": "max_streams", "initial_window_size": "stream_
 
 def judge_unconnected(exc: BaseException, hop: Hop | None, *, tls: bool) -> Finding | None:
     """What it means that there is no HTTP/2 connection; None where nobody answers at all."""
+    if isinstance(exc, Disagreement):
+        exc = exc.__context__ or exc  # what OpenSSL has said
     if isinstance(exc, ssl.SSLCertVerificationError):
         text = f"the certificate is not accepted: {said(exc.verify_message)}"
         return Finding(Level.BROKEN, "tls", text, "ssl_certificate", "or --tls-ca on this side")

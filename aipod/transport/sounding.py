@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import grpclib.client
 
+from aipod.config import Config
 from aipod.transport.channel import Channel, reset
 from aipod.transport.connection import Processor
 from aipod.transport.frames import Take
 from aipod.transport.protocol import H2Protocol
 from aipod.transport.stream import H2Stream
+from aipod.transport.wakes import Wakes
 
 # Bytes of what came first that are kept: enough to tell HTTP/1.1.
 _FIRST = 64
@@ -54,7 +56,7 @@ class Sounding(Channel):
 
     def _protocol_factory(self) -> H2Protocol:
         self.hop = Hop()
-        return _Protocol(self.hop, grpclib.client.Handler(), self._settings, client=True)
+        return _Protocol(self.hop, grpclib.client.Handler(), self._settings, Wakes(), client=True)
 
     async def connect(self) -> tuple[Hop, dict[str, int]]:
         """Connect: the connection, and the peer's SETTINGS. This is an asyncio-flavored function.
@@ -87,8 +89,10 @@ class Sounding(Channel):
 
 
 class _Protocol(H2Protocol):
-    def __init__(self, hop: Hop, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, hop: Hop, handler: grpclib.client.Handler, config: Config, wakes: Wakes, *, client: bool
+    ) -> None:
+        super().__init__(handler, config, wakes, client=client)
         self.hop = hop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
