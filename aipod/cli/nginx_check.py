@@ -16,8 +16,8 @@ from aipod.config import KIB, MIB, Config
 from aipod.errors import UsageError
 
 # A timeout must outlast a few heartbeats, of which one may be late.
-_BEATS = 3
-_LEAST = _BEATS * Config().tick
+_MISSED = 3
+_LEAST = _MISSED * Config().tick
 _TIME = re.compile(r"(\d+)(ms|[smhdwMy]?)")
 _UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "M": 2592000, "y": 31536000}
 # What becomes of a name that a caller writes, unless a `map` has a list of those that may be.

@@ -12,7 +12,7 @@ from aipod.doctor.hop import is_next_hop, judge_first, judge_hop, judge_server, 
 from aipod.doctor.idle import check_connection, check_idle
 from aipod.doctor.limits import check_error, check_headers, check_health, check_routing, measure_body
 from aipod.doctor.load import check_calls, check_rate
-from aipod.doctor.wire import FAILURES, PATIENCE, Chain, Fate, Probe, alone, fate_of, probing
+from aipod.doctor.wire import ANSWER, FAILURES, Chain, Fate, Probe, alone, fate_of, probing
 from aipod.errors import Unreachable
 
 # Seconds of each transfer, and of the calls that are counted, at most: windows and clocks have settled by then.
@@ -108,7 +108,7 @@ async def _first(chain: Chain) -> tuple[Fate, Mapping[str, Any]]:
 
         async def call() -> None:
             nonlocal probe
-            async with asyncio.timeout(PATIENCE), probing(chain, channel) as probe:
+            async with asyncio.timeout(ANSWER), probing(chain, channel) as probe:
                 await probe.ask({}, end=True)
                 while await probe.receive() is not None:
                     pass

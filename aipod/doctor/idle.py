@@ -17,7 +17,7 @@ from typing import Any
 
 from aipod.config import MIB
 from aipod.doctor.finding import Finding, Level, said, seconds, size
-from aipod.doctor.wire import FAILURES, LOAD, PATIENCE, TIMED_OUT, Chain, Fate, Probe, alone, fate_of, probing
+from aipod.doctor.wire import ANSWER, FAILURES, LOAD, TIMED_OUT, Chain, Fate, Probe, alone, fate_of, probing
 from aipod.wire.ai import Raw
 
 # Seconds after which aipod's client takes a silent server for lost (Config.silence): nothing in between has to be more
@@ -72,7 +72,7 @@ async def _cut(
         async def call() -> None:
             nonlocal since, probe
             async with probing(chain, channel) as probe:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(ANSWER):
                     await probe.ask(asked, end=end)
                 since = time.monotonic()
                 with contextlib.suppress(TimeoutError):

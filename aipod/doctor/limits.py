@@ -10,7 +10,7 @@ from grpclib.health.v1.health_grpc import HealthStub
 from grpclib.health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from aipod.doctor.finding import Finding, Level, said, size
-from aipod.doctor.wire import FAILURES, PATIENCE, Chain, Fate, alone, attempt, fate_of
+from aipod.doctor.wire import ANSWER, FAILURES, Chain, Fate, alone, attempt, fate_of
 
 # More than any payload: who lets this through has no limit.
 _LARGEST = 1 << 40
@@ -112,7 +112,7 @@ async def check_health(chain: Chain) -> list[Finding]:
     """Whether one can ask the server how it is. This is an asyncio-flavored function."""
     async with chain.sound() as channel:
         since = time.monotonic()
-        check = HealthStub(channel).Check(HealthCheckRequest(), timeout=PATIENCE, metadata=chain.metadata)
+        check = HealthStub(channel).Check(HealthCheckRequest(), timeout=ANSWER, metadata=chain.metadata)
         try:
             status = (await alone(check)).status
         except FAILURES as exc:

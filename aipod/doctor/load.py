@@ -12,7 +12,7 @@ import time
 
 from aipod.config import KIB, MIB
 from aipod.doctor.finding import Finding, Level, said, seconds, size
-from aipod.doctor.wire import FAILURES, LOAD, PATIENCE, Chain, Fate, alone, fate_of, probing
+from aipod.doctor.wire import ANSWER, FAILURES, LOAD, Chain, Fate, alone, fate_of, probing
 from aipod.transport.sounding import Sounding
 from aipod.wire.ai import Raw
 
@@ -75,7 +75,7 @@ async def check_calls(chain: Chain, streams: int, patience: float) -> list[Findi
             """Calls beside one that lasts."""
             nonlocal survived
             async with probing(chain, channel) as probe:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(ANSWER):
                     await probe.ask({"silent": patience + 4 * _BEAT, "beat": True})
                 await calls()
                 if not hop.ended_at:
@@ -102,7 +102,7 @@ async def check_calls(chain: Chain, streams: int, patience: float) -> list[Findi
 
 
 async def _one(chain: Chain, channel: Sounding) -> None:
-    async with asyncio.timeout(PATIENCE), probing(chain, channel) as probe:
+    async with asyncio.timeout(ANSWER), probing(chain, channel) as probe:
         await probe.open({}, end=True)
         while await probe.receive() is not None:
             pass
@@ -143,7 +143,7 @@ async def _carry(chain: Chain, patience: float, most: int, *, upward: bool) -> C
 
         async def call() -> None:
             nonlocal since, probe, amount, window
-            async with asyncio.timeout(PATIENCE + patience), probing(chain, channel) as probe:
+            async with asyncio.timeout(ANSWER + patience), probing(chain, channel) as probe:
                 await probe.ask({"take" if upward else "give": most}, end=not upward)
                 window = probe.heard().window
                 since = time.monotonic()

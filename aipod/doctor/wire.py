@@ -31,7 +31,7 @@ _ABOUT = 64 * KIB
 LOAD = 256 * KIB
 TIMED_OUT = "timed out"
 # Seconds that an answer may take which nothing delays on purpose.
-PATIENCE = 10.0
+ANSWER = 10.0
 
 
 class NoProbe(Exception):
@@ -225,7 +225,7 @@ async def attempt(
     path: str = PATH,
     until_started: bool = False,
 ) -> Fate:
-    """How one probe ends, on a connection of its own, within `PATIENCE`; `until_started`: with its headers.
+    """How one probe ends, on a connection of its own, within `ANSWER`; `until_started`: with its headers.
 
     This is an asyncio-flavored function.
     """
@@ -234,7 +234,7 @@ async def attempt(
 
         async def call() -> None:
             nonlocal probe
-            async with asyncio.timeout(PATIENCE), probing(chain, channel, metadata=metadata, path=path) as probe:
+            async with asyncio.timeout(ANSWER), probing(chain, channel, metadata=metadata, path=path) as probe:
                 await probe.open(asked or {}, end=not until_started)
                 await probe.wait_started()
                 while not until_started and await probe.receive() is not None:

@@ -13,8 +13,11 @@ from aipod.config import KIB
 
 # Seconds that a closed connection may take to send what was written last, and its peer to close it too.
 _LINGER = 10.0
-# Bytes that are written together: to copy them costs less than to write them by themselves.
+# Bytes of a piece that waits for others to be written with: to copy it costs less than to write it by itself.
 _TOGETHER = 16 * KIB
+# As many as a short call has: headers, a message, trailers. Where all of a turn waited for its end, 64 calls at once
+# took the less CPU, but client and server took turns, and a third fewer were made in a second.
+_PIECES = 3
 
 
 class Socket:
@@ -67,7 +70,7 @@ class Socket:
             return
         self._pending.append(data)
         self._size += len(data)
-        if self._size > _TOGETHER:
+        if len(self._pending) == _PIECES:
             self.write_out()
         elif self._scheduled is None:
             self._scheduled = asyncio.get_running_loop().call_soon(self._end_turn)
