@@ -356,10 +356,10 @@ def test_failures_have_a_status_and_a_last_line(
 
 
 def test_nobody_there_is_status_3(tmp_path: Path) -> None:
-    for arguments in (("call", "chaos", "--attempts", "1"), ("health",)):
+    for arguments in (("call", "chaos", "--attempts", "1"), ("health",), ("doctor",)):
         done = aipod(*arguments, "--to", f"127.0.0.1:{free_port()}", forked=True)
         assert done.status == 3
-        assert done.last.startswith("aipod: UNREACHABLE: ")
+        assert re.match("aipod: UNREACHABLE: [^[]*: Connection refused ", done.last), done.last
     done = aipod("call", "chaos", "--attempts", "1", "--to", f"unix:{tmp_path}/nothing")
     assert done.status == 3
 
@@ -649,7 +649,20 @@ def test_health_of_a_draining_server_is_status_1(serve: Serve, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("serve",), ("call",), ("submit",), ("attach",), ("cancel",), ("jobs",), ("health",), ("demo",)]
+    "command",
+    [
+        (),
+        ("serve",),
+        ("call",),
+        ("submit",),
+        ("attach",),
+        ("cancel",),
+        ("jobs",),
+        ("health",),
+        ("methods",),
+        ("doctor",),
+        ("demo",),
+    ],
 )
 def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
     done = aipod(*command, "--help", forked=True)
@@ -665,9 +678,17 @@ def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
         ("cancel",): ["TICKET-FILE|-", "--to", "--release"],
         ("jobs",): ["--json", "--to", "--upstream"],
         ("health",): ["SERVICE", "--to"],
+        ("methods",): ["--json", "--to"],
+        ("doctor",): ["[HOST:PORT]", "--to", "--quick", "--wait"],
         ("demo",): ["--size"],
     }[command]
     assert [word for word in [*wanted, "--debug"] if word not in text] == []
+    if "--tls-cert" in text:  # to who serves it means something else
+        words = " ".join(text.split())
+        assert ("the server's certificate chain" in words, "says who calls" in words) == (
+            command == ("serve",),
+            command != ("serve",),
+        )
 
 
 def test_demo_works_and_leaves_nothing(tmp_path: Path) -> None:

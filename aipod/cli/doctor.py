@@ -45,7 +45,7 @@ _WORDS = {Level.BROKEN: "BROKEN", Level.CHANGE: "CHANGE", Level.NOTE: "note", Le
 @upstream_option
 @token_option
 @meta_option
-@config_options(("tls", "tls_ca", "tls_cert", "tls_key", "connect_timeout"))
+@config_options(("tls", "tls_ca", "tls_cert", "tls_key", "connect_timeout"), text="client")
 @click.pass_context
 def doctor(
     context: click.Context, /, target: str | None, as_json: bool, quick: bool, wait: float | None, **options: Any
