@@ -340,7 +340,7 @@ def test_a_reader_that_goes_away_is_no_noise(to: tuple[str, str]) -> None:
         (("call", "nope"), 1, "UNKNOWN_METHOD: Counted has no method 'nope' to call; it has: .*chaos"),
         (("call", "chaos", "--version", "../x"), 1, "BAD_VERSION: "),
         (("call", "random", "-k", "length=x"), 1, "MODEL_ERROR: TypeError: "),
-        (("call", "slow_echo", "-k", "seconds=9", "--timeout", "0.3"), 1, "DEADLINE_EXCEEDED: "),
+        (("call", "slow_echo", "-k", "seconds=60", "--timeout", "5"), 1, "DEADLINE_EXCEEDED: .*the job was asked to"),
         (("nothing",), 2, "USAGE: No such command 'nothing'"),
         ((), 2, "USAGE: a command is missing"),
     ],
@@ -362,6 +362,8 @@ def test_nobody_there_is_status_3(tmp_path: Path) -> None:
         assert re.match("aipod: UNREACHABLE: [^[]*: Connection refused ", done.last), done.last
     done = aipod("call", "chaos", "--attempts", "1", "--to", f"unix:{tmp_path}/nothing")
     assert done.status == 3
+    done = aipod("call", "chaos", "--timeout", "0.5", "--to", f"127.0.0.1:{free_port()}", forked=True)
+    assert (done.status, done.last) == (1, "aipod: DEADLINE_EXCEEDED: not done within the call's timeout"), "no job"
 
 
 def test_a_server_that_is_killed_is_status_3(serve: Serve, tmp_path: Path) -> None:
