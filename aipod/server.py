@@ -147,7 +147,9 @@ async def serve(
                         for listener in shared:
                             listener.sock.close()
                         log.info("draining: at most %g s for running jobs", config.drain)
+                        began = trio.current_time()
                         await ai.drain.run(config.drain, say)
+                        log.info("drained in %.3f s; closing the instances", trio.current_time() - began)
                         say("closing the instances")
                     finally:
                         status.close()

@@ -340,7 +340,7 @@ def test_a_reader_that_goes_away_is_no_noise(to: tuple[str, str]) -> None:
         (("call", "nope"), 1, "UNKNOWN_METHOD: Counted has no method 'nope' to call; it has: .*chaos"),
         (("call", "chaos", "--version", "../x"), 1, "BAD_VERSION: "),
         (("call", "random", "-k", "length=x"), 1, "MODEL_ERROR: TypeError: "),
-        (("call", "slow_echo", "-k", "seconds=9", "--timeout", "0.3"), 1, "DEADLINE_EXCEEDED: "),
+        (("call", "slow_echo", "-k", "seconds=60", "--timeout", "5"), 1, "DEADLINE_EXCEEDED: .*the job was asked to"),
         (("nothing",), 2, "USAGE: No such command 'nothing'"),
         ((), 2, "USAGE: a command is missing"),
     ],
@@ -356,12 +356,14 @@ def test_failures_have_a_status_and_a_last_line(
 
 
 def test_nobody_there_is_status_3(tmp_path: Path) -> None:
-    for arguments in (("call", "chaos", "--attempts", "1"), ("health",)):
+    for arguments in (("call", "chaos", "--attempts", "1"), ("health",), ("doctor",)):
         done = aipod(*arguments, "--to", f"127.0.0.1:{free_port()}", forked=True)
         assert done.status == 3
-        assert done.last.startswith("aipod: UNREACHABLE: ")
+        assert re.match("aipod: UNREACHABLE: [^[]*: Connection refused ", done.last), done.last
     done = aipod("call", "chaos", "--attempts", "1", "--to", f"unix:{tmp_path}/nothing")
     assert done.status == 3
+    done = aipod("call", "chaos", "--timeout", "0.5", "--to", f"127.0.0.1:{free_port()}", forked=True)
+    assert (done.status, done.last) == (1, "aipod: DEADLINE_EXCEEDED: not done within the call's timeout"), "no job"
 
 
 def test_a_server_that_is_killed_is_status_3(serve: Serve, tmp_path: Path) -> None:
@@ -649,7 +651,20 @@ def test_health_of_a_draining_server_is_status_1(serve: Serve, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("serve",), ("call",), ("submit",), ("attach",), ("cancel",), ("jobs",), ("health",), ("demo",)]
+    "command",
+    [
+        (),
+        ("serve",),
+        ("call",),
+        ("submit",),
+        ("attach",),
+        ("cancel",),
+        ("jobs",),
+        ("health",),
+        ("methods",),
+        ("doctor",),
+        ("demo",),
+    ],
 )
 def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
     done = aipod(*command, "--help", forked=True)
@@ -665,9 +680,17 @@ def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
         ("cancel",): ["TICKET-FILE|-", "--to", "--release"],
         ("jobs",): ["--json", "--to", "--upstream"],
         ("health",): ["SERVICE", "--to"],
+        ("methods",): ["--json", "--to"],
+        ("doctor",): ["[HOST:PORT]", "--to", "--quick", "--wait"],
         ("demo",): ["--size"],
     }[command]
     assert [word for word in [*wanted, "--debug"] if word not in text] == []
+    if "--tls-cert" in text:  # to who serves it means something else
+        words = " ".join(text.split())
+        assert ("the server's certificate chain" in words, "says who calls" in words) == (
+            command == ("serve",),
+            command != ("serve",),
+        )
 
 
 def test_demo_works_and_leaves_nothing(tmp_path: Path) -> None:

@@ -330,6 +330,8 @@ def test_a_server_that_wants_tls_or_has_another_certificate(serve: Serve, proxie
         run(lambda: findings_of(served.address, Config(), []))
     found = run(lambda: findings_of(served.address, Config(tls=True), []))
     assert wrong_in(found) == {"tls": "ssl_certificate"}
+    with pytest.raises(Unreachable, match="the server speaks no TLS: leave out --tls"):
+        run(lambda: findings_of(serve("Plain").address, Config(tls=True), []))
     config = Config(tls=True, tls_ca=str(proxies.directory / "ca.pem"))
     found = run(lambda: findings_of(served.address, config, [], wait=1))
     assert set(wrong_in(found)) == {"certificate"}, "it is good for five days only"

@@ -100,6 +100,8 @@ def test_running_jobs_finish_and_new_ones_are_refused(serve: Serve, tmp_path: Pa
         assert [job.result() for job in jobs] == ["done", "done"]
     ended(served, seconds=10)
     assert (served.data / f"closed-{pid}").exists()
+    said = served.log_text()
+    assert said.index("done in") < said.index("drained in"), "whoever reads the log knows that the jobs have ended"
 
 
 def test_a_drain_that_is_too_short_cancels_the_job_and_ends_in_time(serve: Serve, tmp_path: Path) -> None:

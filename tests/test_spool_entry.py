@@ -67,6 +67,19 @@ def test_an_entry_from_its_claim_to_its_end(spool: Spool) -> None:
     entry.destroy()
 
 
+def test_what_the_last_server_has_told_of_a_run_is_told_no_more_of_the_next(spool: Spool) -> None:
+    """A job that a drain has cancelled, and that runs anew, is not called cancelled. Mutant seen: nobody looks."""
+    with killed(spool, A, TICKETED | {"phase": "RUNNING"}) as entry:
+        entry.note_progress(0.5, "cancelled; waiting for it to stop")
+    with spool.holding(A) as again:
+        assert again is not None
+        assert not again.is_noted(0.0, "", 1.0)
+        again.note_progress(0.0, "", 1.0)
+        assert again.is_noted(0.0, "", 1.0)
+        assert spool.look(A).live() == {"progress": 0.0, "message": ""}
+        again.destroy()
+
+
 @pytest.mark.parametrize("phase", ["CANCELLED", "RELEASED", "FAILED"])
 def test_an_outcome_without_an_answer_keeps_none(spool: Spool, phase: str) -> None:
     entry = claimed(spool, A, TICKETED, b"x" * 100_000)

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals, run_async
+from aipod.cli import Flags, end_on_signals, run_async
 from aipod.cli.answer import STDOUT, deliver, limited
 from aipod.cli.options import Server, output_option, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
@@ -51,15 +51,14 @@ def call(
     asked = take_request(options)
     server = take_server(options)
     if ticket is None:
-        context.obj.left = "; the job was asked to stop"
-        run_async(_call(server, asked, timeout, output))
+        run_async(_call(server, asked, timeout, output, context.obj))
         return
     check_ticket_file(ticket, from_stdin=asked.from_stdin)
     with telling(context, str(ticket)):
         run_async(_call_with_ticket(server, asked, timeout, output, ticket))
 
 
-async def _call(server: Server, asked: Asked, timeout: float | None, output: Path | None) -> None:
+async def _call(server: Server, asked: Asked, timeout: float | None, output: Path | None, flags: Flags) -> None:
     metadata = list(server.metadata)
     if asked.method not in RPCS:
         metadata.append(("x-func-name", asked.method))
@@ -68,13 +67,18 @@ async def _call(server: Server, asked: Asked, timeout: float | None, output: Pat
             method = getattr(client, asked.method if asked.method in RPCS else "chaos")
 
             async def ask(save_to: Path | None, on_event: Callable[[Event], None]) -> Any:
+                def heard(event: Event) -> None:
+                    if event.phase not in ("CONNECTING", "WAITING"):  # before, there may be no job, nor a server
+                        flags.left = "; the job was asked to stop"
+                    on_event(event)
+
                 return await method(
                     asked.payload,
                     version=asked.version,
                     metadata=metadata,
                     timeout=timeout,
                     save_to=save_to,
-                    on_event=on_event,
+                    on_event=heard,
                     kwargs=asked.kwargs,
                 )
 

@@ -47,7 +47,7 @@ async def _ask(
 
     from aipod.errors import Refused, Unreachable, UsageError
     from aipod.service.schema import health_message
-    from aipod.transport.channel import Channel
+    from aipod.transport.channel import Channel, why_unconnected
 
     method = "List" if service is None else "Check"
     response = health_message(f"Health{method}Response")
@@ -70,6 +70,6 @@ async def _ask(
             raise Refused("NOT_FOUND", ": ".join(filter(None, parts)) or "no such service") from None
         raise Unreachable(f"no answer from {to}: {exc.status.name}: {exc.message}") from None
     except (OSError, TimeoutError, StreamTerminatedError) as exc:
-        raise Unreachable(f"no server answers at {to}: {exc or 'timed out'}") from None
+        raise Unreachable(f"no server answers at {to}: {why_unconnected(exc) or 'timed out'}") from None
     finally:
         await channel.aclose()

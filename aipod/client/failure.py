@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import os
 
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpclib.const import Status
@@ -29,6 +28,7 @@ from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 
 from aipod.codec import spool_name
 from aipod.errors import DOMAIN, TOLD, AipodError, JobFailed, JobLost, Refused, Unreachable, job_failed, leaves
+from aipod.transport.channel import why_unconnected
 from aipod.transport.codec import BadMessage
 from aipod.transport.stream import StreamRefused
 from aipod.transport.tls import Disagreement
@@ -160,9 +160,7 @@ def _short(exc: BaseException) -> str:
         info = _info(exc)  # its reason says more: SPOOL_FULL, and not RESOURCE_EXHAUSTED
         name = exc.status.name if info is None else info.reason
         return f"{name}: {exc.message}" if exc.message else name
-    if isinstance(exc, ConnectionError) and exc.errno:
-        return os.strerror(exc.errno)  # asyncio's own text does not say whether it was refused
-    return str(exc) or "no answer in time"
+    return why_unconnected(exc) or "no answer in time"
 
 
 def _info(exc: GRPCError) -> ErrorInfo | None:

@@ -14,6 +14,7 @@ from aipod.doctor.limits import check_error, check_headers, check_health, check_
 from aipod.doctor.load import check_calls, check_rate
 from aipod.doctor.wire import ANSWER, FAILURES, Chain, Fate, Probe, alone, fate_of, probing
 from aipod.errors import Unreachable
+from aipod.transport.channel import why_unconnected
 
 # Seconds of each transfer, and of the calls that are counted, at most: windows and clocks have settled by then.
 _LOADED = 3.0
@@ -94,7 +95,8 @@ async def _connect(chain: Chain, found: list[Finding]) -> dict[str, int] | None:
         except FAILURES as exc:
             finding = judge_unconnected(exc, channel.hop, tls=chain.config.tls)
             if finding is None:
-                raise Unreachable(f"no server answers at {chain.target}: {said(str(exc)) or 'timed out'}") from None
+                why = said(why_unconnected(exc)) or "timed out"
+                raise Unreachable(f"no server answers at {chain.target}: {why}") from None
             found.append(finding)
             return None
         found += judge_hop(hop, settings)

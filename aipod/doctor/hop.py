@@ -26,7 +26,9 @@ def judge_unconnected(exc: BaseException, hop: Hop | None, *, tls: bool) -> Find
         return Finding(Level.BROKEN, "tls", text, "ssl_certificate", "or --tls-ca on this side")
     if hop is None:
         return None
-    if hop.first.startswith(b"HTTP/") or (tls and hop.alpn != "h2"):
+    # Some proxies end the handshake (RFC 7301 section 3.2), others choose nothing. ssl has no name for that alert.
+    ended = isinstance(exc, ssl.SSLError) and "no application protocol" in str(exc)
+    if hop.first.startswith(b"HTTP/") or ended or (hop.tls and hop.alpn != "h2"):
         chosen = f"by ALPN: {said(hop.alpn or 'nothing')}" if tls else said(hop.first[:16].decode("latin-1"))
         text = f"it speaks HTTP/1.1 only ({chosen})" + ("" if tls else ", or wants TLS (--tls)")
         nginx = "listen ... http2; (1.25.1 and newer: http2 on;)"

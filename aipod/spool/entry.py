@@ -79,7 +79,7 @@ class Entry(Look):
         self._settling = threading.RLock()  # what is recorded meanwhile would count as on disk, and not be there
         self._synced_at = time.monotonic()
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
-        self._progress: tuple[float, str] = (0.0, "")
+        self._progress: tuple[float, str] | None = None  # what `live` says; None where nobody has looked yet
         self._heard = 0.0
 
     # The beginning
@@ -302,6 +302,9 @@ class Entry(Look):
         if self.is_noted(progress, message, heard):
             return
         self._heard = heard
+        if self._progress is None:  # an earlier process may have told something, which is no longer true
+            before = self.live()
+            self._progress = before.get("progress", 0.0), before.get("message", "")
         if (progress, message) == self._progress:
             with contextlib.suppress(OSError):
                 os.utime(self.path / "live")  # who does nothing but log needs none: the log tells

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import ssl
 from collections.abc import Sequence
 from typing import Any, cast
@@ -150,6 +151,13 @@ class Channel(grpclib.client.Channel):
         except TimeoutError:
             self._latest.transport.abort()
             await self._latest.ended.wait()
+
+
+def why_unconnected(exc: BaseException) -> str:
+    """`exc` in words; asyncio's own do not say whether a connection was refused."""
+    if isinstance(exc, ConnectionError) and exc.errno:
+        return os.strerror(exc.errno)
+    return str(exc)
 
 
 async def open_call(stream: grpclib.client.Stream[Any, Any]) -> None:
