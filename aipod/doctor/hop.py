@@ -94,8 +94,13 @@ def judge_server(about: Mapping[str, Any]) -> list[Finding]:
         return []
     named = ("max_payload", "max_message", "max_kwargs", "upload_stall", "tick")
     shown = ((name.replace("_", "-"), limits[name]) for name in named if name in limits)
-    told = ", ".join(f"--{name} {value:.10g}" for name, value in shown if isinstance(value, int | float))
+    told = ", ".join(f"--{name} {value:.10g}" for name, value in shown if _is_figure(value))
     return [Finding(Level.NOTE, "server-limits", f"the server's own (0 is none): {told}")]
+
+
+def _is_figure(value: object) -> bool:
+    """Whether it is a number that a setting may have: whole ones come in any length."""
+    return isinstance(value, int | float) and 0 <= value < 2**63
 
 
 def unseen() -> list[Finding]:

@@ -123,7 +123,7 @@ async def check_connection(chain: Chain, wait: float) -> list[Finding]:
     async with chain.sound() as channel:
 
         async def call() -> None:
-            async with probing(chain, channel) as probe:
+            async with asyncio.timeout(ANSWER), probing(chain, channel) as probe:
                 await probe.open({}, end=True)
                 await _listen(probe)
 

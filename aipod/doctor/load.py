@@ -157,7 +157,7 @@ async def _carry(chain: Chain, patience: float, most: int, *, upward: bool) -> C
                 ):
                     amount += len(piece.data)
                 await probe.send(Raw(), end=True)
-                amount = int((await probe.receive_json())["took"])
+                amount = await probe.receive_count("took", most)
 
         fate = None
         try:

@@ -155,6 +155,13 @@ class Probe:
             raise NoProbe("what answers has no aipod.probe")
         return told
 
+    async def receive_count(self, name: str, most: int) -> int:
+        """The number of that name in the next message, at most `most`. Raises NoProbe where it is none."""
+        count = (await self.receive_json()).get(name)
+        if type(count) is not int or not 0 <= count <= most:
+            raise NoProbe(f"what answers tells no {name!r}, as aipod.probe does")
+        return count
+
     async def ask(self, asked: dict[str, Any], *, end: bool = False) -> None:
         """Open the call and take note of what the server says of itself. Raises NoProbe."""
         await self.open(asked, end=end)
