@@ -173,6 +173,16 @@ def test_a_stock_client_brings_its_trace(collector: Collector, tmp_path: Path) -
     assert served.stop() == 0, served.log_text()
 
 
+def test_baggage_is_the_models_and_not_looked_at(collector: Collector, tmp_path: Path) -> None:
+    served = serve(tmp_path)
+    bad = ",".join(["bad"] * 100)  # one warning each
+    for baggage in (bad, "a=1" + " " * 8000 + "b", "k=v"):
+        stranger.ask(served.address, "predict", {}, metadata=[("traceparent", REMOTE), ("baggage", baggage)])
+    assert collector.wait("job predict", 3).parent == REMOTE.split("-")[2]
+    assert served.stop() == 0, served.log_text()
+    assert "aggage" not in served.log_text()
+
+
 def test_a_job_that_another_server_goes_on_with_stays_in_its_trace(collector: Collector, tmp_path: Path) -> None:
     mark, gate, address = tmp_path / "mark", tmp_path / "gate", f"127.0.0.1:{free_port()}"
     first = serve(tmp_path, bind=address)
