@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import MutableMapping
 
@@ -17,6 +18,10 @@ log = logging.getLogger("aipod.server")
 
 # SD_LISTEN_FDS_START
 _FIRST = 3
+# No more digits than 64 bits have: Python's own limits on numbers are others for each thing that is done with them.
+_COUNT = re.compile(r"[0-9]{1,19}\Z")
+# Seconds: who wants to hear more often gets a process that does nothing else.
+_LEAST = 0.1
 _NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
@@ -64,9 +69,9 @@ def _address(name: str) -> str | None:
 
 def _watchdog(told: dict[str, str]) -> float | None:
     usec, pid = told["WATCHDOG_USEC"], told["WATCHDOG_PID"]
-    if not usec.isdecimal() or int(usec) == 0 or (pid and pid != str(os.getpid())):
+    if not _COUNT.match(usec) or int(usec) == 0 or (pid and pid != str(os.getpid())):
         return None
-    return int(usec) / 1e6
+    return max(int(usec) / 1e6, _LEAST)
 
 
 def _take_sockets(told: dict[str, str]) -> list[tuple[str, socket.socket]]:
@@ -76,8 +81,8 @@ def _take_sockets(told: dict[str, str]) -> list[tuple[str, socket.socket]]:
     if pid != str(os.getpid()):
         log.warning("LISTEN_FDS is not for this process but for %s: start it with exec", pid or "nobody")
         return []
-    if not count.isdecimal():
-        raise AipodError("BIND_FAILED", f"LISTEN_FDS={count} is no number")
+    if not _COUNT.match(count):
+        raise AipodError("BIND_FAILED", f"LISTEN_FDS={count[:40]} is no number")
     names = told["LISTEN_FDNAMES"].split(":") if told["LISTEN_FDNAMES"] else []
     found = []
     for number in range(int(count)):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from aipod.errors import AipodError
 from aipod.systemd import ServiceManager
 from tests.calls import calls, marked, own
 from tests.conftest import ROOT, children, require, wait_until
@@ -129,6 +130,9 @@ def test_nobody_is_told_where_nobody_listens(tmp_path: Path) -> None:
         ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}, None, ""),
         ({"WATCHDOG_USEC": "0"}, None, ""),
         ({"WATCHDOG_USEC": "-1"}, None, ""),
+        ({"WATCHDOG_USEC": "1"}, 0.1, ""),
+        ({"WATCHDOG_USEC": "9" * 400}, None, ""),
+        ({"WATCHDOG_USEC": "9" * 5000}, None, ""),
         ({"NOTIFY_SOCKET": "vsock:2:1"}, None, "neither a path nor an abstract name"),
         ({"LISTEN_FDS": "1", "LISTEN_PID": "1"}, None, "start it with exec"),
         ({"LISTEN_FDS": "1"}, None, "start it with exec"),
@@ -143,6 +147,12 @@ def test_what_is_not_for_this_process(
     told.tell("READY=1")
     assert log in caplog.text
     assert bool(caplog.text) == bool(log)
+
+
+@pytest.mark.parametrize("count", ["-1", "x", "9" * 5000], ids=lambda count: count[:4])
+def test_a_count_of_sockets_that_is_none(count: str) -> None:
+    with pytest.raises(AipodError, match=r"^LISTEN_FDS=.{1,40} is no number$"):
+        ServiceManager({"LISTEN_FDS": count, "LISTEN_PID": str(os.getpid())})
 
 
 # ---- sockets that are handed down
