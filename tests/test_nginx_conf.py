@@ -222,6 +222,22 @@ def test_each_directive_that_breaks_jobs_is_named(finding: str, tmp_path: Path) 
     assert {one.file for one in found} == {str(path)}
 
 
+def test_what_only_nginx_can_read_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "nginx.conf"
+    odd = 'location ~ "^/(?R)?x" { return 200; } send_timeout %s; client_max_body_size %s; location /ai.AI/' % (
+        (9 * "123456789" * 600,) * 2
+    )
+    path.write_text(changed(r"location /ai.AI/", odd).replace(" client_max_body_size 0;", "").replace("180s", "181s"))
+    assert audit(path) == []
+
+
+def test_a_finding_does_nothing_to_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "nginx.conf"
+    path.write_text(changed(r"grpc://\$aipod_upstream", '"grpc://$http_x_upstream\x1b]0;x\x07"'))
+    done = aipod("nginx-conf", "--check", str(path), forked=True)
+    assert (done.status, b"grpc_pass" in done.out, b"\x1b" in done.out) == (1, True, False)
+
+
 def test_the_tested_configuration_breaks_nothing(tmp_path: Path) -> None:
     assert audit(CONF) == []
     path = tmp_path / "nginx.conf"

@@ -18,7 +18,7 @@ from aipod.errors import UsageError
 # A timeout must outlast a few heartbeats, of which one may be late.
 _MISSED = 3
 _LEAST = _MISSED * Config().tick
-_TIME = re.compile(r"(\d+)(ms|[smhdwMy]?)")
+_TIME = re.compile(r"(\d{1,18})(ms|[smhdwMy]?)")
 _UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "M": 2592000, "y": 31536000}
 # What becomes of a name that a caller writes, unless a `map` has a list of those that may be.
 _FROM_CALLER = re.compile(r"\$\{?(http_|arg_|cookie_|host\b|uri|request|args|document_uri|is_args)")
@@ -214,7 +214,7 @@ def _speaks_grpc(target: str, server: list[Statement]) -> bool:
     for location in _named(server, "location"):
         *how, name = location["args"]
         if how in (["~"], ["~*"]):
-            found = re.search(re.sub(r"\(\?<(\w+)>", r"(?P<\1>", name), target) is not None
+            found = _matches(name, target)
         else:
             found = target == name or (how != ["="] and not name.startswith("@") and target.startswith(name))
         own = _own(location["block"])
@@ -225,6 +225,13 @@ def _speaks_grpc(target: str, server: list[Statement]) -> bool:
     return False
 
 
+def _matches(pattern: str, target: str) -> bool:
+    try:
+        return re.search(re.sub(r"\(\?<(\w+)>", r"(?P<\1>", pattern), target) is not None
+    except re.error:  # Python's are not all that PCRE has; one for error pages needs nothing more
+        return False
+
+
 def _seconds(text: str) -> float:
     parts = _TIME.findall(text)
     if "".join(map("".join, parts)) != text.replace(" ", ""):
@@ -233,7 +240,7 @@ def _seconds(text: str) -> float:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([kKmMgG]?)", text)
+    match = re.fullmatch(r"(\d{1,18})([kKmMgG]?)", text)
     if match is None:
         return 0
     return int(match[1]) * {"": 1, "k": KIB, "m": MIB, "g": KIB * MIB}[match[2].lower()]

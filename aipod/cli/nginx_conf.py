@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from aipod.cli import end_on_signals
+from aipod.cli import end_on_signals, plain
 from aipod.cli.nginx_check import audit
 from aipod.cli.nginx_setup import LISTEN, OLDEST, Setup, Upstream
 from aipod.cli.nginx_template import render
@@ -139,7 +139,7 @@ def _check(path: Path) -> None:
     """Raises `AipodError` where jobs would break, or nginx does not take it; `UsageError` where it cannot be read."""
     findings = audit(path)
     for finding in findings:
-        click.echo(str(finding))
+        click.echo(plain(str(finding)))
     if findings:
         raise AipodError("NGINX_CHECK", f"{path}: {len(findings)} things in it would break jobs")
     program = shutil.which("nginx")
