@@ -1,4 +1,4 @@
-"""`aipod doctor` before a server that lies, or never ends: it says so, and ends."""
+"""`aipod doctor` and `health` before a server that lies, or never ends: they say so, and end."""
 
 from __future__ import annotations
 
@@ -18,9 +18,22 @@ from aipod.doctor import Chain, Finding, Level
 from aipod.doctor.hop import judge_server
 from aipod.doctor.idle import check_connection
 from aipod.doctor.load import check_rate
+from aipod.service.schema import health_message
 from aipod.wire.ai import Raw
 from tests.conftest import run
 from tests.stock_server import Betterproto
+from tests.test_cli import Done, aipod
+
+
+@contextlib.asynccontextmanager
+async def listening(server: Server) -> AsyncIterator[str]:
+    await server.start("127.0.0.1", 0)
+    assert server._server is not None
+    try:
+        yield f"127.0.0.1:{server._server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await server.wait_closed()
 
 
 class Liar:
@@ -50,15 +63,8 @@ class Liar:
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[Chain]:
-        server = Server([self], codec=Betterproto())
-        await server.start("127.0.0.1", 0)
-        assert server._server is not None
-        port = server._server.sockets[0].getsockname()[1]
-        try:
-            yield Chain(f"127.0.0.1:{port}", Config(), [])
-        finally:
-            server.close()
-            await server.wait_closed()
+        async with listening(Server([self], codec=Betterproto())) as address:
+            yield Chain(address, Config(), [])
 
 
 NO_COUNT = ('{"took": "x"}', '{"took": -1}', '{"took": Infinity}', '{"took": 1' + "0" * 400 + "}", "{}", "[]")
@@ -86,3 +92,24 @@ def test_a_call_that_never_ends_is_not_waited_for() -> None:
             return await check_connection(chain, 0.2)
 
     assert [one.what for one in run(main)] == ["idle-connection"]
+
+
+class Strange:
+    """Health with a status that gRPC does not know."""
+
+    def __mapping__(self) -> dict[str, Handler]:
+        request, response = health_message("HealthCheckRequest"), health_message("HealthCheckResponse")
+        return {"/grpc.health.v1.Health/Check": Handler(self.check, Cardinality.UNARY_UNARY, request, response)}
+
+    async def check(self, stream: object) -> None:
+        await stream.recv_message()  # type: ignore[attr-defined]
+        await stream.send_message(health_message("HealthCheckResponse")(status=99))  # type: ignore[attr-defined]
+
+
+def test_a_status_that_is_none() -> None:
+    async def main() -> Done:
+        async with listening(Server([Strange()])) as address:
+            return await asyncio.to_thread(aipod, "health", "--to", address)
+
+    done = run(main)
+    assert (done.status, done.out, done.err) == (1, b"UNKNOWN (99)\n", "")

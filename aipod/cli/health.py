@@ -52,7 +52,13 @@ async def _ask(
     method = "List" if service is None else "Check"
     response = health_message(f"Health{method}Response")
     request = health_message(f"Health{method}Request")
-    name_of = health_message("HealthCheckResponse").ServingStatus.Name
+    names: dict[int, str] = {
+        number: name for name, number in health_message("HealthCheckResponse").ServingStatus.items()
+    }
+
+    def name_of(status: int) -> str:
+        return names.get(status, f"UNKNOWN ({status})")  # a newer server's, or nonsense
+
     try:
         channel = Channel(to, config)
     except ValueError as exc:
