@@ -281,7 +281,8 @@ def test_a_process_that_has_just_started_outbids_once() -> None:
     assert (decision.action, decision.epoch) == (Action.OUTBID, 77)
     for known in (BEFORE, AFTER):
         assert outcome(exc, known) == (Action.STOP, "SUPERSEDED")
-    assert outcome(refusal("SUPERSEDED", epoch="?"), Known("t", may_outbid=True)) == (Action.STOP, "SUPERSEDED")
+    for epoch in ("?", "9" * 20, "9" * 5000):
+        assert outcome(refusal("SUPERSEDED", epoch=epoch), Known("t", may_outbid=True)) == (Action.STOP, "SUPERSEDED")
 
 
 def test_what_is_not_ours_is_left_alone() -> None:

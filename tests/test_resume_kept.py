@@ -58,6 +58,11 @@ def test_before_anything_is_known_attempts_are_counted() -> None:
     assert patience(attempts=1).pause(known=False) is None
 
 
+def test_a_server_may_ask_for_a_pause_but_not_for_years() -> None:
+    tries = patience(attempts=3)
+    assert [tries.pause(known=False, at_least=seconds) for seconds in (9.0, 1e11, 1.0)] == [9.0, 600.0, None]
+
+
 def test_afterwards_only_time_without_progress_counts() -> None:
     clock = Clock()
     tries = patience(clock, attempts=1, reconnect=100.0)

@@ -48,6 +48,8 @@ _LOST = (Status.INTERNAL, Status.UNAVAILABLE, Status.UNKNOWN, Status.CANCELLED, 
 _TRANSIENT = ("OFFSET_MISMATCH", "UPLOAD_STALLED", "TRUNCATED")
 # Reasons with which a job may have been taken on before it ended.
 _ENDED = ("CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "INTERRUPTED", "RELEASED")
+# Of an epoch: it is a number of 64 bits, and so must be the next one.
+_DIGITS = 19
 
 
 class NoAnswer(Exception):
@@ -237,7 +239,7 @@ def _of_reason(
         return Decision(Action.ANEW, never, exc, spool=spool)
     if reason == "SUPERSEDED":
         epoch = metadata.get("epoch", "")
-        if known.may_outbid and epoch.isdecimal():
+        if known.may_outbid and epoch.isdecimal() and len(epoch) <= _DIGITS:
             return Decision(Action.OUTBID, refused, exc, epoch=int(epoch))
         return Decision(Action.STOP, refused, exc)
     if reason == "BAD_CHUNK":

@@ -12,6 +12,8 @@ from aipod.config import Config
 # together (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
 _BEFORE_ANY_ANSWER = (1.0, 30.0)
 _RECONNECT = (0.5, 5.0)
+# Seconds of a pause that a server may ask for: ours asks for a few, a hostile one for years.
+_LONGEST = 600.0
 
 
 class Patience:
@@ -84,4 +86,4 @@ class Patience:
             return None
         first, limit = _RECONNECT if known else _BEFORE_ANY_ANSWER
         jittered = self._rng.uniform(0, min(limit, first * 2 ** min(self._failures - 1, 30)))
-        return min(max(jittered, at_least), left)
+        return min(max(jittered, min(at_least, _LONGEST)), left)
