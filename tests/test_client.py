@@ -687,6 +687,22 @@ def test_a_draining_server_finishes_what_it_has(serve: Serve, tmp_path: Path) ->
     assert first.process.returncode == 0
 
 
+def test_metadata_that_no_server_takes_is_not_sent(served: Served) -> None:
+    """It would end the connection, with the other calls on it."""
+
+    async def main() -> None:
+        async with aipod.Client(served.address) as client:
+            most = [("x-long", "x" * (14 * 1024 - 38))]
+            assert (await client.chaos(b"xy", metadata=most))["size"] == 2
+            more = [("x-long", most[0][1] + "x")]
+            with pytest.raises(aipod.UsageError, match="14337 bytes of metadata; at most 14336"):
+                await client.chaos(b"xy", metadata=more)
+            with pytest.raises(aipod.UsageError, match="metadata"):
+                await client.submit("chaos", metadata=more)
+
+    run(main)
+
+
 def test_close_ends_calls_and_the_next_call_connects_again(served: Served, tmp_path: Path) -> None:
     """The jobs go on for their grace time: whoever has the ticket finds them."""
     mark, ticket, other = tmp_path / "mark", tmp_path / "ticket", tmp_path / "other"

@@ -34,6 +34,8 @@ from aipod.wire.ai import Op, Phase
 # Above it bytes are better in a file, and kwargs better in the payload: both are held in memory whole.
 WARN_ABOVE = 32 * KIB
 RPCS = ("chaos", "train", "predict", "log")
+# Bytes of `max_headers` for what every call brings besides metadata: path, authority, job, token, trace.
+OWN_HEADERS = 2 * KIB
 
 
 class Client:
@@ -200,10 +202,10 @@ class Client:
         it returns: the job is cancelled, best effort.
         """
         closes = self._link.closes
-        metadata = _checked(metadata)
+        metadata = _checked(metadata, self._config)
         if method not in RPCS:
             metadata = [*(pair for pair in metadata if pair[0] != "x-func-name"), ("x-func-name", method)]
-            metadata = _checked(metadata)
+            metadata = _checked(metadata, self._config)
         rpc = method if method in RPCS else "chaos"
         request, course = await self._prepare(
             rpc, payload, version, metadata, ticket_file, {**(kwargs or {}), **more}, stacklevel=3
@@ -228,7 +230,7 @@ class Client:
         `ticket` is what `Job.ticket` or `str(job)` was; `metadata` is sent with every call, `x-upstream` for one.
         Raises `UsageError` for what is no ticket.
         """
-        return Job(self._link, parse_ticket(ticket), _checked(metadata), taken=False, file=None)
+        return Job(self._link, parse_ticket(ticket), _checked(metadata, self._config), taken=False, file=None)
 
     async def _call(
         self,
@@ -247,7 +249,7 @@ class Client:
         if save_to is not None:
             await asyncio.to_thread(check_target, save_to)
         request, course = await self._prepare(
-            rpc, payload, version, _checked(metadata), ticket_file, kwargs, stacklevel=4
+            rpc, payload, version, _checked(metadata, self._config), ticket_file, kwargs, stacklevel=4
         )
         request.save_to, request.on_event = save_to, on_event
         request.goes_on = request.durable = ticket_file is not None
@@ -404,7 +406,8 @@ def _check_timeout(timeout: object) -> None:
         raise UsageError(f"timeout={timeout!r} is not a number of seconds")
 
 
-def _checked(metadata: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _checked(metadata: Sequence[tuple[str, str]], config: Config) -> list[tuple[str, str]]:
+    """Raises `UsageError` for what cannot be sent, or is more than a server takes: it would end the connection."""
     try:
         headers = [(name.lower(), value) for name, value in metadata]
     except (AttributeError, TypeError, ValueError):
@@ -413,4 +416,9 @@ def _checked(metadata: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         encode_metadata(headers)
     except (TypeError, ValueError) as exc:
         raise UsageError(f"metadata cannot be sent: {exc}") from None
+    # As HTTP/2 counts them (RFC 9113 section 6.5.2).
+    size = sum(len(name) + len(value) + 32 for name, value in headers)
+    if size > config.max_headers - OWN_HEADERS:
+        most = config.max_headers - OWN_HEADERS
+        raise UsageError(f"{size} bytes of metadata; at most {most} (Config.max_headers); send more as the payload")
     return headers
