@@ -213,3 +213,8 @@ def leaves(exc: BaseException) -> Iterator[BaseException]:
             yield from leaves(inner)
     else:
         yield exc
+
+
+def why(exc: BaseException) -> str:
+    """What an exception says, to a person: of the system's own the words, without a number and the path again."""
+    return (exc.strerror if isinstance(exc, OSError) else None) or str(exc)

@@ -34,7 +34,7 @@ from typing import Any
 import trio
 
 from aipod.config import MIB
-from aipod.errors import Refused, UsageError
+from aipod.errors import Refused, UsageError, why
 
 log = logging.getLogger("aipod.identity")
 
@@ -210,7 +210,7 @@ class Identities:
             self._seen = _state_of(found)  # what could not even be read may be readable next time
             self._callers = parse_tokens(_checked(raw))
         except (OSError, TokensError) as exc:
-            raise TokensError(f"cannot use the tokens in {str(self._path)!r}: {exc}") from None
+            raise TokensError(f"cannot use the tokens in {str(self._path)!r}: {why(exc)}") from None
         return True
 
 
@@ -262,7 +262,7 @@ def add_token(path: Path, name: str, methods: Collection[str], versions: Collect
             parse_tokens(_checked(text.encode()))
             _replace(path, text, found)
     except (OSError, TokensError) as exc:
-        raise TokensError(f"cannot add {name!r} to {str(path)!r}: {exc}") from None
+        raise TokensError(f"cannot add {name!r} to {str(path)!r}: {why(exc)}") from None
     return token
 
 

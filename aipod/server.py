@@ -23,7 +23,7 @@ import trio
 
 from aipod.codec import spool_name
 from aipod.config import Config, state_home
-from aipod.errors import TABLE, AipodError
+from aipod.errors import TABLE, AipodError, why
 from aipod.heaps import share_heaps
 from aipod.identity import Identities
 from aipod.metrics import Metrics
@@ -205,7 +205,9 @@ def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool
     try:
         versions.sweep(spool.is_held)
     except OSError as exc:
-        raise ServeError("DATA_UNUSABLE", f"data directory {data_path}: {exc}; choose another with --data") from exc
+        raise ServeError(
+            "DATA_UNUSABLE", f"data directory {data_path}: {why(exc)}; choose another with --data"
+        ) from exc
     return spool, versions
 
 

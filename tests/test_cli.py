@@ -224,7 +224,8 @@ def test_a_wrong_file_is_a_usage_error(tmp_path: Path, text: str, said: str) -> 
 def test_a_second_server_on_the_same_port_says_so(served: Served, tmp_path: Path) -> None:
     done = aipod("serve", MODEL, "--bind", served.address, "--spool", "tmp", "--data", str(tmp_path))
     assert done.status == 1
-    assert done.last.startswith(f"aipod: BIND_FAILED: cannot listen on {served.address}: ")
+    why = "Address already in use; choose another with --bind"
+    assert done.last == f"aipod: BIND_FAILED: cannot listen on {served.address}: {why}"
 
 
 # --- call

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from aipod.config import Config
-from aipod.errors import AipodError
+from aipod.errors import AipodError, why
 
 log = logging.getLogger("aipod.transport")
 
@@ -69,7 +69,9 @@ def open_sockets(config: Config, given: Given = ()) -> Iterator[list[Listener]]:
             try:
                 _check_given(sock, insecure=insecure)
             except (OSError, ValueError) as exc:
-                raise BindError("BIND_FAILED", f"cannot listen on socket {name}, which was handed down: {exc}") from exc
+                raise BindError(
+                    "BIND_FAILED", f"cannot listen on socket {name}, which was handed down: {why(exc)}"
+                ) from exc
             sock.setblocking(False)
             listeners.append(Listener(sock, name_of(sock), handed_down=True))
         for address in () if given else config.bind:
@@ -77,7 +79,7 @@ def open_sockets(config: Config, given: Given = ()) -> Iterator[list[Listener]]:
                 sock = _listen(address, insecure=insecure, reuse_port=config.reuse_port)
             except (OSError, ValueError) as exc:
                 raise BindError(
-                    "BIND_FAILED", f"cannot listen on {address}: {exc}; choose another with --bind"
+                    "BIND_FAILED", f"cannot listen on {address}: {why(exc)}; choose another with --bind"
                 ) from exc
             stack.enter_context(sock)
             if is_unix := address.startswith("unix:"):
@@ -220,7 +222,7 @@ def open_metrics_socket(config: Config, *, shared: bool) -> Iterator[socket.sock
             sock.close()
             raise ValueError("anybody who can reach it could read the metrics; add --insecure if that is meant")
     except (OSError, ValueError) as exc:
-        text = f"cannot listen for metrics on {config.metrics}: {exc}; choose another with --metrics"
+        text = f"cannot listen for metrics on {config.metrics}: {why(exc)}; choose another with --metrics"
         raise BindError("BIND_FAILED", text) from exc
     with sock:
         sock.listen(BACKLOG)

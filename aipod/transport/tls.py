@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aipod.config import Config
-from aipod.errors import UsageError
+from aipod.errors import UsageError, why
 
 
 class Disagreement(ConnectionError):
@@ -161,11 +161,12 @@ def _load_own(context: ssl.SSLContext, config: Config) -> None:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
     except OSError as exc:  # ssl.SSLError is one
-        raise TLSError(f"cannot use certificate {config.tls_cert!r} with key {config.tls_key!r}: {exc}") from None
+        key = f" with key {config.tls_key!r}" if config.tls_key else ""
+        raise TLSError(f"cannot use certificate {config.tls_cert!r}{key}: {why(exc)}") from None
 
 
 def _load_ca(context: ssl.SSLContext, path: str) -> None:
     try:
         context.load_verify_locations(path)
     except OSError as exc:
-        raise TLSError(f"cannot use the authorities in {path!r}: {exc}") from None
+        raise TLSError(f"cannot use the authorities in {path!r}: {why(exc)}") from None
