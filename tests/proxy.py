@@ -16,7 +16,9 @@ class Fault:
     stall_up: int | None = None  # carry nothing more up once so many bytes have gone up, until `cut`
     swallow_up: int | None = None  # carry nothing more in either direction, though it is taken, once so many are up
     cut_down: int | None = None
-    fin_down: bool = False  # end it by FIN: a reset takes along what the client has not read yet
+    # End it by FIN, once this is true: a reset takes along what the client has not read yet, and the end of a
+    # connection what it has not looked at.
+    fin_down: Callable[[], bool] | None = None
     flip_down: int | None = None  # invert the byte at this offset
     frames_up: int | None = (
         None  # reset both sides behind so many HTTP/2 frames (up, the preface goes along with the first)
@@ -148,7 +150,9 @@ class Proxy:
                 if up and fault.stall_up is not None:
                     await asyncio.Event().wait()
                 self.cuts += 1
-                if not up and fault.fin_down:
+                if not up and fault.fin_down is not None:
+                    while not fault.fin_down():
+                        await asyncio.sleep(0.01)
                     writer.write_eof()
                     await asyncio.Event().wait()  # until the client has read it all and closes
                 if not up or fault.swallow_up is None:
