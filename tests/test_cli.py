@@ -459,9 +459,11 @@ def test_ctrl_c_while_it_imports_is_status_130_without_a_traceback(module: str) 
 def test_who_is_no_terminal_hears_once_that_it_is_tried_again() -> None:
     """And imports nothing for a bar. Mutants: nothing is said until patience ends; one line for each try."""
     code = "import sys; from aipod.cli import run; status = run(sys.argv[1:]); print('rich' in sys.modules, status)"
-    arguments = ["call", "x", "--attempts", "3", "--to", f"127.0.0.1:{free_port()}"]
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=CLEAN, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen: nobody else does meanwhile
+        arguments = ["call", "x", "--attempts", "3", "--to", f"127.0.0.1:{nobody.getsockname()[1]}"]
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=CLEAN, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     note, last = done.stderr.splitlines()
     assert note == "aipod: note: Connection refused; trying again"
     assert last.startswith("aipod: UNREACHABLE: ")

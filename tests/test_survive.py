@@ -15,6 +15,7 @@ import pytest
 
 import aipod
 from aipod.client import Event
+from aipod.codec import job_id
 from aipod.config import GIB, MIB
 from aipod.wire.ai import Op, Phase
 from tests import wire
@@ -314,6 +315,10 @@ def test_take_over_from_a_silent_connection_within_two_ticks(port: Port, tmp_pat
             async with opened(proxy.address) as silent:
                 sending = asyncio.create_task(send(silent, 0))
                 await until(lambda: proxy.cuts == 1)
+                arrived = port.servers[0].spool / job_id(client.ticket) / "in"
+                await until(
+                    lambda: arrived.read_bytes()[: 5 * MIB] == payload[: 5 * MIB]
+                )  # it has its full size at once
                 client.epoch = 2
                 async with opened(port.own_address(number)) as one:
                     beats = 0
