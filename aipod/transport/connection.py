@@ -57,6 +57,11 @@ class TooManyResets(ProtocolError):
     error_code = ErrorCodes.ENHANCE_YOUR_CALM
 
 
+# Seconds in which the peer of a server that drains may close the connection itself when its last call has ended. nginx
+# does at once; where it still has a PING to answer, it takes an end right behind the trailers for a lost call.
+_PEER_FIRST = 0.5
+
+
 class H2Connection(base.Connection):
     """A connection that can be aborted, and whose peer may ping as often as it likes."""
 
@@ -204,7 +209,6 @@ class H2Connection(base.Connection):
             frame.last_stream_id = last_stream
             frame.error_code = int(code)
             self._transport.write(frame.serialize())
-            self._socket.write_out()  # before an abort
 
     def close(self) -> None:
         super().close()
@@ -246,6 +250,7 @@ class Processor(base.EventsProcessor):
 
     connection: H2Connection
     draining = False
+    _closing: asyncio.TimerHandle | None = None
     _credited = False  # the connection's window has grown
 
     def close(self, reason: str = "Connection closed") -> None:
@@ -346,5 +351,14 @@ class Processor(base.EventsProcessor):
             self.close_if_drained()
 
     def close_if_drained(self) -> None:
-        if self.draining and not self.streams and self.connection.alive:
+        if not self.draining or self.streams or not self.connection.alive:
+            return
+        if self.connection.client:
+            self.connection.close()
+        elif self._closing is None:
+            self._closing = asyncio.get_running_loop().call_later(_PEER_FIRST, self._close_now)
+
+    def _close_now(self) -> None:
+        self._closing = None
+        if not self.streams and self.connection.alive:
             self.connection.close()

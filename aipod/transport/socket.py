@@ -9,15 +9,8 @@ import sys
 import termios
 from typing import Any
 
-from aipod.config import KIB
-
 # Seconds that a closed connection may take to send what was written last, and its peer to close it too.
 _LINGER = 10.0
-# Bytes of a piece that waits for others to be written with: to copy it costs less than to write it by itself.
-_TOGETHER = 16 * KIB
-# As many as a short call has: headers, a message, trailers. Where all of a turn waited for its end, 64 calls at once
-# took the less CPU, but client and server took turns, and a third fewer were made in a second.
-_PIECES = 3
 
 
 class Socket:
@@ -32,11 +25,9 @@ class Socket:
         self._lingers = lingers
         self._closed = False
         self._written = 0  # bytes
-        self._pending: list[Any] = []  # what is written in this turn of the loop
-        self._size = 0  # bytes of it
-        self._scheduled: asyncio.Handle | None = None
         self.abort = transport.abort
         self.get_extra_info = transport.get_extra_info
+        self.get_write_buffer_size = transport.get_write_buffer_size
         self.set_write_buffer_limits = transport.set_write_buffer_limits
 
     @property
@@ -57,45 +48,14 @@ class Socket:
             queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
         return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
-    def get_write_buffer_size(self) -> int:
-        return self._size + self._transport.get_write_buffer_size()
-
     def write(self, data: Any) -> None:
-        if self._closed:
-            return
-        self._written += len(data)
-        if len(data) > _TOGETHER:
-            self.write_out()
-            self._transport.write(data)
-            return
-        self._pending.append(data)
-        self._size += len(data)
-        if len(self._pending) == _PIECES:
-            self.write_out()
-        elif self._scheduled is None:
-            self._scheduled = asyncio.get_running_loop().call_soon(self._end_turn)
-
-    def _end_turn(self) -> None:
-        self._scheduled = None
-        self.write_out()
-
-    def write_out(self) -> None:
-        """Hand over what was written in this turn, and do not wait for its end."""
-        if not self._pending:
-            return
-        data = b"".join(self._pending)
-        self._pending.clear()
-        self._size = 0
-        if not self._transport.is_closing():
+        if not self._closed:
+            self._written += len(data)
             self._transport.write(data)
 
     def writelines(self, buffers: list[memoryview]) -> None:
-        size = sum(map(len, buffers))
-        if size <= _TOGETHER:
-            self.write(b"".join(buffers))
-        elif not self._closed:
-            self._written += size
-            self.write_out()
+        if not self._closed:
+            self._written += sum(map(len, buffers))
             self._transport.writelines(buffers)
 
     def is_closing(self) -> bool:
@@ -104,7 +64,6 @@ class Socket:
     def close(self) -> None:
         if self.is_closing():
             return
-        self.write_out()
         self._closed = True
         # Nobody waits longer for a write buffer that is not read, or for a peer that does not close.
         asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
