@@ -1,146 +1,118 @@
-"""`python -m bench [NAME] [--size SIZE] [--to HOST:PORT]`: measure the main job on this machine.
+"""`python -m bench [NAME …] [--quick]`: measure on this machine, beside peers that do the same work.
 
-    large   a file of random bytes up and back, as one call each; rates and peak memory of both sides
-    small   a call with 1 KiB through a warm worker process and on the loop, in turn: p50, p99, the difference
-    wire    the transport alone, beside its peers in one run; see `python -m bench wire --help`
-    disk    the steps on disk of a small job, also beside 100,000 ended ones; see `python -m bench disk --help`
-    faults  no measurement: jobs under random cuts and kills; see `python -m bench faults --help`
+    small    a small job, beside a bare grpcio.aio call
+    wire     the transport alone, beside a raw socket, Arrow Flight, grpcio and grpclib
 
-Without --to a server is started for the run. Absolute figures say little about another machine; those of `wire` are
-ratios of one run.
+Without a NAME all of these, one after the other. A figure is a median over rounds; in each, ours and its peers run in
+turn, in alternating order. Printed are the figures, what they cost, and the figures that must be reached. Peers are
+the extra `bench`, each in its own processes: pip install -e '.[bench]'. What is not installed is named and left out.
+
+These have options of their own (`python -m bench NAME --help`):
+
+    large    one large file up and back in one call
+    disk     the steps on disk of a small job, also beside 100,000 ended ones
+    faults   no measurement: jobs under random cuts and kills
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import filecmp
+import importlib
+import json
 import os
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import click
+from rich.console import Console
 
-from aipod import Client
-from aipod.cli.options import Size
-from aipod.client import Event
-from bench import disk, wire
+from bench import disk, large, machine, report, small, wire
+from bench.compare import Comparison, Measured, measure
 from bench.faults import run as faults
+from bench.options import Options, size
+from bench.required import judge
 
-MODEL = "aipod.examples.basics:Echo"
-SMALL_MODELS = {"worker": "bench.models:InWorker", "loop": "bench.models:OnLoop"}
-SMALL_CALLS = 1000
-
-
-@contextlib.contextmanager
-def server(model: str, directory: Path) -> Iterator[tuple[str, int]]:
-    """A server of `model`; its address and pid."""
-    command = [sys.executable, "-m", "aipod", "serve", model, "--bind", "127.0.0.1:0"]
-    command += ["--spool", str(directory / "spool"), "--data", str(directory / "data"), "--reserve", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[-1], process.pid
-    finally:
-        process.terminate()
-        process.communicate()
+BENCHMARKS = {"small": small, "wire": wire}
+OWN = {"large": large, "disk": disk, "faults": faults}  # with command lines of their own
 
 
-def peak_memory(pid: int) -> str:
-    """Peak resident memory, where the system tells it."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return f"{int(next(line for line in lines if line.startswith('VmHWM')).split()[1]) / 1024:.0f} MB"
-
-
-def make_random(path: Path, size: int) -> None:
-    with path.open("wb") as out:
-        for start in range(0, size, 1 << 20):
-            out.write(os.urandom(min(1 << 20, size - start)))
-
-
-async def large(address: str, pid: int | None, size: int, directory: Path) -> None:
-    source, back = directory / "source", directory / "back"
-    make_random(source, size)
-    phases: dict[str, float] = {}
-    beats = [0]
-
-    def note(event: Event) -> None:
-        phases[event.phase] = phases.get(event.phase, 0) or time.monotonic()
-        beats[0] = event.heartbeats
-
-    async with Client(address) as client:
-        await client.chaos(b"", metadata=[("x-func-name", "chaos")])  # the worker is warm
-        began = time.monotonic()
-        await client.chaos(source, metadata=[("x-func-name", "echo")], save_to=back, on_event=note)
-        ended = time.monotonic()
-    up, down = phases["QUEUED"] - began, ended - phases["DONE"]
-    same = filecmp.cmp(source, back, shallow=False)
-    print(f"large   {size / 1e9:.2f} GB random, one call: identical {same}, {beats[0]} heartbeats")
-    print(f"        up   {up:6.1f} s  {size / up / 1e6:6.0f} MB/s")
-    print(f"        down {down:6.1f} s  {size / down / 1e6:6.0f} MB/s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"        peak memory: client {peak:.0f} MB, server {peak_memory(pid) if pid else 'not ours'}")
-    if not same:
-        raise SystemExit("what came back is not what was sent")
-
-
-async def small(directory: Path) -> None:
-    payload = os.urandom(1024)
-    took: dict[str, list[float]] = {name: [] for name in SMALL_MODELS}
-    async with contextlib.AsyncExitStack() as stack:
-        clients = {}
-        for name, model in SMALL_MODELS.items():
-            address, _ = stack.enter_context(server(model, directory / name))
-            clients[name] = await stack.enter_async_context(Client(address))
-        for n in range(SMALL_CALLS):
-            for name in sorted(clients, reverse=n % 2 == 1):
-                began = time.monotonic()
-                await clients[name].chaos(payload)
-                took[name].append((time.monotonic() - began) * 1e3)
-    p50 = {}
-    for name, times in took.items():
-        times = sorted(times[SMALL_CALLS // 10 :])
-        p50[name] = statistics.median(times)
-        print(f"small   {name:6} p50 {p50[name]:6.2f} ms  p99 {times[int(len(times) * 0.99)]:6.2f} ms")
-    print(f"small   a worker process adds {p50['worker'] - p50['loop']:.2f} ms at the median")
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["wire"]:
-        wire.main(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["disk"]:
-        disk.main(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["faults"]:
-        sys.exit(faults.main(sys.argv[2:]))
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", choices=("large", "small", "wire", "disk", "faults"))
-    parser.add_argument("--size", default="1GiB", help="of the large file")
-    parser.add_argument(
-        "--to", help="HOST:PORT of a running server of aipod.examples.basics:Echo (or of a proxy before it)"
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options = parser.parse_args()
-    size = Size().convert(options.size, None, click.Context(click.Command("bench")))
-    with tempfile.TemporaryDirectory(prefix="aipod-bench-") as name:
-        directory = Path(name)
-        if options.name in (None, "large"):
-            with contextlib.ExitStack() as stack:
-                address, pid = (options.to, None) if options.to else stack.enter_context(server(MODEL, directory))
-                asyncio.run(large(address, pid, size, directory))
-        if options.name in (None, "small"):
-            asyncio.run(small(directory))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="smaller, and two rounds")
+    parser.add_argument("--pairs", type=int, help="rounds of each comparison (default: 5)")
+    parser.add_argument("--rows", help="which rows, separated by commas (default: all)")
+    parser.add_argument("--size", type=size, default=0, help="of a transfer, as 16GiB")
+    parser.add_argument("--jobs", type=int, default=0, help="small jobs of a run, or jobs at once")
+    parser.add_argument("--seconds", type=float, default=0.0, help="that jobs run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run, the machine and the versions")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the ratios, as SVG and PNG")
+    parser.add_argument("--require", action="store_true", help="exit with 1 where a required figure is missed")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(tempfile.gettempdir()), help="where spools, data and answers lie"
+    )
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(BENCHMARKS):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
+    options.pairs = (2 if options.quick else 5) if options.pairs is None else options.pairs
+    if options.pairs < 1:
+        parser.error("at least one pair")
+    return options
+
+
+def _choose(options: argparse.Namespace, settings: Options) -> list[tuple[str, Comparison]]:
+    """What is to be measured. Exits where there is no such row."""
+    names = options.names or list(BENCHMARKS)
+    chosen = [(name, each) for name in names for each in BENCHMARKS[name].comparisons(settings)]
+    if options.rows is None:
+        return chosen
+    rows, known = options.rows.split(","), list(dict.fromkeys(each.row for _, each in chosen))
+    if unknown := set(rows) - set(known):
+        sys.exit(f"python -m bench: no row {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    return [(name, each) for name, each in chosen if each.row in rows]
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in OWN:
+        return OWN[arguments[0]].main(list(arguments[1:])) or 0
+    options = _parse(arguments)
+    console, notes = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=140)
+    absent = machine.absent()
+    for peer, module in absent.items():
+        console.print(f"{peer} is left out: {module} is not installed; pip install -e '.\\[bench]'")
+    here = machine.describe()
+    load, cores = here["machine"]["load"][0], here["machine"]["cores"]
+    console.print(f"Python {here['python']}, {cores} cores, load {load:.1f} before the run, {options.pairs} pairs")
+    data = options.directory / f"aipod-bench-data-{os.getuid()}"
+    with tempfile.TemporaryDirectory(prefix="aipod-bench-", dir=options.directory) as name:
+        settings = Options(Path(name), data, options.quick, options.size, options.jobs, options.seconds)
+        several: list[Measured] = []
+        for benchmark, whole in _choose(options, settings):
+            comparison = whole.without(set(absent))
+            if comparison is None:
+                continue
+            notes.print(f"{benchmark} {comparison.row}: {', '.join(way.name for way in comparison.ways)}")
+            several += measure(benchmark, [comparison], options.pairs, settings.directory)
+    summaries = [measured.summary() for measured in several]
+    judged = judge(summaries)
+    report.show(console, several, judged)
+    if options.json:
+        arguments_used = {key: str(value) for key, value in vars(options).items()}
+        result: dict[str, Any] = here | {"arguments": arguments_used, "comparisons": summaries, "required": judged}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plots:
+        importlib.import_module("bench.plots").draw(summaries, judged, options.plots)
+    missed = [each["name"] for each in judged if each["reached"] is False]
+    if missed:
+        console.print(f"missed: {', '.join(missed)}")
+    return 1 if missed and options.require else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

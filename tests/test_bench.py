@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench import machine, wire
 from bench.faults.run import Totals
 from bench.faults.runs import check_starts
+from bench.options import Options
 from bench.peers import common
-from bench.wire import NEEDS, ROWS
 from tests.conftest import ROOT, missing
 
 LONG = int(os.environ.get("AIPOD_TEST_LONG", "1"))
@@ -25,46 +26,59 @@ LONG = int(os.environ.get("AIPOD_TEST_LONG", "1"))
 MIB = 1 << 20
 
 
-def wire(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench", "wire", "--quick", "--pairs", "1", *arguments]
+def bench(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *arguments, "--quick", "--pairs", "1", "--directory", str(directory)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
-def require_peers(*rows: str) -> None:
-    for row in rows:
-        for comparison in ROWS[row]:
-            module = NEEDS.get(comparison.peer.client)
-            if module is not None and importlib.util.find_spec(module) is None:
-                missing(f"{module} is not installed: pip install -e '.[bench]'")
+def require_peers() -> None:
+    for peer, module in machine.absent().items():
+        missing(f"{peer}: {module} is not installed: pip install -e '.[bench]'")
+
+
+def measured(directory: Path, *arguments: str) -> dict[str, Any]:
+    """Run a benchmark, and read what it has written."""
+    require_peers()
+    out = directory / "out.json"
+    done = bench(*arguments, "--json", str(out), directory=directory)
+    assert done.returncode == 0, done.stderr
+    assert "how many times better ours is" in done.stdout
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert result["commit"]
+    assert {"grpclib", "h2", "trio", "grpcio"} <= result["versions"].keys()
+    for comparison in result["comparisons"]:
+        names = [way["name"] for way in comparison["ways"]]
+        assert [sorted(each) for each in comparison["rounds"]] == [sorted(names)]
+        assert list(comparison["versus"]) == names[1:]
+        for figures in comparison["versus"].values():
+            for values in figures.values():
+                assert values["ratio_min"] == values["ratio"] == values["ratio_max"] > 0
+    return result
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["up", "down", "small", *(["stock"] if LONG > 1 else [])])
-def test_each_row_is_measured(row: str, tmp_path: Path) -> None:
-    require_peers(row)
-    out = tmp_path / "wire.json"
+def test_the_wire_is_measured(tmp_path: Path) -> None:
+    rows = "up,down,stock 16 KiB,calls" + (",up16,down16,stock,stock sync" if LONG > 1 else "")
     # More than the 16 blocks and one whole 64th message, and a last message that is not full.
-    done = wire("--rows", row, "--size", str(65 * MIB + 7), "--calls", "20", "--json", str(out))
-    assert done.returncode == 0, done.stderr
-    assert "how many times better ours is" in done.stdout
-    result = json.loads(out.read_text())
-    assert result["commit"]
-    assert {"grpclib", "h2", "trio"} <= result["versions"].keys()
-    assert len(result["comparisons"]) == len(ROWS[row])
-    for comparison in result["comparisons"]:
-        assert comparison["row"] == row
-        assert len(comparison["runs"]) == 1
-        for values in comparison["figures"].values():
-            assert values["ratio_min"] == values["ratio"] == values["ratio_max"] > 0
+    result = measured(tmp_path, "wire", "--rows", rows, "--size", str(65 * MIB + 7), "--jobs", "20")
+    assert [each["row"] for each in result["comparisons"]] == [
+        each.row for each in wire.comparisons(Options(tmp_path, tmp_path)) if each.row in rows.split(",")
+    ]
+
+
+@pytest.mark.slow
+def test_small_jobs_are_measured(tmp_path: Path) -> None:
+    result = measured(tmp_path, "small", "--rows", "8 at once,worker", "--jobs", "20")
+    assert [run["jobs"] for each in result["comparisons"] for run in each["rounds"][0].values()] == [20] * 6
 
 
 def test_ours_needs_no_extra() -> None:
-    assert not {"ours", "raw", "grpclib_stock"} & NEEDS.keys()
+    assert not {"ours", "product", "raw", "grpclib_stock"} & machine.NEEDS.keys()
 
 
-def test_an_unknown_row_is_refused() -> None:
-    done = wire("--rows", "sideways")
-    assert done.returncode == 2
+def test_an_unknown_row_is_refused(tmp_path: Path) -> None:
+    done = bench("wire", "--rows", "sideways", directory=tmp_path)
+    assert done.returncode == 1
     assert "choose from up, down" in done.stderr
 
 

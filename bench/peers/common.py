@@ -4,34 +4,38 @@
     python -m bench.peers.NAME send PORT SIZE MESSAGE      one transfer to the server, in messages of MESSAGE bytes
     python -m bench.peers.NAME receive PORT SIZE MESSAGE   one transfer from the server
     python -m bench.peers.NAME small PORT CALLS            calls of two small messages up and one down (gRPC peers)
+    python -m bench.peers.NAME calls PORT COUNT AT_ONCE    small jobs: 1 KiB up, 1 KiB down
 
-The last three print JSON: seconds, CPU seconds and peak memory of their own process. Whoever receives counts what
-arrives and tells the sender, who checks it: `up`, the messages and then the Receipt back; `down`, an order with size
-and message length, the messages, then the Receipt up.
+All but the first print JSON: seconds, CPU seconds (user and system) and peak memory of their own process. Whoever
+receives counts what arrives and tells the sender, who checks it: `up`, the messages and then the Receipt back; `down`,
+an order with size and message length, the messages, then the Receipt up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
+import resource
 import stat
 import statistics
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # Paths of the gRPC peers: each of their clients can talk to each of their servers. Messages are `ai.Raw`.
-UP, DOWN = "/bench.Wire/up", "/bench.Wire/down"
+UP, DOWN, ECHO = "/bench.Wire/up", "/bench.Wire/down", "/bench.Wire/echo"
 # Distinct blocks, so that no cache makes a transfer look cheap; one in CHECKED is looked into.
 BLOCKS, CHECKED, HEAD = 16, 64, 64
 WARM_UP = 8  # messages on the fresh connection before the clock starts
 SMALL, SMALL_MESSAGES, AT_ONCE = 100, 2, 64
+JOB = 1024  # bytes of a small job, each way
 
 
 class WrongData(Exception):
@@ -92,19 +96,22 @@ class Clock:
     """Seconds and CPU seconds (all threads) of the body of a `with`."""
 
     def __enter__(self) -> Clock:
-        self._began, self._cpu = time.perf_counter(), time.process_time()
+        self._began, self._usage = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.seconds = time.perf_counter() - self._began
-        self.cpu = time.process_time() - self._cpu
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        self.user = usage.ru_utime - self._usage.ru_utime
+        self.sys = usage.ru_stime - self._usage.ru_stime
 
-    def report(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "cpu": self.cpu}
+    def report(self) -> Report:
+        return {"seconds": self.seconds, "client_user": self.user, "client_sys": self.sys}
 
 
-Report = dict[str, float]
+Report = dict[str, Any]
 Transfer = Callable[[int, int], Awaitable[None]]
+Job = Callable[[bytes], Awaitable[bytes]]
 
 
 async def time_transfer(transfer: Transfer, size: int, message: int) -> Report:
@@ -143,9 +150,46 @@ async def time_calls(call: Transfer, count: int) -> Report:
     }
 
 
+async def time_jobs(job: Job, count: int, at_once: int) -> Report:
+    """Time `count` jobs, `at_once` under way: each takes 1 KiB and must give it back. Asyncio-flavored."""
+    payload = os.urandom(JOB)
+    took: list[float] = []
+    left = 0
+
+    async def several() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            began = time.perf_counter()
+            answer = await job(payload)
+            took.append(time.perf_counter() - began)
+            if answer != payload:
+                raise WrongData(f"{len(payload)} bytes were sent, {answer[:99]!r} came back")
+
+    async def all_of(number: int) -> None:
+        nonlocal left
+        left = number
+        await asyncio.gather(*(several() for _ in range(at_once)))
+
+    warm_up = max(at_once, count // 10)
+    await all_of(warm_up)
+    took.clear()
+    with Clock() as clock:
+        await all_of(count)
+    took.sort()
+    p99 = took[min(count - 1, int(count * 0.99))]
+    figures = {"p50": statistics.median(took), "p99": p99, "rate": count / clock.seconds}
+    return clock.report() | figures | {"jobs": count, "warm_up": warm_up / count}
+
+
 def announce(port: int) -> None:
-    """Print the port, and end this process when its stdin does: a server never outlives a harness that was killed."""
+    """Print the port, and end this process when its stdin does."""
     print(port, flush=True)
+    end_with_stdin()
+
+
+def end_with_stdin() -> None:
+    """End this process when its stdin does: nothing outlives a harness that was killed."""
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=_wait_for_eof, daemon=True).start()
 
@@ -166,15 +210,22 @@ def peak_memory(pid: int | str = "self") -> float | None:
 
 
 def main(serve: Callable[..., None], commands: dict[str, Callable[..., Report]]) -> None:
-    """Run the command line of one peer; options are `--NAME` or `--NAME=NUMBER`."""
+    """Run the command line of one peer; options are `--NAME` or `--NAME=VALUE`. What looks like a number is one."""
     name, *rest = sys.argv[1:] or ["help"]
     words = [word.removeprefix("--").partition("=") for word in rest if word.startswith("--")]
-    options: dict[str, Any] = {option: int(value) if value else True for option, _, value in words}
+    options: dict[str, Any] = {option.replace("-", "_"): _value(value) if value else True for option, _, value in words}
     if name == "serve":
         serve(**options)
     elif name in commands:
-        numbers: Sequence[int] = [int(word) for word in rest if not word.startswith("--")]
-        report: dict[str, float | None] = dict(commands[name](*numbers, **options))
-        print(json.dumps(report | {"peak_mb": peak_memory()}))
+        end_with_stdin()
+        report = dict(commands[name](*(_value(word) for word in rest if not word.startswith("--")), **options))
+        print(json.dumps(report | {"client_peak_mb": peak_memory()}))
     else:
         raise SystemExit(__doc__)
+
+
+def _value(word: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(word)
+    return word

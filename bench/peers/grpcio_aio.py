@@ -1,6 +1,8 @@
 """grpcio.aio moving `ai.Raw`, made and parsed by protobuf's own runtime.
 
-`--stock` leaves the channel's and the server's options alone; without it they are raised as far as they help.
+`--stock` leaves the channel's and the server's options alone; without it they are raised as far as they help: its
+guide (https://grpc.io/docs/guides/performance/) names the maximum frame size and look-ahead for large messages, and for
+all calls one channel and one stub that are used again.
 """
 
 from __future__ import annotations
@@ -47,13 +49,17 @@ async def _down_handler(requests: Any, context: grpc.aio.ServicerContext[Any, An
     common.check((await context.read()).data, *order)
 
 
+async def _echo_handler(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.write(await context.read())
+
+
 async def _serve(options: list[tuple[str, int]]) -> None:
     server = grpc.aio.server(options=options)
     service, _, up = common.UP.strip("/").rpartition("/")
-    down = common.DOWN.rpartition("/")[2]
+    down, echo = (path.rpartition("/")[2] for path in (common.DOWN, common.ECHO))
     methods = {
         name: grpc.stream_stream_rpc_method_handler(handler, Raw.FromString, Raw.SerializeToString)
-        for name, handler in {up: _up_handler, down: _down_handler}.items()
+        for name, handler in {up: _up_handler, down: _down_handler, echo: _echo_handler}.items()
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -70,6 +76,7 @@ class Client:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._up = channel.stream_stream(common.UP, Raw.SerializeToString, Raw.FromString)
         self._down = channel.stream_stream(common.DOWN, Raw.SerializeToString, Raw.FromString)
+        self._echo = channel.stream_stream(common.ECHO, Raw.SerializeToString, Raw.FromString)
 
     async def up(self, size: int, message: int) -> None:
         call = self._up()
@@ -90,6 +97,14 @@ class Client:
         await call.done_writing()
         await _finish(call)
 
+    async def echo(self, payload: bytes) -> bytes:
+        call = self._echo()
+        await call.write(Raw(data=payload))
+        await call.done_writing()
+        answer: bytes = (await call.read()).data
+        await _finish(call)
+        return answer
+
 
 async def _finish(call: Any) -> None:
     code = await call.code()
@@ -102,6 +117,8 @@ async def _run(name: str, port: int, *numbers: int, stock: bool) -> common.Repor
         client = Client(channel)
         if name == "small":
             return await common.time_calls(client.up, *numbers)
+        if name == "calls":
+            return await common.time_jobs(client.echo, *numbers)
         return await common.time_transfer(client.up if name == "send" else client.down, *numbers)
 
 
@@ -117,5 +134,9 @@ def small(port: int, calls: int, stock: bool = False) -> common.Report:
     return asyncio.run(_run("small", port, calls, stock=stock))
 
 
+def calls(port: int, count: int, at_once: int, stock: bool = False) -> common.Report:
+    return asyncio.run(_run("calls", port, count, at_once, stock=stock))
+
+
 if __name__ == "__main__":
-    common.main(serve, {"send": send, "receive": receive, "small": small})
+    common.main(serve, {"send": send, "receive": receive, "small": small, "calls": calls})

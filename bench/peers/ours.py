@@ -39,6 +39,7 @@ class Service:
         return {
             common.UP: TrioHandler(self._up, Cardinality.STREAM_STREAM, Raw, Raw),
             common.DOWN: TrioHandler(self._down, Cardinality.STREAM_STREAM, Raw, Raw),
+            common.ECHO: TrioHandler(self._echo, Cardinality.STREAM_STREAM, Raw, Raw),
         }
 
     async def _up(self, stream: Any) -> None:
@@ -68,6 +69,15 @@ class Service:
         except common.WrongData as exc:
             ending = Ending(Status.DATA_LOSS, str(exc))
         await call.finish(ending, {})
+
+    async def _echo(self, stream: Any) -> None:
+        from aipod.service.status import Ending
+        from aipod.service.viewer import Call
+
+        call = Call(stream)
+        await call.start()
+        await server_send(call, _data(await server_receive(call)))
+        await call.finish(Ending(), {})
 
 
 def _data(message: Raw | None) -> bytes:
@@ -150,6 +160,14 @@ class Client:
             await client_send(stream, receipt.seal(), last=True)
             await read_status(stream)
 
+    async def echo(self, payload: bytes) -> bytes:
+        async with self._request(common.ECHO) as stream:
+            await open_call(stream)
+            await client_send(stream, payload, last=True)
+            answer = await client_receive(stream)
+            await read_status(stream)
+        return answer
+
 
 async def _run(name: str, port: int, config: Config, *numbers: int) -> common.Report:
     channel = Channel(f"127.0.0.1:{port}", config)
@@ -157,6 +175,8 @@ async def _run(name: str, port: int, config: Config, *numbers: int) -> common.Re
         client = Client(channel)
         if name == "small":
             return await common.time_calls(client.up, *numbers)
+        if name == "calls":
+            return await common.time_jobs(client.echo, *numbers)
         return await common.time_transfer(client.up if name == "send" else client.down, *numbers)
     finally:
         await channel.aclose()
@@ -174,5 +194,9 @@ def small(port: int, calls: int) -> common.Report:
     return asyncio.run(_run("small", port, Config(), calls))
 
 
+def calls(port: int, count: int, at_once: int) -> common.Report:
+    return asyncio.run(_run("calls", port, Config(), count, at_once))
+
+
 if __name__ == "__main__":
-    common.main(serve, {"send": send, "receive": receive, "small": small})
+    common.main(serve, {"send": send, "receive": receive, "small": small, "calls": calls})

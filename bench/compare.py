@@ -1,0 +1,200 @@
+"""The one way to say a comparison, and to run it.
+
+A `Comparison` is a row of a benchmark: what is done (a command of every client, with its arguments), our way to do it,
+its peers', and the figures that are compared. A round runs each way once, in turn, the next round in the other order,
+so that a machine whose speed drifts slows all. A ratio is of the two runs of one round, and says how many times better
+ours is; it is quoted as the median over the rounds with its spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.processes import Run, Server, run_client
+
+Hop = tuple[str, tuple[str, ...]]  # a peer that is between, with its options
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A client and a server, by the names of their modules below bench.peers, and what is said to each.
+
+    `hop` is what the client reaches instead of the server: a process that is told `--to=PORT`. In options `{dir}` is
+    a directory of the server's, or the client's, own; all are below the same one.
+    """
+
+    name: str
+    client: str
+    server: str
+    client_options: tuple[str, ...] = ()
+    server_options: tuple[str, ...] = ()
+    hop: Hop | None = None
+
+    @property
+    def modules(self) -> set[str]:
+        return {self.client, self.server} | ({self.hop[0]} if self.hop else set())
+
+
+def same(name: str, module: str, *options: str, hop: Hop | None = None) -> Way:
+    """One module, with the same options, at both ends."""
+    return Way(name, module, module, options, options, hop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    name: str
+    of: Callable[[Run], float]
+    more_is_better: bool = True
+
+    def ratio(self, ours: Run, peer: Run) -> float:
+        """How many times better ours is."""
+        a, b = self.of(ours), self.of(peer)
+        return a / b if self.more_is_better else b / a
+
+
+RATE = Figure("MB/s", lambda run: run["bytes"] / run["seconds"] / 1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    row: str
+    command: str
+    arguments: tuple[str, ...]
+    ours: Way
+    peers: tuple[Way, ...]
+    figures: tuple[Figure, ...] = (RATE,)
+    size: int = 0  # bytes that are moved, where the command does not say so itself
+    check: Callable[[Run], None] = lambda run: None  # raises `Failed`
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        return self.ours, *self.peers
+
+    def without(self, absent: set[str]) -> Comparison | None:
+        """What is left of it without the modules that cannot run here; None where that is nothing."""
+        if self.ours.modules & absent:
+            return None
+        left = tuple(way for way in self.peers if not way.modules & absent)
+        return dataclasses.replace(self, peers=left) if left or not self.peers else None
+
+
+class Measured:
+    """A comparison and its runs: a list of rounds, each with one run for each way's name."""
+
+    def __init__(self, benchmark: str, comparison: Comparison) -> None:
+        self.benchmark = benchmark
+        self.comparison = comparison
+        self.rounds: list[dict[str, Run]] = []
+
+    def runs(self, way: Way) -> list[Run]:
+        return [each[way.name] for each in self.rounds]
+
+    def summary(self) -> dict[str, Any]:
+        """For each peer and each figure: medians of both sides, and of the rounds' ratios with their spread."""
+        comparison, versus = self.comparison, {}
+        ours = self.runs(comparison.ours)
+        for peer in comparison.peers:
+            pairs = list(zip(ours, self.runs(peer), strict=True))
+            versus[peer.name] = {figure.name: _compare(figure, pairs) for figure in comparison.figures}
+        return {
+            "benchmark": self.benchmark,
+            "row": comparison.row,
+            "command": comparison.command,
+            "ways": [dataclasses.asdict(way) for way in comparison.ways],
+            "ours": {
+                figure.name: {
+                    "median": statistics.median(map(figure.of, ours)),
+                    "min": min(map(figure.of, ours)),
+                    "max": max(map(figure.of, ours)),
+                }
+                for figure in comparison.figures
+            },
+            "versus": versus,
+            "rounds": self.rounds,
+        }
+
+
+def _compare(figure: Figure, pairs: list[tuple[Run, Run]]) -> dict[str, float]:
+    ratios = [figure.ratio(*pair) for pair in pairs]
+    return {
+        "ours": statistics.median(figure.of(ours) for ours, _ in pairs),
+        "peer": statistics.median(figure.of(peer) for _, peer in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "difference": statistics.median(figure.of(ours) - figure.of(peer) for ours, peer in pairs),
+    }
+
+
+class Bed:
+    """The servers of some ways, each started when it is first needed; all end with the `with`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = contextlib.ExitStack()
+        self._servers: dict[Any, Server] = {}
+
+    def __enter__(self) -> Bed:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.close()
+
+    def _server(self, key: Any, name: str, options: Iterable[str]) -> Server:
+        if key not in self._servers:
+            server = self._servers[key] = Server(name, self._placed(options))
+            self._stack.callback(server.stop)
+        return self._servers[key]
+
+    def _placed(self, options: Iterable[str]) -> list[str]:
+        """`options` with a directory of their own in place of `{dir}`."""
+        options = list(options)
+        if any("{dir}" in option for option in options):
+            own = self._stack.enter_context(tempfile.TemporaryDirectory(dir=self._directory))
+            options = [option.replace("{dir}", own) for option in options]
+        return options
+
+    def run(self, comparison: Comparison, way: Way) -> Run:
+        """One run by a fresh client. What was written before is on the disk by then: nobody pays for another."""
+        server = front = self._server((way.server, way.server_options), way.server, way.server_options)
+        if way.hop is not None:
+            name, options = way.hop
+            key = (way.hop, way.server, way.server_options)
+            front = self._server(key, name, [f"--to={server.port}", *options])
+        if comparison.size >= SYNCED:
+            os.sync()
+        with tempfile.TemporaryDirectory(dir=self._directory) as own:
+            arguments = [argument.replace("{dir}", own) for argument in comparison.arguments]
+            arguments = [argument.replace("{server}", str(server.pid)) for argument in arguments]
+            before = server.times(), front.times()
+            run = run_client(way.client, [comparison.command, front.port, *arguments, *way.client_options])
+            after = server.times(), front.times()
+        run |= {f"server_{name}": after[0][name] - before[0][name] for name in after[0].keys() & before[0].keys()}
+        if front is not server:
+            run["hop_cpu"] = sum(after[1].values()) - sum(before[1].values())
+        run |= {f"server_{name}": value for name, value in server.peaks().items()}
+        if comparison.size:
+            run.setdefault("bytes", comparison.size)
+        comparison.check(run)
+        return run
+
+
+SYNCED = 1 << 20  # bytes; smaller runs write nothing that another could pay for
+
+
+def measure(benchmark: str, comparisons: list[Comparison], rounds: int, directory: Path) -> Iterator[Measured]:
+    """All rounds of one comparison after the other."""
+    for comparison in comparisons:
+        measured = Measured(benchmark, comparison)
+        with Bed(directory) as bed:
+            for number in range(rounds):
+                order = comparison.ways if number % 2 == 0 else comparison.ways[::-1]
+                measured.rounds.append({way.name: bed.run(comparison, way) for way in order})
+        yield measured
