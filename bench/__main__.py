@@ -2,6 +2,8 @@
 
     small    a small job, beside a bare grpcio.aio call
     wire     the transport alone, beside a raw socket, Arrow Flight, grpcio and grpclib
+    file     a file to a model and its answer, beside the first version's design and an HTTP upload
+    result   a model's file back, beside an HTTP download
 
 Without a NAME all of these, one after the other. A figure is a median over rounds; in each, ours and its peers run in
 turn, in alternating order. Printed are the figures, what they cost, and the figures that must be reached. Peers are
@@ -28,13 +30,13 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import disk, large, machine, report, small, wire
+from bench import disk, file, large, machine, report, result, small, wire
 from bench.compare import Comparison, Measured, measure
 from bench.faults import run as faults
 from bench.options import Options, size
 from bench.required import judge
 
-BENCHMARKS = {"small": small, "wire": wire}
+BENCHMARKS = {"small": small, "wire": wire, "file": file, "result": result}
 OWN = {"large": large, "disk": disk, "faults": faults}  # with command lines of their own
 
 
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         console = Console(width=140)
     absent = machine.absent()
     for peer, module in absent.items():
-        console.print(f"{peer} is left out: {module} is not installed; pip install -e '.\\[bench]'")
+        console.print(f"{peer} is left out: {module} is not installed (python: pip install -e '.\\[bench]')")
     here = machine.describe()
     load, cores = here["machine"]["load"][0], here["machine"]["cores"]
     console.print(f"Python {here['python']}, {cores} cores, load {load:.1f} before the run, {options.pairs} pairs")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.processes import Run, Server, run_client
+from bench.processes import Failed, Run, Server, run_client
 
 Hop = tuple[str, tuple[str, ...]]  # a peer that is between, with its options
 
@@ -27,7 +27,9 @@ class Way:
     """A client and a server, by the names of their modules below bench.peers, and what is said to each.
 
     `hop` is what the client reaches instead of the server: a process that is told `--to=PORT`. In options `{dir}` is
-    a directory of the server's, or the client's, own; all are below the same one.
+    a directory of the server's, or the client's, own; all are below the same one. `command` and `arguments` replace
+    the comparison's, where this peer has other words for the same work. `apart`: has servers of its own, though
+    another way has the same.
     """
 
     name: str
@@ -36,6 +38,9 @@ class Way:
     client_options: tuple[str, ...] = ()
     server_options: tuple[str, ...] = ()
     hop: Hop | None = None
+    command: str = ""
+    arguments: tuple[str, ...] | None = None
+    apart: bool = False
 
     @property
     def modules(self) -> set[str]:
@@ -70,8 +75,8 @@ class Comparison:
     ours: Way
     peers: tuple[Way, ...]
     figures: tuple[Figure, ...] = (RATE,)
-    size: int = 0  # bytes that are moved, where the command does not say so itself
-    check: Callable[[Run], None] = lambda run: None  # raises `Failed`
+    files: bool = False  # it writes them: what was written before is on the disk when a run begins
+    answer: Any = None  # what every run must have been answered, where that is known
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -162,31 +167,29 @@ class Bed:
         return options
 
     def run(self, comparison: Comparison, way: Way) -> Run:
-        """One run by a fresh client. What was written before is on the disk by then: nobody pays for another."""
-        server = front = self._server((way.server, way.server_options), way.server, way.server_options)
+        """One run by a fresh client. Raises `Failed` where it was not answered what it should."""
+        key = (way.server, way.server_options, way.name if way.apart else "")
+        server = front = self._server(key, way.server, way.server_options)
         if way.hop is not None:
             name, options = way.hop
-            key = (way.hop, way.server, way.server_options)
-            front = self._server(key, name, [f"--to={server.port}", *options])
-        if comparison.size >= SYNCED:
-            os.sync()
+            front = self._server((way.hop, *key), name, [f"--to={server.port}", *options])
+        if comparison.files:
+            os.sync()  # nobody pays for what another has written
+        command = way.command or comparison.command
+        arguments = comparison.arguments if way.arguments is None else way.arguments
         with tempfile.TemporaryDirectory(dir=self._directory) as own:
-            arguments = [argument.replace("{dir}", own) for argument in comparison.arguments]
-            arguments = [argument.replace("{server}", str(server.pid)) for argument in arguments]
+            arguments = tuple(argument.replace("{dir}", own) for argument in arguments)
+            arguments = tuple(argument.replace("{server}", str(server.pid)) for argument in arguments)
             before = server.times(), front.times()
-            run = run_client(way.client, [comparison.command, front.port, *arguments, *way.client_options])
+            run = run_client(way.client, [command, front.port, *arguments, *way.client_options])
             after = server.times(), front.times()
         run |= {f"server_{name}": after[0][name] - before[0][name] for name in after[0].keys() & before[0].keys()}
         if front is not server:
             run["hop_cpu"] = sum(after[1].values()) - sum(before[1].values())
         run |= {f"server_{name}": value for name, value in server.peaks().items()}
-        if comparison.size:
-            run.setdefault("bytes", comparison.size)
-        comparison.check(run)
+        if comparison.answer is not None and "answer" in run and run["answer"] != comparison.answer:
+            raise Failed(f"{comparison.row}, {way.name}: the answer is {run['answer']}, not {comparison.answer}")
         return run
-
-
-SYNCED = 1 << 20  # bytes; smaller runs write nothing that another could pay for
 
 
 def measure(benchmark: str, comparisons: list[Comparison], rounds: int, directory: Path) -> Iterator[Measured]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -29,8 +30,8 @@ NEEDS = {
 
 
 def absent() -> dict[str, str]:
-    """The peers that cannot run here, and the module that each misses."""
-    missing = {}
+    """The peers that cannot run here, and what each misses."""
+    missing = {} if shutil.which("nginx") else {"nginx": "the program nginx"}
     for peer, modules in NEEDS.items():
         for module in modules:
             if importlib.util.find_spec(module) is None:

@@ -13,6 +13,7 @@ from bench.compare import Measured, Way
 from bench.processes import Run
 
 GIB = 1 << 30
+LARGE = 1 << 20  # bytes; below, what a job costs is more than what its bytes do
 # CPU seconds of one run: the two sides, what the server has started, and what is between.
 COSTS = ("client_user", "client_sys", "server_user", "server_sys", "server_workers", "hop_cpu")
 PEAKS = ("client_peak_mb", "server_peak_mb", "server_worker_peak_mb")
@@ -66,7 +67,8 @@ def _cells(way: Way, costs: dict[str, float | None]) -> Iterator[str]:
 
 def cost(runs: Sequence[Run]) -> tuple[str, dict[str, float | None]]:
     """The unit of work, and the medians of CPU seconds for one and of peak memory."""
-    unit, work = ("GiB", lambda run: run["bytes"] / GIB) if "bytes" in runs[0] else ("1000", lambda run: _count(run))
+    large = runs[0].get("bytes", 0) >= LARGE
+    unit, work = ("GiB", lambda run: run["bytes"] / GIB) if large else ("1000", _count)
     costs = {
         name: _median([run[name] / work(run) / _share(name, run) for run in runs if name in run]) for name in COSTS
     }
@@ -80,7 +82,8 @@ def _share(name: str, run: Run) -> float:
 
 
 def _count(run: Run) -> float:
-    count: int = run.get("jobs", run.get("calls", 1000))
+    """Thousands of jobs, or calls; a small file is one job."""
+    count: int = run.get("jobs", run.get("calls", 1))
     return count / 1000
 
 

@@ -106,6 +106,26 @@ REQUIRED = (
         "a warm worker process adds at most 0.3 ms at the median",
         (Bound("small", "worker", "loop", P50, at_most=0.3, of="difference"),),
     ),
+    Required(
+        "file, random",
+        "file to model to answer, 1 GiB random: against the first version's design and the HTTP upload",
+        (_ratio("file", "random", "first version", "MB/s", 5), _ratio("file", "random", "HTTP", "MB/s", 1.5)),
+    ),
+    Required(
+        "file, tar",
+        "the same, 1 GiB of the real tar, unshaped",
+        (_ratio("file", "tar", "first version", "MB/s", 5), _ratio("file", "tar", "HTTP", "MB/s", 1.0)),
+    ),
+    Required(
+        "fair copy",
+        "of the harness itself: the copy of the first version's design moves random bytes at 0.15 x plain grpcio.aio",
+        (_ratio("file", "fair copy", "grpcio_aio", "MB/s", 0.15),),
+    ),
+    Required(
+        "result",
+        "result of 1 GiB to a file, against FileResponse to httpx",
+        (_ratio("result", "random", "HTTP", "MB/s", 1.0),),
+    ),
 )
 
 

@@ -38,7 +38,7 @@ def comparisons(options: Options) -> list[Comparison]:
     transfer = (str(total), str(min(total, MIB)))
 
     def move(row: str, command: str, ours: Way, *peers: Way) -> Comparison:
-        return Comparison(row, command, transfer, ours, peers, size=total)
+        return Comparison(row, command, transfer, ours, peers)
 
     # Stock grpcio and grpclib announce frames of 16 KiB and send what the other side allows: to our server 512 KiB.
     small_frames = "--frame=16384"

@@ -5,6 +5,8 @@
     python -m bench.peers.NAME receive PORT SIZE MESSAGE   one transfer from the server
     python -m bench.peers.NAME small PORT CALLS            calls of two small messages up and one down (gRPC peers)
     python -m bench.peers.NAME calls PORT COUNT AT_ONCE    small jobs: 1 KiB up, 1 KiB down
+    python -m bench.peers.NAME file PORT PATH              the file to the model, which reads it, and its answer
+    python -m bench.peers.NAME result PORT PATH SAVE_TO    the server's file to one of the client's
 
 All but the first print JSON: seconds, CPU seconds (user and system) and peak memory of their own process. Whoever
 receives counts what arrives and tells the sender, who checks it: `up`, the messages and then the Receipt back; `down`,
@@ -119,7 +121,7 @@ async def time_transfer(transfer: Transfer, size: int, message: int) -> Report:
     await transfer(min(size, WARM_UP * message), message)
     with Clock() as clock:
         await transfer(size, message)
-    return clock.report()
+    return clock.report() | {"bytes": size}
 
 
 async def time_calls(call: Transfer, count: int) -> Report:

@@ -79,7 +79,7 @@ def _timed(up: bool, port: int, size: int, message: int) -> common.Report:
         transfer(client, min(size, common.WARM_UP * message), message)
         with common.Clock() as clock:
             transfer(client, size, message)
-    return clock.report()
+    return clock.report() | {"bytes": size}
 
 
 def send(port: int, size: int, message: int) -> common.Report:

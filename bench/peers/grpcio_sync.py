@@ -44,7 +44,7 @@ def send(port: int, size: int, message: int) -> common.Report:
         _up(channel, min(size, common.WARM_UP * message), message)
         with common.Clock() as clock:
             _up(channel, size, message)
-        return clock.report()
+        return clock.report() | {"bytes": size}
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def file(port: int, path: str, level: int | str | None = None) -> common.Report:
             await client.predict(b"warm")
             with common.Clock() as clock:
                 answer = await client.predict(path)
-            return clock.report() | {"answer": answer}
+            return clock.report() | {"answer": answer, "bytes": answer["size"]}
 
     return asyncio.run(run())
 
@@ -64,7 +64,8 @@ def result(port: int, path: str, save_to: str) -> common.Report:
                 await client.chaos(metadata=method, save_to=save_to, kwargs={"name": path})
             return clock.report()
 
-    return asyncio.run(run()) | {"answer": describe(save_to)}
+    report, answer = asyncio.run(run()), describe(save_to)
+    return report | {"answer": answer, "bytes": answer["size"]}
 
 
 if __name__ == "__main__":

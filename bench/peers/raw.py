@@ -90,7 +90,7 @@ def _timed(up: bool, port: int, size: int, message: int) -> common.Report:
         transfer(sock, min(size, common.WARM_UP * message), message)
         with common.Clock() as clock:
             transfer(sock, size, message)
-    return clock.report()
+    return clock.report() | {"bytes": size}
 
 
 def send(port: int, size: int, message: int) -> common.Report:
