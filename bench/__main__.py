@@ -4,6 +4,10 @@
     wire     the transport alone, beside a raw socket, Arrow Flight, grpcio and grpclib
     file     a file to a model and its answer, beside the first version's design and an HTTP upload
     result   a model's file back, beside an HTTP download
+    links    jobs over slow links, beside HTTP and a raw socket
+    levels   what the client chooses by itself against fixed zstd levels (levels-down: results)
+    jobs     1000 jobs at once: heartbeats, CPU, memory
+    memory   peak memory for a large payload against that for a small one
 
 Without a NAME all of these, one after the other. A figure is a median over rounds; in each, ours and its peers run in
 turn, in alternating order. Printed are the figures, what they cost, and the figures that must be reached. Peers are
@@ -19,24 +23,37 @@ These have options of their own (`python -m bench NAME --help`):
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bench import disk, file, large, machine, report, result, small, wire
+from bench import disk, file, jobs, large, levels, links, machine, memory, report, result, small, wire
 from bench.compare import Comparison, Measured, measure
 from bench.faults import run as faults
 from bench.options import Options, size
 from bench.required import judge
 
-BENCHMARKS = {"small": small, "wire": wire, "file": file, "result": result}
+BENCHMARKS: dict[str, Callable[[Options], list[Comparison]]] = {
+    "small": small.comparisons,
+    "wire": wire.comparisons,
+    "file": file.comparisons,
+    "result": result.comparisons,
+    "links": links.comparisons,
+    "levels": levels.comparisons,
+    "jobs": jobs.comparisons,
+    "memory": memory.comparisons,
+    "levels-down": functools.partial(levels.comparisons, down=True),
+}
+UNASKED = tuple(BENCHMARKS)[:-1]
+PAIRS = {"levels": levels.PAIRS, "levels-down": levels.PAIRS, "memory": memory.PAIRS}  # of others 5
 OWN = {"large": large, "disk": disk, "faults": faults}  # with command lines of their own
 
 
@@ -46,7 +63,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="smaller, and two rounds")
-    parser.add_argument("--pairs", type=int, help="rounds of each comparison (default: 5)")
+    parser.add_argument("--pairs", type=int, help="rounds of each comparison (default: 5, some 3; 2 with --quick)")
     parser.add_argument("--rows", help="which rows, separated by commas (default: all)")
     parser.add_argument("--size", type=size, default=0, help="of a transfer, as 16GiB")
     parser.add_argument("--jobs", type=int, default=0, help="small jobs of a run, or jobs at once")
@@ -60,16 +77,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(BENCHMARKS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
-    options.pairs = (2 if options.quick else 5) if options.pairs is None else options.pairs
-    if options.pairs < 1:
+    if options.pairs is not None and options.pairs < 1:
         parser.error("at least one pair")
     return options
 
 
 def _choose(options: argparse.Namespace, settings: Options) -> list[tuple[str, Comparison]]:
     """What is to be measured. Exits where there is no such row."""
-    names = options.names or list(BENCHMARKS)
-    chosen = [(name, each) for name in names for each in BENCHMARKS[name].comparisons(settings)]
+    names = options.names or UNASKED
+    chosen = [(name, each) for name in names for each in BENCHMARKS[name](settings)]
     if options.rows is None:
         return chosen
     rows, known = options.rows.split(","), list(dict.fromkeys(each.row for _, each in chosen))
@@ -90,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"{peer} is left out: {module} is not installed (python: pip install -e '.\\[bench]')")
     here = machine.describe()
     load, cores = here["machine"]["load"][0], here["machine"]["cores"]
-    console.print(f"Python {here['python']}, {cores} cores, load {load:.1f} before the run, {options.pairs} pairs")
+    console.print(f"Python {here['python']}, {cores} cores, load {load:.1f} before the run")
     data = options.directory / f"aipod-bench-data-{os.getuid()}"
     with tempfile.TemporaryDirectory(prefix="aipod-bench-", dir=options.directory) as name:
         settings = Options(Path(name), data, options.quick, options.size, options.jobs, options.seconds)
@@ -100,7 +116,8 @@ def main(arguments: Sequence[str]) -> int:
             if comparison is None:
                 continue
             notes.print(f"{benchmark} {comparison.row}: {', '.join(way.name for way in comparison.ways)}")
-            several += measure(benchmark, [comparison], options.pairs, settings.directory)
+            rounds = options.pairs or (2 if options.quick else PAIRS.get(benchmark, 5))
+            several += measure(benchmark, [comparison], rounds, settings.directory)
     summaries = [measured.summary() for measured in several]
     judged = judge(summaries)
     report.show(console, several, judged)

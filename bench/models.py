@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,8 @@ class OnLoop(aipod.Model):
         """A small payload back: it is in the page cache, and a thread would take longer than to read it."""
         return path.read_bytes()  # noqa: ASYNC240
 
-    async def hold(self, context: aipod.Context, path: Path, *, seconds: float) -> float:
-        """A job that runs and does nothing."""
+    async def hold(self, context: aipod.Context, path: Path, *, until: float) -> None:
+        """A job that runs until then (`time.time()`), and does nothing."""
         import trio
 
-        await trio.sleep(seconds)
-        return seconds
+        await trio.sleep(max(0.0, until - time.time()))

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.peers.common import peak_memory
+from bench.peers.common import cpu_times, peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOWEST = 900  # seconds of one run: 1 GiB at 10 Mbit/s
@@ -104,9 +104,7 @@ def run_client(name: str, arguments: Sequence[str]) -> Run:
 
 def _times(pid: int) -> tuple[float, float] | None:
     with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        tick = os.sysconf("SC_CLK_TCK")
-        return int(fields[11]) / tick, int(fields[12]) / tick
+        return cpu_times(pid)
     return None
 
 

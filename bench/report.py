@@ -83,8 +83,8 @@ def _share(name: str, run: Run) -> float:
 
 def _count(run: Run) -> float:
     """Thousands of jobs, or calls; a small file is one job."""
-    count: int = run.get("jobs", run.get("calls", 1))
-    return count / 1000
+    count = run.get("jobs") or run.get("calls") or 1
+    return float(count) / 1000
 
 
 def _median(values: list[float]) -> float | None:

@@ -71,6 +71,11 @@ def _ratio(benchmark: str, row: str, peer: str, figure: str, at_least: float) ->
     return Bound(benchmark, row, peer, figure, at_least=at_least)
 
 
+FIXED = ("-5", "1", "3", "6", "9")  # levels that the adaptive one is measured against
+LINKS = ("unshaped", "1 Gbit/s", "100 Mbit/s")
+DATA = ("random", "tar", "weights", "json")
+GAPS, JOB_MEMORY = "gaps under 1.3 s, %", "KB per job"
+CLIENT_PEAK, SERVER_PEAK = "client peak MB", "server peak MB"
 P50, P99, JOBS = "p50 ms", "p99 ms", "jobs/s"
 SMALL_1, SMALL_64 = "1 at once", "64 at once"
 
@@ -125,6 +130,48 @@ REQUIRED = (
         "result",
         "result of 1 GiB to a file, against FileResponse to httpx",
         (_ratio("result", "random", "HTTP", "MB/s", 1.0),),
+    ),
+    Required(
+        "memory",
+        "peak memory of server and of client, 16 GiB against 256 MiB: within 10 %, under 150 MB each",
+        tuple(
+            bound
+            for row in ("upload", "result")
+            for figure in (CLIENT_PEAK, SERVER_PEAK)
+            for bound in (
+                _ratio("memory", row, "256 MiB", figure, 1 / 1.1),
+                Bound("memory", row, "", figure, at_most=150, of="median"),
+            )
+        ),
+    ),
+    Required(
+        "1000 jobs",
+        "1000 running jobs: 99 % of heartbeat gaps under 1.3 s; 200 KB per job",
+        (
+            Bound("jobs", "1000 at once", "", GAPS, at_least=99, of="median"),
+            Bound("jobs", "1000 at once", "", JOB_MEMORY, at_most=200, of="median"),
+        ),
+    ),
+    Required(
+        "the link",
+        "of the harness itself: a raw socket through the proxy reaches 95 % of 1 Gbit/s at 50 ms",
+        (Bound("links", "raw 1 Gbit/s", "", "of the rate", at_least=0.95, of="median"),),
+    ),
+    Required(
+        "50 ms",
+        "a job over 1 Gbit/s and 50 ms: 95 % of a raw socket through the same proxy",
+        (_ratio("links", "50 ms", "raw", "MB/s", 0.95),),
+    ),
+    Required(
+        "100 Mbit/s",
+        "file to model to answer, the tar at 100 Mbit/s, against the HTTP upload",
+        (_ratio("links", "100 Mbit/s tar", "HTTP", "MB/s", 2.0),),
+    ),
+    Required(
+        "levels",
+        "the adaptive level within 15 % of the best fixed one, but for one of twelve",
+        tuple(_ratio("levels", f"{kind} {link}", EVERY, "MB/s", 0.85) for link in LINKS for kind in DATA),
+        enough=len(LINKS) * len(DATA) - 1,
     ),
 )
 

@@ -211,6 +211,18 @@ def peak_memory(pid: int | str = "self") -> float | None:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
 
 
+def memory(pid: int) -> int:
+    """Resident memory in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_times(pid: int) -> tuple[float, float]:
+    """CPU seconds so far, of the user and of the system. Raises OSError where the system does not tell."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    tick = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / tick, int(fields[12]) / tick
+
+
 def main(serve: Callable[..., None], commands: dict[str, Callable[..., Report]]) -> None:
     """Run the command line of one peer; options are `--NAME` or `--NAME=VALUE`. What looks like a number is one."""
     name, *rest = sys.argv[1:] or ["help"]
