@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
+import itertools
 import json
 import os
 import random
@@ -30,6 +30,7 @@ from bench.models import describe
 MIB = 1 << 20
 BLOCK = 32 * MIB
 KINDS = ("random", "tar", "weights", "json")
+_SOURCES = (".py", ".pyi", ".c", ".h", ".txt")
 FORMAT = 1  # of these files' names: another number where what is in them changes
 # Of the names that an installation has many more of than it needs.
 _SKIPPED = ("__pycache__", "test", "tests", "idlelib")
@@ -74,13 +75,13 @@ def _weights() -> Iterator[bytes]:
 
     made = numpy.random.default_rng(7)
     while True:
-        yield (made.standard_normal(BLOCK // 4, dtype=numpy.float32) * 0.02).tobytes()
+        yield (made.standard_normal(MIB // 4, dtype=numpy.float32) * 0.02).tobytes()
 
 
 def _json() -> Iterator[bytes]:
-    made, lines, size = random.Random(7), list[bytes](), 0
+    made, blocks, lines, size = random.Random(7), list[bytes](), list[bytes](), 0
     words = [hashlib.sha256(b"%d" % number).hexdigest()[: 3 + number % 8] for number in range(2000)]
-    while size < BLOCK:
+    while len(blocks) * MIB < BLOCK:
         record = {
             "id": made.getrandbits(48),
             "time": f"2026-01-{made.randrange(1, 29):02}T{made.randrange(24):02}:{made.randrange(60):02}:00Z",
@@ -90,36 +91,40 @@ def _json() -> Iterator[bytes]:
         }
         lines.append(json.dumps(record).encode() + b"\n")
         size += len(lines[-1])
-    block = b"".join(lines)
-    while True:
-        yield block
+        if size >= MIB:
+            yield (block := b"".join(lines))
+            blocks.append(block)
+            lines, size = [], 0
+    yield from itertools.cycle(blocks)
 
 
 def _tar() -> Iterator[bytes]:
-    roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    files = {path for root in roots for path in root.rglob("*") if _is_taken(path, root)}
+    files = {path for name in ("stdlib", "platstdlib", "purelib", "platlib") for path in _files(name)}
     # By a hash of the name: libraries and sources lie side by side, in the same order each time.
     ordered = sorted(files, key=lambda path: hashlib.sha256(bytes(path)).digest())
     while True:
         for path in ordered:
-            yield _member(path)
+            yield from _member(path)
 
 
-def _is_taken(path: Path, root: Path) -> bool:
-    if not path.is_file() or path.is_symlink() or set(path.relative_to(root).parts) & set(_SKIPPED):
-        return False
-    return path.suffix in (".py", ".pyi", ".c", ".h", ".txt") or ".so" in path.suffixes
+def _files(name: str) -> Iterator[Path]:
+    """Libraries and sources below one of the installation's directories."""
+    for base, directories, names in os.walk(sysconfig.get_path(name)):
+        directories[:] = sorted(set(directories) - set(_SKIPPED))
+        for each in names:
+            path = Path(base, each)
+            if (path.suffix in _SOURCES or ".so" in path.suffixes) and path.is_file() and not path.is_symlink():
+                yield path
 
 
-def _member(path: Path) -> bytes:
-    data = path.read_bytes()
+def _member(path: Path) -> Iterator[bytes]:
     about = tarfile.TarInfo("/".join(path.parts[-4:]))
-    about.size = len(data)
-    with io.BytesIO() as out:
-        out.write(about.tobuf())
-        out.write(data)
-        out.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return out.getvalue()
+    with path.open("rb") as file:
+        about.size = os.fstat(file.fileno()).st_size
+        yield about.tobuf()
+        while piece := file.read(MIB):
+            yield piece
+    yield bytes(-about.size % tarfile.BLOCKSIZE)
 
 
 _MAKERS: dict[str, Callable[[], Iterator[bytes]]] = {

@@ -44,7 +44,6 @@ class Server:
     """A peer's server, or what is between (a hop)."""
 
     def __init__(self, name: str, options: Sequence[str]) -> None:
-        self._name = name
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  until `stop`
         command = [sys.executable, "-m", f"bench.peers.{name}", "serve", *options]
         self._process = subprocess.Popen(
@@ -89,13 +88,13 @@ class Server:
         return log
 
 
-def run_client(name: str, arguments: Sequence[str]) -> Run:
-    """Run one command of a peer's client."""
+def run_client(name: str, arguments: Sequence[str], *, seconds: float = SLOWEST) -> Run:
+    """Run one command of a peer's client. Raises `Failed`, also where it takes longer than that."""
     line = [sys.executable, "-m", f"bench.peers.{name}", *arguments]
     try:
-        done = subprocess.run(line, cwd=ROOT, stdin=_lifeline(), capture_output=True, text=True, timeout=SLOWEST)
+        done = subprocess.run(line, cwd=ROOT, stdin=_lifeline(), capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise Failed(f"longer than {SLOWEST} s: {' '.join(line)}") from None
+        raise Failed(f"longer than {seconds:g} s: {' '.join(line)}") from None
     if done.returncode:
         raise Failed(f"status {done.returncode}: {' '.join(line)}\n{done.stderr}")
     run: Run = json.loads(done.stdout)

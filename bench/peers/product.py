@@ -78,11 +78,12 @@ def result(port: int, path: str, save_to: str) -> common.Report:
 
 
 class Watched:
-    """What the callers of many jobs see: when each began to run, and the gaps between its heartbeats from then on."""
+    """What the callers of many jobs see: when all run, and the gaps between heartbeats from then on."""
 
     def __init__(self, count: int) -> None:
         self.gaps: list[float] = []
         self.all_run = asyncio.Event()
+        self.over = False
         self._left = count
 
     def watch(self) -> OnEvent:
@@ -98,7 +99,7 @@ class Watched:
                 self._left -= 1
                 if not self._left:
                     self.all_run.set()
-            elif event.heartbeats > beats:
+            elif event.heartbeats > beats and self.all_run.is_set() and not self.over:
                 self.gaps.append(now - last)
             if not last or event.heartbeats > beats:
                 beats, last = event.heartbeats, now
@@ -134,6 +135,7 @@ def hold(port: int, count: int, seconds: float, server: int) -> common.Report:
                 ramp, cpu = time.monotonic() - began, sum(common.cpu_times(server))
                 with common.Clock() as clock:
                     await asyncio.sleep(seconds)
+                watched.over = True
                 cpu, memory = sum(common.cpu_times(server)) - cpu, common.memory(server) - memory
                 if time.time() > until:
                     raise common.WrongData(f"it took {ramp:.1f} s until all ran, longer than {WARM_UP} have told")
