@@ -73,7 +73,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             outcome = job_failed(known[0].reason, known[0].message, known[0].metadata)
         elif isinstance(exc, Exception):
             log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc, extra=job.named)
-            outcome = outcome or job_failed("INTERNAL", "an internal error; the server's log says more")
+            outcome = outcome or _bug()
         else:
             if outcome is not None:
                 raise  # too late, as above
@@ -85,42 +85,29 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                 job.hand_over()
             raise
     finally:
-        why = "it could not be written down"
         with trio.CancelScope(shield=True):
+            end = End(job, outcome, terms, job.take_log(last=True))
             with _going_on(job):
-                await trio.to_thread.run_sync(versions.discard, job.request.job_id)
-            with _going_on(job):
-                # Before: who reads the outcome in another process reads the log a last time.
-                await job.save_log(last=True)
-            with _going_on(job):
-                if isinstance(outcome, JobFailed) and await _is_worth_another(job, terms, outcome):
-                    outcome, job.handed_over = None, True
-                    await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED"})
-                    job.enter(Phase.QUEUED)
-            with _going_on(job):
-                if job.handed_over:
-                    await trio.to_thread.run_sync(_note_hand_over, job.entry)
-            trace = ""
-            if isinstance(outcome, JobFailed):
-                trace = outcome.metadata.get("trace", "")
-                if not terms.tracebacks:
-                    outcome.metadata.pop("trace", None)
-            with _going_on(job):
-                if outcome is not None:
-                    outcome, why = await trio.to_thread.run_sync(_store, job, outcome)
-            if outcome is None:
-                log.info("job %s %s@%s waits for the next server", *_who(job), extra=job.named)
-            elif not why or job.request.plain:
-                job.end(outcome, trace)
+                await trio.to_thread.run_sync(end.write, versions)
+        outcome, job.handed_over = end.outcome, job.handed_over or end.again
+        if end.published:
+            queue.retire()
+        if end.again:
+            job.enter(Phase.QUEUED)
+        if outcome is None:
+            log.info("job %s %s@%s waits for the next server", *_who(job), extra=job.named)
+        elif not end.why or job.request.plain:
+            job.end(outcome, end.trace)
         try:
             if outcome is not None and not job.ended:
                 with _going_on(job):
-                    outcome = await _store_later(job, outcome, why, terms.tick)
-                job.end(outcome, trace)
+                    outcome = await _store_later(job, outcome, end.why, terms.tick)
+                job.end(outcome, end.trace)
         finally:
-            with trio.CancelScope(shield=True), _going_on(job):
-                if not job.request.plain:
-                    await trio.to_thread.run_sync(job.entry.let_go)
+            if not end.over:
+                with trio.CancelScope(shield=True), _going_on(job):
+                    if not job.request.plain:
+                        await trio.to_thread.run_sync(job.entry.let_go)
             job.close()
         if job.request.plain:
             try:
@@ -128,6 +115,74 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             finally:
                 with trio.CancelScope(shield=True), _going_on(job):
                     await trio.to_thread.run_sync(job.entry.destroy)
+
+
+class End:
+    """The end of a run, written down in one go: a thread for each step would take longer than all of them.
+
+    `write` is called once, in a thread; what it has done stands in the attributes.
+    """
+
+    def __init__(self, job: Job, outcome: Outcome | None, terms: Terms, log_text: str) -> None:
+        self._job = job
+        self._terms = terms
+        self._log_text = log_text
+        self.outcome = outcome  # what is to be told; None: the job waits for the next server
+        self.why = "it could not be written down" if outcome is not None else ""  # why `outcome` is not stored
+        self.trace = ""  # the model's, for the log
+        self.published = False  # the version has other data now
+        self.again = False  # the method may be started once more, by the next server
+        self.over = False  # the entry was let go of
+
+    def write(self, versions: Versions) -> None:
+        """Publish what the run made or forget it, save the log, store the outcome, let go of the entry. Blocks.
+
+        Whatever a step raises is logged, and the next one follows.
+        """
+        job, entry = self._job, self._job.entry
+        with _going_on(job):
+            self._publish(versions)
+        with _going_on(job):
+            # Before: who reads the outcome in another process reads the log a last time.
+            if self._log_text:
+                entry.append_log(self._log_text)
+        with _going_on(job):
+            if isinstance(self.outcome, JobFailed) and _is_worth_another(job, self._terms, self.outcome):
+                self.outcome, self.again, self.why = None, True, ""
+                entry.record({"phase": "QUEUED"})
+        with _going_on(job):
+            if job.handed_over or self.again:
+                _note_hand_over(entry)
+        if isinstance(self.outcome, JobFailed):
+            self.trace = self.outcome.metadata.get("trace", "")
+            if not self._terms.tracebacks:
+                self.outcome.metadata.pop("trace", None)
+        with _going_on(job):
+            if self.outcome is not None:
+                self.outcome, self.why = _store(job, self.outcome)
+        if not self.why and not job.request.plain:
+            with _going_on(job):
+                entry.let_go()
+                self.over = True
+
+    def _publish(self, versions: Versions) -> None:
+        job = self._job
+        try:
+            if isinstance(self.outcome, Answer):
+                with _result_lost():
+                    self.published = versions.publish(job.request.job_id, job.request.version)
+        except JobFailed as exc:
+            self.outcome = exc
+        except Exception:
+            self.outcome = _bug()
+            raise
+        finally:
+            if not self.published:
+                versions.discard(job.request.job_id)
+
+
+def _bug() -> JobFailed:
+    return job_failed("INTERNAL", "an internal error; the server's log says more")
 
 
 def _who(job: Job) -> tuple[str, str, str]:
@@ -256,7 +311,9 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                         text = f"{broken} workers died before they could run the job"
                         raise job_failed("WORKER_CRASHED", text) from None
                 except JobFailed as exc:
-                    if exc.reason != "WORKER_CRASHED" or not await _is_worth_another(job, terms, exc):
+                    if exc.reason != "WORKER_CRASHED" or not await trio.to_thread.run_sync(
+                        _is_worth_another, job, terms, exc
+                    ):
                         raise
                     text = "job %s: its worker died, its method is started once more: %s"
                     log.warning(text, request.job_id, exc.message, extra=job.named)
@@ -270,12 +327,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
         except Refused as exc:  # in line, or before its run: in a run a disk is the model's concern
             await _pause(job, exc, terms.tick)
     with _result_lost():
-        answer = await _measured(job, result, terms.tick)
-        # From here on a cancel must not undo what the run did.
-        with trio.CancelScope(shield=True):
-            if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
-                queue.retire()
-    return answer
+        return await _measured(job, result, terms.tick)
 
 
 def _long_kwargs(entry: Entry) -> bytes:
@@ -316,6 +368,8 @@ def cancellable(pieces: Generator[bytes, None, None]) -> Iterator[bytes]:
 
 async def _measured(job: Job, result: Result, tick: float) -> Answer:
     """The answer that the result is, once it can be read. This is a trio-flavored async function."""
+    if result.inline is not None:
+        return Answer(result.kind, result.inline, len(result.inline), digest(result.inline))
     for _ in range(STORE_TRIES):
         try:
             return await trio.to_thread.run_sync(_measure, job.entry, result, limiter=BULK)
@@ -325,9 +379,7 @@ async def _measured(job: Job, result: Result, tick: float) -> Answer:
 
 
 def _measure(entry: Entry, result: Result) -> Answer:
-    """The answer that the result is. Blocks, for hours if the model has made a file of terabytes."""
-    if result.inline is not None:
-        return Answer(result.kind, result.inline, len(result.inline), digest(result.inline))
+    """The answer that the file of a result is. Blocks, for hours if the model has made one of terabytes."""
     hasher, size = new_hasher(), 0
     for piece in cancellable(entry.read_result(0)):
         hasher.update(piece)
@@ -335,14 +387,14 @@ def _measure(entry: Entry, result: Result) -> Answer:
     return Answer(result.kind, None, size, hasher.digest())
 
 
-async def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
+def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
     """Whether the run was interrupted, and its method may be started once more, on what it was started on before.
 
-    This is a trio-flavored async function.
+    Blocks.
     """
     interrupted = job.started and failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
     may = interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
-    return may and await trio.to_thread.run_sync(job.entry.payload.exists)  # it may have made room for the result
+    return may and job.entry.payload.exists()  # it may have made room for the result
 
 
 async def _keep(job: Job, tick: float) -> None:

@@ -31,6 +31,7 @@ from aipod.job.request import Request
 from aipod.job.run import Terms, run_job, settle_later
 from aipod.job.times import outcome_of
 from aipod.job.watched import KEEP_ANSWERED, Keep, Told
+from aipod.job.whole import whole_payload
 from aipod.metrics import QUEUE, RUN, UPLOAD, Metrics
 from aipod.service.recover import Ended, end, recover
 from aipod.service.refusals import Refusals
@@ -81,11 +82,12 @@ class Jobs:
 
     # What a caller finds
 
-    async def find(self, request: Request, stored: Callable[[], None]) -> Job | Told:
+    async def find(self, request: Request, stored: Callable[[], None], deadline: float) -> Job | Told:
         """The job that a RUN or RESUME is about: with the caller as its uploader (`Job` RECEIVING), or to be watched.
 
-        `stored` is called as soon as the request's kwargs are in the job's entry: who waits for an older connection to
-        let go of it needs no room for them. This is a trio-flavored async function. Raises `Refused`.
+        A new one that has come whole is run already, with the caller's `deadline`. `stored` is called as soon as the
+        request's kwargs are in the job's entry: who waits for an older connection to let go of it needs no room for
+        them. This is a trio-flavored async function. Raises `Refused`.
         """
         assert request.open is not None
         job_id, epoch = request.job_id, request.open.epoch
@@ -93,11 +95,10 @@ class Jobs:
         older_has_it = False
         with trio.move_on_after(TAKE_OVER):
             while True:
-                fields, _, _ = await trio.to_thread.run_sync(self._read, self._spool.look(job_id))
+                fields, job = await self._read_or_begin(request, deadline)
+                if job is not None:
+                    return job
                 if not fields:
-                    job = await self._begin(request)
-                    if job is not None:
-                        return job
                     await trio.sleep(_LOOK_AGAIN)
                     continue
                 self.refusals.check_same(request, fields)
@@ -186,18 +187,47 @@ class Jobs:
 
     # Beginning
 
-    async def _begin(self, request: Request) -> Job | None:
-        """Create the job; None where somebody else just did. A RESUME never creates: it fences."""
+    async def _read_or_begin(self, request: Request, deadline: float) -> tuple[dict[str, Any], Job | None]:
+        """What the spool tells of the job; where there is none, nothing and the new one, or None where somebody else
+        just made it.
+
+        A RESUME never creates: it fences. This is a trio-flavored async function. Raises `Refused`.
+        """
         assert request.open is not None
-        if request.open.op == Op.RESUME:
-            if await trio.to_thread.run_sync(self._spool.fence, request.job_id):
+        job_id, look = request.job_id, self._spool.look(request.job_id)
+        if request.open.op == Op.RESUME or self._why_not(request) is not None:
+            fields, _, _ = await trio.to_thread.run_sync(self._read, look)
+            if fields:
+                return fields, None
+            if (why := self._why_not(request)) is not None and request.open.op != Op.RESUME:
+                raise why
+            if await trio.to_thread.run_sync(self._spool.fence, job_id):
                 raise self.refusals.not_started()
-            return None
-        self._check_open()
+            return {}, None
+        fields = {}
+        payload = whole_payload(request)
+
+        def claim() -> Entry | None:
+            fields.update(self._read(look)[0])
+            return None if fields else self._claim_now(request, payload)
+
+        entry = await self._claim(request, claim)
+        if entry is None:
+            return fields, None
+        job = self._take_in(self._job(request, entry))
+        if payload is not None:
+            job.times.arrived(len(payload), len(request.take_first().data))
+            job.enter(Phase.QUEUED)
+            self.start(job, deadline)
+        return {}, job
+
+    def _why_not(self, request: Request) -> Refused | None:
+        """Why no job can be begun for the request now."""
+        if self.draining:
+            return Refusals.draining()
         if request.kwargs is None:  # they are in the entry of the job that this call has watched
-            raise Refused("BUSY", "the job was removed while it was watched; try again")
-        entry = await self._claim(request)
-        return None if entry is None else self._take_in(self._job(request, entry))
+            return Refused("BUSY", "the job was removed while it was watched; try again")
+        return self._overload(request.job_id, request.version)
 
     async def _resume(self, entry: Entry, request: Request) -> Job | None:
         """Take the upload up where it is durable; None where it is complete by now."""
@@ -214,17 +244,21 @@ class Jobs:
 
     async def claim_plain(self, request: Request) -> Entry:
         """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
-        entry = await self._claim(request)
+        entry = await self._claim(request, functools.partial(self._claim_now, request))
         if entry is None:  # two random tickets are not the same: its lock is held, by a sweep that does not go on
             raise Refused("BUSY", "the server could not begin the job; try again")
         return entry
 
-    async def _claim(self, request: Request) -> Entry | None:
+    def _claim_now(self, request: Request, payload: bytes | None = None) -> Entry | None:
+        """A new entry. Blocks. Raises `Refused`."""
         assert request.kwargs is not None, "a job is created once for a request"
         what = request.job_id, request.fields, request.kwargs
+        return self._spool.claim(*what, size=request.size, payload=payload)
+
+    async def _claim(self, request: Request, claim: Callable[[], Entry | None]) -> Entry | None:
         with self.coming(request.job_id, request.version):
-            # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
-            entry = await self._held(functools.partial(self._spool.claim, *what, size=request.size), Entry.destroy)
+            # Cancelled meanwhile, nobody was told that it is there.
+            entry = await self._held(claim, Entry.destroy)
         if entry is not None:
             self._metrics.of_method(request.method).started += 1
         return entry
@@ -420,19 +454,25 @@ class Jobs:
 
         `version`: of a new job, which is refused where too many of the same are before it.
         """
-        if not self.has_room and job_id not in self.held:
-            limit = self._config.max_jobs
-            raise Refused(
-                "OVERLOADED", f"the server has {limit} jobs that have not ended (--max-jobs); try again later"
-            )
-        if version and self._waiting(version) >= self._config.max_queued:
-            text = f"{self._config.max_queued} jobs of version {version} upload or wait already (--max-queued)"
-            raise Refused("OVERLOADED", f"{text}; try again later")
+        if (refused := self._overload(job_id, version)) is not None:
+            raise refused
         self._coming[job_id] = version
         try:
             yield
         finally:
             self._coming.pop(job_id, None)
+
+    def _overload(self, job_id: str, version: str) -> Refused | None:
+        """Why this process can work on no job more; as `coming`."""
+        if not self.has_room and job_id not in self.held:
+            limit = self._config.max_jobs
+            return Refused(
+                "OVERLOADED", f"the server has {limit} jobs that have not ended (--max-jobs); try again later"
+            )
+        if version and self._waiting(version) >= self._config.max_queued:
+            text = f"{self._config.max_queued} jobs of version {version} upload or wait already (--max-queued)"
+            return Refused("OVERLOADED", f"{text}; try again later")
+        return None
 
     def _waiting(self, version: str) -> int:
         """How many jobs of `version` have not begun to run."""

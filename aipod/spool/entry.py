@@ -84,19 +84,25 @@ class Entry(Look):
 
     # The beginning
 
-    def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None) -> None:
+    def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None, payload: bytes | None = None) -> None:
         """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`.
 
-        Raises `FileExistsError` where there is a directory, and has changed nothing then.
+        With a `payload` that is complete, and the job in line. Raises `FileExistsError` where there is a directory, and
+        has changed nothing then.
         """
-        self.path.mkdir(mode=0o700)
+        os.mkdir(self.path, 0o700)
         fields = {**fields, "boot": self._boot}
         if len(kwargs) <= INLINE:
             fields = {**fields, "kwargs": kwargs.decode()}
         else:
             (self.path / "kw").write_bytes(kwargs)
-        self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._reserve(size)
+        self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if payload is None else 0o400)
+        if payload is None:
+            self._reserve(size)
+        else:
+            self.write(payload)
+            self._close()
+            fields |= {"phase": "QUEUED", "offset": self.written}
         self.record(fields)
 
     def go_on_from(self, state: dict[str, Any]) -> None:
