@@ -21,10 +21,11 @@ from aipod.codec import PONG, digest
 from aipod.config import Config
 from aipod.errors import Refused
 from aipod.identity import Identities
+from aipod.job.end import STORE_TRIES, Terms, settle_later
 from aipod.job.job import LOG_IS_LONG, MAX_PENDING_LOG, Job
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
-from aipod.job.run import MAX_BROKEN, STORE_TRIES, Terms, run_job, settle_later
+from aipod.job.run import MAX_BROKEN, run_job
 from aipod.job.watched import Answer, Keep, Told
 from aipod.metrics import Metrics
 from aipod.pool import Pool, open_pool

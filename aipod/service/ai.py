@@ -90,7 +90,7 @@ class AI:
         self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
         self._parsing = trio.CapacityLimiter(PARSING)
         self._silent: dict[trio.CancelScope, None] = {}  # the waits for a first message, the longest first
-        self.now = self._jobs.now
+        self.now = self._jobs.room.now
         self.drain = Drain(self._jobs, config.cancel_grace)
 
     async def run(self) -> None:
@@ -107,7 +107,7 @@ class AI:
         This is a trio-flavored async function.
         """
         for job_id in job_ids:
-            if self.drain.begun or not self._jobs.has_room:
+            if self.drain.begun or not self._jobs.room.left:
                 return
             try:
                 if job_id not in self._jobs.held:
@@ -302,7 +302,7 @@ class AI:
             if open_.op == Op.RELEASE:  # its own may be among them: it is not kept for longer than the others then
                 await self._forgetter.release(released, caller)
             else:
-                self._nursery.start_soon(self._forgetter.release, released, caller)
+                self._forgetter.release_soon(released, caller)
         if request is None:
             await self._jobs.check_owner(job_id, caller)
         if open_.op in (Op.CANCEL, Op.RELEASE):
@@ -407,7 +407,7 @@ class AI:
         job = Job(request, entry, self._spool.id, metrics=self._metrics)
         try:
             viewer.watch(job)
-            with self._jobs.coming(request.job_id, request.version):
+            with self._jobs.room.coming(request.job_id, request.version):
                 await self._receive(job, call)
                 self._jobs.start(job, deadline)
         except BaseException as exc:

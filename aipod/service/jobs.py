@@ -13,11 +13,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
@@ -25,16 +24,18 @@ import trio
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.identity import Caller
+from aipod.job.end import Terms, settle_later
 from aipod.job.job import Job
 from aipod.job.queue import Queue
 from aipod.job.request import Request
-from aipod.job.run import Terms, run_job, settle_later
+from aipod.job.run import run_job
 from aipod.job.times import outcome_of
 from aipod.job.watched import KEEP_ANSWERED, Keep, Told
 from aipod.job.whole import whole_payload
-from aipod.metrics import QUEUE, RUN, UPLOAD, Metrics
+from aipod.metrics import Metrics
 from aipod.service.recover import Ended, end, recover
 from aipod.service.refusals import Refusals
+from aipod.service.room import Room
 from aipod.spool import ENDED, Entry, Look, Spool
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Phase
@@ -75,8 +76,8 @@ class Jobs:
         self._nursery = nursery
         self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
         self.refusals = Refusals(spool, min(config.ttl, config.upload_ttl, KEEP_ANSWERED))
-        self.held: dict[str, Job] = {}
-        self._coming: dict[str, str] = {}  # jobs that are about to be in it, and of which version those that are new
+        self.room = Room(config)
+        self.held = self.room.held
         self.changed = trio.Event()  # there is one job less in `held`
         self.draining = False
 
@@ -107,7 +108,7 @@ class Jobs:
                     self._metrics.resumed["watch"] += 1
                     return await self.attach(job_id)
                 self._check_open()
-                with self.coming(job_id):
+                with self.room.coming(job_id):
                     older = self.held.get(job_id)
                     if older is not None and older.epoch < epoch:
                         older.give_up_upload(epoch)
@@ -137,7 +138,7 @@ class Jobs:
             if free and job_id not in self.held:
                 if self.draining:
                     raise self.refusals.kept()
-                with self.coming(job_id):
+                with self.room.coming(job_id):
                     await self.adopt(job_id)
                 continue
             told = Told(look, self._spool.id, self._keep)
@@ -227,7 +228,7 @@ class Jobs:
             return Refusals.draining()
         if request.kwargs is None:  # they are in the entry of the job that this call has watched
             return Refused("BUSY", "the job was removed while it was watched; try again")
-        return self._overload(request.job_id, request.version)
+        return self.room.why_not(request.job_id, request.version)
 
     async def _resume(self, entry: Entry, request: Request) -> Job | None:
         """Take the upload up where it is durable; None where it is complete by now."""
@@ -256,7 +257,7 @@ class Jobs:
         return self._spool.claim(*what, size=request.size, payload=payload)
 
     async def _claim(self, request: Request, claim: Callable[[], Entry | None]) -> Entry | None:
-        with self.coming(request.job_id, request.version):
+        with self.room.coming(request.job_id, request.version):
             # Cancelled meanwhile, nobody was told that it is there.
             entry = await self._held(claim, Entry.destroy)
         if entry is not None:
@@ -302,12 +303,6 @@ class Jobs:
 
     def _job(self, request: Request, entry: Entry, phase: Phase = Phase.RECEIVING) -> Job:
         return Job(request, entry, self._spool.id, self._keep, self._metrics, phase)
-
-    def now(self) -> dict[str, int]:
-        """How many jobs are in which phase."""
-        phases = [job.times.phase for job in self.held.values()]
-        phases += [UPLOAD for job_id in self._coming if job_id not in self.held]
-        return {phase: phases.count(phase) for phase in (UPLOAD, QUEUE, RUN)}
 
     def _take_in(self, job: Job) -> Job:
         self.held[job.entry.id] = job
@@ -442,40 +437,3 @@ class Jobs:
     def _check_open(self) -> None:
         if self.draining:
             raise Refusals.draining()
-
-    @property
-    def has_room(self) -> bool:
-        """Whether this process may work on one job more."""
-        return len(self.held) + len(self._coming) < self._config.max_jobs
-
-    @contextlib.contextmanager
-    def coming(self, job_id: str, version: str = "") -> Iterator[None]:
-        """Count a job as one of this process's before it is in `held`: hundreds may come at once. Raises `Refused`.
-
-        `version`: of a new job, which is refused where too many of the same are before it.
-        """
-        if (refused := self._overload(job_id, version)) is not None:
-            raise refused
-        self._coming[job_id] = version
-        try:
-            yield
-        finally:
-            self._coming.pop(job_id, None)
-
-    def _overload(self, job_id: str, version: str) -> Refused | None:
-        """Why this process can work on no job more; as `coming`."""
-        if not self.has_room and job_id not in self.held:
-            limit = self._config.max_jobs
-            return Refused(
-                "OVERLOADED", f"the server has {limit} jobs that have not ended (--max-jobs); try again later"
-            )
-        if version and self._waiting(version) >= self._config.max_queued:
-            text = f"{self._config.max_queued} jobs of version {version} upload or wait already (--max-queued)"
-            return Refused("OVERLOADED", f"{text}; try again later")
-        return None
-
-    def _waiting(self, version: str) -> int:
-        """How many jobs of `version` have not begun to run."""
-        waiting = (Phase.RECEIVING, Phase.QUEUED)
-        held = sum(job.request.version == version and job.phase in waiting for job in self.held.values())
-        return held + sum(coming == version for coming in self._coming.values())

@@ -232,7 +232,7 @@ def was_on_its_way(stream: grpclib.server.Stream[Any, Any]) -> bool:
 
 
 async def message_arrived(stream: grpclib.server.Stream[Any, Any]) -> None:
-    """Wait until a message can be received at once, or there is none to come. Trio-flavored; cancelled, none is lost."""
+    """Wait until a message can be received at once, or none comes any more. Trio-flavored; cancelled, none is lost."""
     await cast(H2Stream, stream._stream).inbox.arrival()
 
 
