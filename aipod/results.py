@@ -43,22 +43,26 @@ def settle(value: Any, *, payload: Path, work_dir: Path, res: Path) -> Result:
     if isinstance(value, Path):
         _adopt(value, payload=payload, work_dir=work_dir, res=res)
         return Result("file")
-    if isinstance(value, bytes | bytearray | memoryview):
-        kind, data = "bytes", bytes(value)
-    else:
-        try:
-            # Not NaN and Infinity: no JSON parser but Python's takes them.
-            kind, data = "json", json.dumps(value, allow_nan=False).encode()
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise BadResult(
-                "RESULT_NOT_JSON",
-                f"the method returned what JSON cannot hold: {exc}; return plain lists, dicts, numbers and strings, "
-                f"bytes, or a pathlib.Path",
-            ) from None
+    kind, data = encode(value)
     if len(data) <= INLINE:
         return Result(kind, data)
     _make(res, payload, lambda fresh: fresh.write_bytes(data))
     return Result(kind)
+
+
+def encode(value: Any) -> tuple[str, bytes]:
+    """The kind of what was returned, and its bytes; not of a path. Raises `BadResult`."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return "bytes", bytes(value)
+    try:
+        # Not NaN and Infinity: no JSON parser but Python's takes them.
+        return "json", json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise BadResult(
+            "RESULT_NOT_JSON",
+            f"the method returned what JSON cannot hold: {exc}; return plain lists, dicts, numbers and strings, "
+            f"bytes, or a pathlib.Path",
+        ) from None
 
 
 def _make(res: Path, payload: Path, write: Callable[[Path], object]) -> None:

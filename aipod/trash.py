@@ -37,6 +37,21 @@ def remove(path: Path) -> None:
         logger.warning("%s could not be removed: %s", path, exc)
 
 
+def remove_at_once(path: Path, likely: str, trash: Path) -> None:
+    """Have no directory at `path` any more: quick where file `likely` is all that it has, else it is renamed first.
+
+    To a name that begins with `trash`. Blocks. Raises `OSError` where it cannot even be renamed.
+    """
+    try:
+        os.unlink(f"{path}/{likely}")
+        os.rmdir(path)
+    except OSError:
+        renamed = trash.with_name(trash.name + secrets.token_hex(8))
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(renamed)
+            remove(renamed)
+
+
 def _remove_tree(path: Path) -> None:
     path.chmod(0o700)
     tree = _Tree(os.open(path, _DIRECTORY))

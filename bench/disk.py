@@ -29,11 +29,8 @@ DONE = {"phase": "DONE", "kind": "json", "answer": 20, "digest": "0" * 32, "inli
 def small_job(spool: Spool) -> str:
     """What a small job's life writes before its answer is sent; the look for an older job under its id is left out."""
     job_id = secrets.token_hex(16)
-    entry = spool.claim(job_id, FIELDS, b'{"top": 5}', size=len(PAYLOAD))
+    entry = spool.claim(job_id, FIELDS, b'{"top": 5}', size=len(PAYLOAD), payload=PAYLOAD)
     assert entry is not None
-    entry.write(PAYLOAD)
-    entry.seal()
-    entry.record({"phase": "QUEUED", "offset": entry.written})
     entry.record({"phase": "RUNNING", "worker": "0", "attempt": 1})
     entry.store(DONE)
     entry.let_go()
@@ -41,7 +38,11 @@ def small_job(spool: Spool) -> str:
 
 
 def forget(spool: Spool, job_id: str) -> None:
-    """What follows a minute later."""
+    """What follows when its client has said that it has the answer, and a minute later."""
+    entry = spool.hold(job_id)
+    assert entry is not None
+    entry.release_short()
+    entry.let_go()
     entry = spool.hold(job_id)
     assert entry is not None
     entry.destroy()

@@ -21,10 +21,11 @@ from aipod.codec import PONG, digest
 from aipod.config import Config
 from aipod.errors import Refused
 from aipod.identity import Identities
+from aipod.job.end import STORE_TRIES, Terms, settle_later
 from aipod.job.job import LOG_IS_LONG, MAX_PENDING_LOG, Job
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
-from aipod.job.run import MAX_BROKEN, STORE_TRIES, Terms, run_job, settle_later
+from aipod.job.run import MAX_BROKEN, run_job
 from aipod.job.watched import Answer, Keep, Told
 from aipod.metrics import Metrics
 from aipod.pool import Pool, open_pool
@@ -98,7 +99,7 @@ async def test_a_long_log_goes_on_when_the_run_is_over() -> None:
     assert long.count(LOG_IS_LONG) == 1
     assert long.startswith("0  ")
     job.report(None, None, "the last word")
-    await job.save_log(last=True)
+    entry.append_log(job.take_log(last=True))
     assert entry.text.startswith(long)
     assert entry.text.endswith("39".ljust(50_000) + "\nthe last word\n")
     assert MAX_LOG - 3 * MAX_PENDING_LOG < len(entry.text) <= MAX_LOG
@@ -593,6 +594,7 @@ async def followed(story: Story, job: Job) -> list[Seen]:
             held = story.spool.is_held(job.entry.id)
             seen.append((job.phase.name, written(job).get("phase", "RECEIVING"), job.message, held))
             await changed.wait()
+    seen.append((job.phase.name, written(job)["phase"], job.message, story.spool.is_held(job.entry.id)))
     return list(dict.fromkeys(seen))
 
 
@@ -618,6 +620,7 @@ async def test_an_outcome_that_could_not_be_stored_is_stored_later(
         ("RUNNING", "RUNNING", "", True),
         ("RUNNING", "RUNNING", why, True),
         (end, end, "", True),
+        (end, end, "", False),
     ]
     assert not story.spool.is_held(job.entry.id)
     assert cast(FullDisk, job.entry._journal).failures == [end] * 6
@@ -666,7 +669,7 @@ async def test_what_was_acknowledged_waits_for_room(
         ("QUEUED", "QUEUED", "", True),
         ("QUEUED", "QUEUED", why, True),
         ("RUNNING", "RUNNING", "", True),
-        ("DONE", "DONE", "", True),
+        ("DONE", "DONE", "", False),
     ]
     assert cast(FullDisk, job.entry._journal).failures == ["QUEUED"] * 3 + ["RUNNING"] * 3
     assert [runner.verbs for runner in model.runners] == [["start", "run train"]]
@@ -879,12 +882,17 @@ async def test_no_log_line_is_lost_when_the_job_ends_while_the_log_is_written(st
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), OSError(errno.EMFILE, "too many"), RuntimeError()])
-@pytest.mark.parametrize("step", ["discard", "save_log", "record", "destroy"])
+@pytest.mark.parametrize("step", ["discard", "append_log", "record", "destroy"])
 async def test_no_step_of_a_job_s_end_can_end_the_server(
     tmp_path: Path, model: Model, step: str, error: Exception
 ) -> None:
     """The nursery is the server's: what leaves a job would leave it too."""
-    model.train = lambda context, path: 1 / 0
+
+    def train(context: Any, path: Path) -> float:
+        context.log("a line")
+        return 1 / 0
+
+    model.train = train
     failed = []
 
     def fails(*args: Any, **kwargs: Any) -> None:
@@ -896,8 +904,7 @@ async def test_no_step_of_a_job_s_end_can_end_the_server(
         job = await story.begin()
         while job.phase != Phase.RUNNING:
             await job.changed.wait()
-        owner = {"discard": story.versions, "save_log": job}.get(step, job.entry)
-        setattr(owner, step, fails)
+        setattr(story.versions if step == "discard" else job.entry, step, fails)
         with trio.fail_after(10):
             await job.over.wait()
         job.cancel()

@@ -157,21 +157,25 @@ class Job(Watched):
         remarks = filter(None, (self._remark, STOPPED if self._is_stopped else ""))
         self.message = "; ".join(remarks) or self._said
 
-    async def save_log(self, *, last: bool = False) -> None:
-        """Write what was logged since the last time. This is a trio-flavored async function.
+    def take_log(self, *, last: bool = False) -> str:
+        """What was logged since the last time, to be written. `last`: the run is over.
 
-        `last`: the run is over. Until then nothing is added to a log that is long.
+        Until then nothing is added to a log that is long.
         """
         if not self._log:
-            return
+            return ""
         if last or self._log_size < LONG_LOG:
-            text = self._log.take()
-        elif self._log_is_long:
-            return
-        else:
-            self._log_is_long, text = True, LOG_IS_LONG
-        with trio.CancelScope(shield=True):  # cancelled on the way to the thread, the text would be lost
-            self._log_size = await trio.to_thread.run_sync(self.entry.append_log, text)
+            return self._log.take()
+        if self._log_is_long:
+            return ""
+        self._log_is_long = True
+        return LOG_IS_LONG
+
+    async def save_log(self) -> None:
+        """Write what was logged since the last time. This is a trio-flavored async function."""
+        if text := self.take_log():
+            with trio.CancelScope(shield=True):  # cancelled on the way to the thread, the text would be lost
+                self._log_size = await trio.to_thread.run_sync(self.entry.append_log, text)
 
     async def read_log(self, offset: int) -> bytes:
         """As for any, but read once for all viewers that have come as far: a thread for each takes 0.2 ms."""

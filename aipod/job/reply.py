@@ -98,3 +98,19 @@ async def send_all(
                     download.sent(len(message.data))
     if download is not None:
         download.end()
+
+
+async def send_short(
+    messages: Messages, send: Callable[[Raw], Awaitable[None]], download: Download | None = None
+) -> None:
+    """As `send_all`, of an answer that is in memory and not longer than `INLINE`: a thread would take longer.
+
+    This is a trio-flavored async function.
+    """
+    with contextlib.closing(messages):
+        for message in messages:
+            await send(message)
+            if download is not None:
+                download.sent(len(message.data))
+    if download is not None:
+        download.end()

@@ -7,45 +7,37 @@ import dataclasses
 import logging
 import math
 from collections.abc import Generator, Iterator
-from typing import Any
 
 import trio
 
 from aipod.codec import digest, new_hasher
-from aipod.errors import TOLD, JobFailed, Refused, job_failed, leaves
+from aipod.errors import JobFailed, Refused, job_failed, leaves
+from aipod.job.end import (
+    STORE_TRIES,
+    End,
+    Outcome,
+    Terms,
+    bug,
+    going_on,
+    is_worth_another,
+    result_lost,
+    store_later,
+    waiting,
+)
 from aipod.job.job import Job
 from aipod.job.queue import Queue
 from aipod.job.upload import BULK
-from aipod.job.watched import Answer, phase_of
+from aipod.job.watched import Answer
 from aipod.results import Result
 from aipod.runner import RunnerBroken, Task
-from aipod.spool import MAX_ATTEMPTS, Entry
+from aipod.spool import Entry
 from aipod.versions import Versions
 from aipod.wire.ai import Phase
 
 log = logging.getLogger("aipod.job")
 
-# Ticks for which an outcome that the disk does not take is tried again, and nobody is told of it.
-STORE_TRIES = 600
-# Ticks for which it is tried again to make a long answer survive a power cut.
-SETTLE_TRIES = 10
 # Workers that die between load and run, one after the other, before a job is given up: chance does not do that.
 MAX_BROKEN = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """How a job is run. `timeout`: seconds that the method declared for one run. `deadline`: the caller's, by trio's
-    clock. `restartable`: the method may be started once more after a kill."""
-
-    tick: float
-    timeout: float | None = None
-    deadline: float = math.inf
-    restartable: bool = False
-    tracebacks: bool = False  # who asks for the outcome is told the model's traceback
-
-
-Outcome = Answer | JobFailed
 
 
 async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> None:
@@ -73,7 +65,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             outcome = job_failed(known[0].reason, known[0].message, known[0].metadata)
         elif isinstance(exc, Exception):
             log.error("job %s: a bug of aipod", job.request.job_id, exc_info=exc, extra=job.named)
-            outcome = outcome or job_failed("INTERNAL", "an internal error; the server's log says more")
+            outcome = outcome or bug()
         else:
             if outcome is not None:
                 raise  # too late, as above
@@ -85,64 +77,40 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                 job.hand_over()
             raise
     finally:
-        why = "it could not be written down"
         with trio.CancelScope(shield=True):
-            with _going_on(job):
-                await trio.to_thread.run_sync(versions.discard, job.request.job_id)
-            with _going_on(job):
-                # Before: who reads the outcome in another process reads the log a last time.
-                await job.save_log(last=True)
-            with _going_on(job):
-                if isinstance(outcome, JobFailed) and await _is_worth_another(job, terms, outcome):
-                    outcome, job.handed_over = None, True
-                    await trio.to_thread.run_sync(job.entry.record, {"phase": "QUEUED"})
-                    job.enter(Phase.QUEUED)
-            with _going_on(job):
-                if job.handed_over:
-                    await trio.to_thread.run_sync(_note_hand_over, job.entry)
-            trace = ""
-            if isinstance(outcome, JobFailed):
-                trace = outcome.metadata.get("trace", "")
-                if not terms.tracebacks:
-                    outcome.metadata.pop("trace", None)
-            with _going_on(job):
-                if outcome is not None:
-                    outcome, why = await trio.to_thread.run_sync(_store, job, outcome)
-            if outcome is None:
-                log.info("job %s %s@%s waits for the next server", *_who(job), extra=job.named)
-            elif not why or job.request.plain:
-                job.end(outcome, trace)
+            end = End(job, outcome, terms, job.take_log(last=True))
+            with going_on(job):
+                await trio.to_thread.run_sync(end.write, versions)
+        outcome, job.handed_over = end.outcome, job.handed_over or end.again
+        if end.published:
+            queue.retire()
+        if end.again:
+            job.enter(Phase.QUEUED)
+        if outcome is None:
+            log.info("job %s %s@%s waits for the next server", *_who(job), extra=job.named)
+        elif not end.why or job.request.plain:
+            job.end(outcome, end.trace)
         try:
             if outcome is not None and not job.ended:
-                with _going_on(job):
-                    outcome = await _store_later(job, outcome, why, terms.tick)
-                job.end(outcome, trace)
+                with going_on(job):
+                    outcome = await store_later(job, outcome, end.why, terms.tick)
+                job.end(outcome, end.trace)
         finally:
-            with trio.CancelScope(shield=True), _going_on(job):
-                if not job.request.plain:
-                    await trio.to_thread.run_sync(job.entry.let_go)
+            if not end.over:
+                with trio.CancelScope(shield=True), going_on(job):
+                    if not job.request.plain:
+                        await trio.to_thread.run_sync(job.entry.let_go)
             job.close()
         if job.request.plain:
             try:
                 await job.released.wait()
             finally:
-                with trio.CancelScope(shield=True), _going_on(job):
+                with trio.CancelScope(shield=True), going_on(job):
                     await trio.to_thread.run_sync(job.entry.destroy)
 
 
 def _who(job: Job) -> tuple[str, str, str]:
     return job.request.job_id, job.request.method, job.request.version
-
-
-@contextlib.contextmanager
-def _waiting(job: Job, why: str) -> Iterator[None]:
-    """Have who watches told what the job waits for."""
-    message, job.message = job.message, f"waiting: {why.partition(';')[0]}"  # not the advice to come again
-    job.notify()
-    try:
-        yield
-    finally:
-        job.message = message
 
 
 async def _pause(job: Job, refused: Refused, tick: float) -> None:
@@ -152,44 +120,8 @@ async def _pause(job: Job, refused: Refused, tick: float) -> None:
     """
     if job.request.plain or refused.retry_after is None:
         raise refused
-    with _waiting(job, refused.message):
+    with waiting(job, refused.message):
         await trio.sleep(tick)
-
-
-def _note_hand_over(entry: Entry) -> None:
-    """Who takes the job up next need not fear that it is what ends its server. Blocks."""
-    if entry.read().get("adopted"):
-        entry.record({"adopted": 0})
-
-
-async def settle_later(job: Job, tick: float) -> None:
-    """Make a long answer that came before the job's first tick, and was told at once, survive a power cut.
-
-    This is a trio-flavored async function. The entry was let go of; one that was released meanwhile is left alone.
-    """
-    if job.request.plain or job.answer is None or job.answer.inline is not None or job.entry.settled:
-        return
-    for _ in range(SETTLE_TRIES):
-        await trio.sleep(tick)
-        if await trio.to_thread.run_sync(_settle_answer, job, limiter=BULK):
-            return
-
-
-def _settle_answer(job: Job) -> bool:
-    try:
-        return job.entry.settle_answer()
-    except Exception as exc:
-        log.warning("job %s: its answer would not survive a power cut: %s", job.entry.id, exc, extra=job.named)
-        return False
-
-
-@contextlib.contextmanager
-def _going_on(job: Job) -> Iterator[None]:
-    """Whatever a step of a job's end raises is logged, and the next step follows: one job must not end the server."""
-    try:
-        yield
-    except Exception as exc:
-        log.error("job %s: a step of its end failed", job.request.job_id, exc_info=exc, extra=job.named)
 
 
 async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Terms) -> Answer:
@@ -256,7 +188,9 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                         text = f"{broken} workers died before they could run the job"
                         raise job_failed("WORKER_CRASHED", text) from None
                 except JobFailed as exc:
-                    if exc.reason != "WORKER_CRASHED" or not await _is_worth_another(job, terms, exc):
+                    if exc.reason != "WORKER_CRASHED" or not await trio.to_thread.run_sync(
+                        is_worth_another, job, terms, exc
+                    ):
                         raise
                     text = "job %s: its worker died, its method is started once more: %s"
                     log.warning(text, request.job_id, exc.message, extra=job.named)
@@ -269,13 +203,8 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     raise job_failed("DEADLINE_EXCEEDED", text)
         except Refused as exc:  # in line, or before its run: in a run a disk is the model's concern
             await _pause(job, exc, terms.tick)
-    with _result_lost():
-        answer = await _measured(job, result, terms.tick)
-        # From here on a cancel must not undo what the run did.
-        with trio.CancelScope(shield=True):
-            if await trio.to_thread.run_sync(versions.publish, request.job_id, request.version):
-                queue.retire()
-    return answer
+    with result_lost():
+        return await _measured(job, result, terms.tick)
 
 
 def _long_kwargs(entry: Entry) -> bytes:
@@ -284,23 +213,6 @@ def _long_kwargs(entry: Entry) -> bytes:
         return entry.kwargs()
     except FileNotFoundError:
         raise job_failed("DAMAGED", "the server has lost the keyword arguments") from None
-
-
-@contextlib.contextmanager
-def _result_lost() -> Iterator[None]:
-    """Errors of the disk after the run. Not under their own reasons, which may say that trying again is safe."""
-    try:
-        yield
-    except (Refused, OSError) as exc:
-        raise _not_stored(_why(exc)) from exc
-
-
-def _why(exc: Refused | OSError) -> str:
-    return exc.message if isinstance(exc, Refused) else exc.strerror or str(exc)
-
-
-def _not_stored(why: str) -> JobFailed:
-    return job_failed("RESULT_NOT_STORED", f"the method has run, its result is lost: {why}")
 
 
 def cancellable(pieces: Generator[bytes, None, None]) -> Iterator[bytes]:
@@ -316,6 +228,8 @@ def cancellable(pieces: Generator[bytes, None, None]) -> Iterator[bytes]:
 
 async def _measured(job: Job, result: Result, tick: float) -> Answer:
     """The answer that the result is, once it can be read. This is a trio-flavored async function."""
+    if result.inline is not None:
+        return Answer(result.kind, result.inline, len(result.inline), digest(result.inline))
     for _ in range(STORE_TRIES):
         try:
             return await trio.to_thread.run_sync(_measure, job.entry, result, limiter=BULK)
@@ -325,24 +239,12 @@ async def _measured(job: Job, result: Result, tick: float) -> Answer:
 
 
 def _measure(entry: Entry, result: Result) -> Answer:
-    """The answer that the result is. Blocks, for hours if the model has made a file of terabytes."""
-    if result.inline is not None:
-        return Answer(result.kind, result.inline, len(result.inline), digest(result.inline))
+    """The answer that the file of a result is. Blocks, for hours if the model has made one of terabytes."""
     hasher, size = new_hasher(), 0
     for piece in cancellable(entry.read_result(0)):
         hasher.update(piece)
         size += len(piece)
     return Answer(result.kind, None, size, hasher.digest())
-
-
-async def _is_worth_another(job: Job, terms: Terms, failure: JobFailed) -> bool:
-    """Whether the run was interrupted, and its method may be started once more, on what it was started on before.
-
-    This is a trio-flavored async function.
-    """
-    interrupted = job.started and failure.reason in ("INTERRUPTED", "WORKER_CRASHED")
-    may = interrupted and terms.restartable and not job.request.plain and job.attempt < MAX_ATTEMPTS
-    return may and await trio.to_thread.run_sync(job.entry.payload.exists)  # it may have made room for the result
 
 
 async def _keep(job: Job, tick: float) -> None:
@@ -362,61 +264,3 @@ def _note(job: Job) -> None:
     except (Refused, OSError) as exc:
         log.warning("job %s: it would not survive a power cut: %s", job.entry.id, exc, extra=job.named)
     job.entry.note_progress(job.progress, job.message, job.heard)
-
-
-async def _store_later(job: Job, outcome: Outcome, why: str, tick: float) -> Outcome:
-    """What could not be written down may be later, and is told then. What there is to be told.
-
-    This is a trio-flavored async function. Cancelled: nobody is told, and the next server calls the run interrupted.
-    """
-    name, stored = job.entry.id, False
-    log.warning("job %s: its outcome could not be stored: %s", name, why, extra=job.named)
-    try:
-        for _ in range(STORE_TRIES):
-            with _waiting(job, why):
-                await trio.sleep(tick)
-                outcome, why = await trio.to_thread.run_sync(_store, job, outcome)
-            if not why:
-                stored = not await trio.to_thread.run_sync(_cannot_be_written_to, job.entry)
-                return outcome
-        if isinstance(outcome, Answer):
-            outcome, why = await trio.to_thread.run_sync(_store, job, _not_stored(why))
-            stored = not why
-        return outcome
-    finally:
-        if stored:
-            log.warning("job %s: its outcome is stored now", name, extra=job.named)
-        else:
-            text = "job %s: its outcome is given up; from now on nobody is told how it ended"
-            log.warning(text, name, extra=job.named)
-
-
-def _store(job: Job, outcome: Outcome) -> tuple[Outcome, str]:
-    """Write the outcome down. The one that is to be told, and why that is not stored, which may pass; "" where nothing
-    more can be done. Blocks.
-    """
-    try:
-        job.entry.store(_fields_of(outcome))
-    except (Refused, OSError) as exc:
-        passes = isinstance(exc, Refused) and exc.retry_after is not None and not job.request.plain
-        if isinstance(outcome, Answer) and not passes:
-            return _store(job, _not_stored(_why(exc)))
-        return outcome, "" if _cannot_be_written_to(job.entry) else _why(exc)
-    return outcome, ""
-
-
-def _fields_of(outcome: Outcome) -> dict[str, Any]:
-    if isinstance(outcome, Answer):
-        return outcome.fields
-    fields = {"phase": phase_of(outcome).name, "reason": outcome.reason, "message": outcome.message}
-    return fields | {name: outcome.metadata[name] for name in TOLD if name in outcome.metadata}
-
-
-def _cannot_be_written_to(entry: Entry) -> bool:
-    """Whether a model has removed its own job, or put something else where its journal was."""
-    try:
-        return not entry.read()
-    except Refused:
-        return True
-    except OSError:
-        return False

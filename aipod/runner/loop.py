@@ -20,7 +20,7 @@ import trio
 from aipod.errors import job_failed
 from aipod.methods import describe
 from aipod.models import Context, Options, load_class
-from aipod.results import BadResult, Result, settle
+from aipod.results import INLINE, BadResult, Result, encode, settle
 from aipod.runner import GOES_ON, STOPPING, Description, Report, RunnerBroken, Task, load_failed, model_failed
 from aipod.runner.capture import Capture
 from aipod.runner.output import ServerLog
@@ -111,6 +111,11 @@ class LoopRunner:
             method = getattr(self._instance, task.method)
             with capture:
                 value = await self._call_for(context, method, task, kwargs)
+            if not isinstance(value, Path):
+                # Not in a thread: making JSON holds the GIL there as well.
+                kind, data = encode(value)
+                if len(data) <= INLINE:
+                    return Result(kind, data)
             keep = functools.partial(settle, payload=task.payload, work_dir=task.work_dir, res=task.res)
             return await trio.to_thread.run_sync(keep, value)
         except BadResult as exc:

@@ -19,11 +19,12 @@ from aipod.config import Config
 from aipod.errors import AipodError, Refused, job_failed, leaves
 from aipod.identity import Caller, Identities
 from aipod.job.job import Job
-from aipod.job.reply import own_messages, plain_messages, send_all
+from aipod.job.reply import own_messages, plain_messages, send_all, send_short
 from aipod.job.request import Request, has_large_kwargs, is_plain, parse_attach, parse_request
 from aipod.job.times import Download
 from aipod.job.upload import check_limit, receive_payload
 from aipod.job.watched import Told
+from aipod.job.whole import MOMENT, comes_whole
 from aipod.metrics import Metrics
 from aipod.pool import Pool
 from aipod.runner import Description
@@ -89,7 +90,7 @@ class AI:
         self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
         self._parsing = trio.CapacityLimiter(PARSING)
         self._silent: dict[trio.CancelScope, None] = {}  # the waits for a first message, the longest first
-        self.now = self._jobs.now
+        self.now = self._jobs.room.now
         self.drain = Drain(self._jobs, config.cancel_grace)
 
     async def run(self) -> None:
@@ -106,7 +107,7 @@ class AI:
         This is a trio-flavored async function.
         """
         for job_id in job_ids:
-            if self.drain.begun or not self._jobs.has_room:
+            if self.drain.begun or not self._jobs.room.left:
                 return
             try:
                 if job_id not in self._jobs.held:
@@ -206,7 +207,9 @@ class AI:
                             give_back()
 
                         if request.open is not None:
-                            found = await self._jobs.find(request, stored)
+                            if comes_whole(request) and request.first == Raw(open=request.first.open):
+                                request.first = await call.receive_soon(MOMENT) or request.first
+                            found = await self._jobs.find(request, stored, scope.deadline)
                         else:
                             entry = await self._jobs.claim_plain(request)
                         stored()
@@ -267,14 +270,14 @@ class AI:
     async def _open(
         self, rpc: str, first: Raw | StreamInput, caller: Caller, call: Call, limiter: trio.CapacityLimiter | None
     ) -> Request:
-        """Check what is asked for; every refusal that needs no payload is made here."""
-        # In a thread: 16 MiB of JSON take a while.
-        request = await trio.to_thread.run_sync(
+        """Check what is asked for; every refusal that needs no payload is made here. `limiter`: for large kwargs."""
+        parse = functools.partial(
             parse_request,
             *(rpc, first, call.headers, self._description.methods, self._description.name),
             *(self._config.kwargs_limit, caller),
-            limiter=limiter,
         )
+        # Large ones in a thread: 16 MiB of JSON take a while. A hop for small ones takes ten times what they do.
+        request = parse() if limiter is None else await trio.to_thread.run_sync(parse, limiter=limiter)
         check_limit(request.size or 0, self._config.max_payload)
         return request
 
@@ -299,7 +302,7 @@ class AI:
             if open_.op == Op.RELEASE:  # its own may be among them: it is not kept for longer than the others then
                 await self._forgetter.release(released, caller)
             else:
-                self._nursery.start_soon(self._forgetter.release, released, caller)
+                self._forgetter.release_soon(released, caller)
         if request is None:
             await self._jobs.check_owner(job_id, caller)
         if open_.op in (Op.CANCEL, Op.RELEASE):
@@ -309,7 +312,9 @@ class AI:
         while True:
             if found is None:
                 found = await (
-                    self._jobs.attach(job_id) if request is None else self._jobs.find(request, request.drop_kwargs)
+                    self._jobs.attach(job_id)
+                    if request is None
+                    else self._jobs.find(request, request.drop_kwargs, ongoing.scope.deadline)
                 )
             job, found = found, None
             viewer.watch(job, open_.log_have)
@@ -333,7 +338,7 @@ class AI:
                 download = Download(self._metrics, job.method, job.answer.size, open_.have)
                 messages = own_messages(job.look, job.answer, open_.have, self._config.level, download)
                 with Trace("download", call.headers, job_id=job_id):
-                    await send_all(messages, writer.send, download)
+                    await (send_all if job.answer.inline is None else send_short)(messages, writer.send, download)
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
         self._forgetter.told(job, open_)
@@ -390,8 +395,9 @@ class AI:
                 trailers["x-content-type"] = "application/octet-stream"
             download = Download(self._metrics, job.method, job.answer.size)
             limits = self._config.level, self._config.message_limit
+            messages = plain_messages(job.look, job.answer, *limits, download)
             with Trace("download", call.headers, job_id=request.job_id):
-                await send_all(plain_messages(job.look, job.answer, *limits, download), writer.send, download)
+                await (send_all if job.answer.inline is None else send_short)(messages, writer.send, download)
 
     @contextlib.asynccontextmanager
     async def _job(
@@ -401,7 +407,7 @@ class AI:
         job = Job(request, entry, self._spool.id, metrics=self._metrics)
         try:
             viewer.watch(job)
-            with self._jobs.coming(request.job_id, request.version):
+            with self._jobs.room.coming(request.job_id, request.version):
                 await self._receive(job, call)
                 self._jobs.start(job, deadline)
         except BaseException as exc:

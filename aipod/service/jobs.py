@@ -13,11 +13,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
@@ -25,15 +24,18 @@ import trio
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.identity import Caller
+from aipod.job.end import Terms, settle_later
 from aipod.job.job import Job
 from aipod.job.queue import Queue
 from aipod.job.request import Request
-from aipod.job.run import Terms, run_job, settle_later
+from aipod.job.run import run_job
 from aipod.job.times import outcome_of
 from aipod.job.watched import KEEP_ANSWERED, Keep, Told
-from aipod.metrics import QUEUE, RUN, UPLOAD, Metrics
+from aipod.job.whole import whole_payload
+from aipod.metrics import Metrics
 from aipod.service.recover import Ended, end, recover
 from aipod.service.refusals import Refusals
+from aipod.service.room import Room
 from aipod.spool import ENDED, Entry, Look, Spool
 from aipod.versions import Versions
 from aipod.wire.ai import Op, Phase
@@ -74,18 +76,19 @@ class Jobs:
         self._nursery = nursery
         self._keep = Keep(config.upload_ttl, config.grace, config.ttl)
         self.refusals = Refusals(spool, min(config.ttl, config.upload_ttl, KEEP_ANSWERED))
-        self.held: dict[str, Job] = {}
-        self._coming: dict[str, str] = {}  # jobs that are about to be in it, and of which version those that are new
+        self.room = Room(config)
+        self.held = self.room.held
         self.changed = trio.Event()  # there is one job less in `held`
         self.draining = False
 
     # What a caller finds
 
-    async def find(self, request: Request, stored: Callable[[], None]) -> Job | Told:
+    async def find(self, request: Request, stored: Callable[[], None], deadline: float) -> Job | Told:
         """The job that a RUN or RESUME is about: with the caller as its uploader (`Job` RECEIVING), or to be watched.
 
-        `stored` is called as soon as the request's kwargs are in the job's entry: who waits for an older connection to
-        let go of it needs no room for them. This is a trio-flavored async function. Raises `Refused`.
+        A new one that has come whole is run already, with the caller's `deadline`. `stored` is called as soon as the
+        request's kwargs are in the job's entry: who waits for an older connection to let go of it needs no room for
+        them. This is a trio-flavored async function. Raises `Refused`.
         """
         assert request.open is not None
         job_id, epoch = request.job_id, request.open.epoch
@@ -93,11 +96,10 @@ class Jobs:
         older_has_it = False
         with trio.move_on_after(TAKE_OVER):
             while True:
-                fields, _, _ = await trio.to_thread.run_sync(self._read, self._spool.look(job_id))
+                fields, job = await self._read_or_begin(request, deadline)
+                if job is not None:
+                    return job
                 if not fields:
-                    job = await self._begin(request)
-                    if job is not None:
-                        return job
                     await trio.sleep(_LOOK_AGAIN)
                     continue
                 self.refusals.check_same(request, fields)
@@ -106,7 +108,7 @@ class Jobs:
                     self._metrics.resumed["watch"] += 1
                     return await self.attach(job_id)
                 self._check_open()
-                with self.coming(job_id):
+                with self.room.coming(job_id):
                     older = self.held.get(job_id)
                     if older is not None and older.epoch < epoch:
                         older.give_up_upload(epoch)
@@ -136,7 +138,7 @@ class Jobs:
             if free and job_id not in self.held:
                 if self.draining:
                     raise self.refusals.kept()
-                with self.coming(job_id):
+                with self.room.coming(job_id):
                     await self.adopt(job_id)
                 continue
             told = Told(look, self._spool.id, self._keep)
@@ -186,18 +188,47 @@ class Jobs:
 
     # Beginning
 
-    async def _begin(self, request: Request) -> Job | None:
-        """Create the job; None where somebody else just did. A RESUME never creates: it fences."""
+    async def _read_or_begin(self, request: Request, deadline: float) -> tuple[dict[str, Any], Job | None]:
+        """What the spool tells of the job; where there is none, nothing and the new one, or None where somebody else
+        just made it.
+
+        A RESUME never creates: it fences. This is a trio-flavored async function. Raises `Refused`.
+        """
         assert request.open is not None
-        if request.open.op == Op.RESUME:
-            if await trio.to_thread.run_sync(self._spool.fence, request.job_id):
+        job_id, look = request.job_id, self._spool.look(request.job_id)
+        if request.open.op == Op.RESUME or self._why_not(request) is not None:
+            fields, _, _ = await trio.to_thread.run_sync(self._read, look)
+            if fields:
+                return fields, None
+            if (why := self._why_not(request)) is not None and request.open.op != Op.RESUME:
+                raise why
+            if await trio.to_thread.run_sync(self._spool.fence, job_id):
                 raise self.refusals.not_started()
-            return None
-        self._check_open()
+            return {}, None
+        fields = {}
+        payload = whole_payload(request)
+
+        def claim() -> Entry | None:
+            fields.update(self._read(look)[0])
+            return None if fields else self._claim_now(request, payload)
+
+        entry = await self._claim(request, claim)
+        if entry is None:
+            return fields, None
+        job = self._take_in(self._job(request, entry))
+        if payload is not None:
+            job.times.arrived(len(payload), len(request.take_first().data))
+            job.enter(Phase.QUEUED)
+            self.start(job, deadline)
+        return {}, job
+
+    def _why_not(self, request: Request) -> Refused | None:
+        """Why no job can be begun for the request now."""
+        if self.draining:
+            return Refusals.draining()
         if request.kwargs is None:  # they are in the entry of the job that this call has watched
-            raise Refused("BUSY", "the job was removed while it was watched; try again")
-        entry = await self._claim(request)
-        return None if entry is None else self._take_in(self._job(request, entry))
+            return Refused("BUSY", "the job was removed while it was watched; try again")
+        return self.room.why_not(request.job_id, request.version)
 
     async def _resume(self, entry: Entry, request: Request) -> Job | None:
         """Take the upload up where it is durable; None where it is complete by now."""
@@ -214,17 +245,21 @@ class Jobs:
 
     async def claim_plain(self, request: Request) -> Entry:
         """A new entry for a plain client's job. This is a trio-flavored async function. Raises `Refused`."""
-        entry = await self._claim(request)
+        entry = await self._claim(request, functools.partial(self._claim_now, request))
         if entry is None:  # two random tickets are not the same: its lock is held, by a sweep that does not go on
             raise Refused("BUSY", "the server could not begin the job; try again")
         return entry
 
-    async def _claim(self, request: Request) -> Entry | None:
+    def _claim_now(self, request: Request, payload: bytes | None = None) -> Entry | None:
+        """A new entry. Blocks. Raises `Refused`."""
         assert request.kwargs is not None, "a job is created once for a request"
         what = request.job_id, request.fields, request.kwargs
-        with self.coming(request.job_id, request.version):
-            # Cancelled meanwhile, there is nothing in it yet that anybody could miss.
-            entry = await self._held(functools.partial(self._spool.claim, *what, size=request.size), Entry.destroy)
+        return self._spool.claim(*what, size=request.size, payload=payload)
+
+    async def _claim(self, request: Request, claim: Callable[[], Entry | None]) -> Entry | None:
+        with self.room.coming(request.job_id, request.version):
+            # Cancelled meanwhile, nobody was told that it is there.
+            entry = await self._held(claim, Entry.destroy)
         if entry is not None:
             self._metrics.of_method(request.method).started += 1
         return entry
@@ -268,12 +303,6 @@ class Jobs:
 
     def _job(self, request: Request, entry: Entry, phase: Phase = Phase.RECEIVING) -> Job:
         return Job(request, entry, self._spool.id, self._keep, self._metrics, phase)
-
-    def now(self) -> dict[str, int]:
-        """How many jobs are in which phase."""
-        phases = [job.times.phase for job in self.held.values()]
-        phases += [UPLOAD for job_id in self._coming if job_id not in self.held]
-        return {phase: phases.count(phase) for phase in (UPLOAD, QUEUE, RUN)}
 
     def _take_in(self, job: Job) -> Job:
         self.held[job.entry.id] = job
@@ -408,34 +437,3 @@ class Jobs:
     def _check_open(self) -> None:
         if self.draining:
             raise Refusals.draining()
-
-    @property
-    def has_room(self) -> bool:
-        """Whether this process may work on one job more."""
-        return len(self.held) + len(self._coming) < self._config.max_jobs
-
-    @contextlib.contextmanager
-    def coming(self, job_id: str, version: str = "") -> Iterator[None]:
-        """Count a job as one of this process's before it is in `held`: hundreds may come at once. Raises `Refused`.
-
-        `version`: of a new job, which is refused where too many of the same are before it.
-        """
-        if not self.has_room and job_id not in self.held:
-            limit = self._config.max_jobs
-            raise Refused(
-                "OVERLOADED", f"the server has {limit} jobs that have not ended (--max-jobs); try again later"
-            )
-        if version and self._waiting(version) >= self._config.max_queued:
-            text = f"{self._config.max_queued} jobs of version {version} upload or wait already (--max-queued)"
-            raise Refused("OVERLOADED", f"{text}; try again later")
-        self._coming[job_id] = version
-        try:
-            yield
-        finally:
-            self._coming.pop(job_id, None)
-
-    def _waiting(self, version: str) -> int:
-        """How many jobs of `version` have not begun to run."""
-        waiting = (Phase.RECEIVING, Phase.QUEUED)
-        held = sum(job.request.version == version and job.phase in waiting for job in self.held.values())
-        return held + sum(coming == version for coming in self._coming.values())

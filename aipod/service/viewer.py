@@ -16,7 +16,13 @@ from aipod.job.watched import Watched
 from aipod.metrics import LAG, Histogram
 from aipod.service.status import Ending
 from aipod.transport import bridge
-from aipod.transport.requests import peer_certificate, request_timeout, send_message, was_on_its_way
+from aipod.transport.requests import (
+    message_arrived,
+    peer_certificate,
+    request_timeout,
+    send_message,
+    was_on_its_way,
+)
 from aipod.wire.ai import Raw, State, StreamInput
 
 log = logging.getLogger("aipod.service")
@@ -63,6 +69,12 @@ class Call:
         """The next piece of the payload, None after the half-close. Raises GRPCError for what cannot be parsed."""
         message = await bridge.inline(self._stream.recv_message)
         return (message.raw or Raw()) if isinstance(message, StreamInput) else message
+
+    async def receive_soon(self, seconds: float) -> Raw | None:
+        """As `receive`; None also where nothing comes for so long. Cancelled or late, no message is lost."""
+        with trio.move_on_after(seconds) as patience:
+            await message_arrived(self._stream)
+        return None if patience.cancelled_caught else await self.receive()
 
     async def send(self, message: Raw) -> None:
         """Send one message. Never cancelled on the good path: half a message would precede the status."""

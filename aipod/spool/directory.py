@@ -184,10 +184,17 @@ class Spool:
         return is_locked(self.lock_path(job_id))
 
     def claim(
-        self, job_id: str, fields: dict[str, Any], kwargs: bytes = b"{}", *, size: int | None = None
+        self,
+        job_id: str,
+        fields: dict[str, Any],
+        kwargs: bytes = b"{}",
+        *,
+        size: int | None = None,
+        payload: bytes | None = None,
     ) -> Entry | None:
         """Create the entry `job_id` and hold it; None where there is one, or somebody holds its lock for seconds.
 
+        With all of its `payload`, the job is in line at once.
         Raises `Refused` (SPOOL_FULL, OVERLOADED).
         """
         wanted = (size or 0) + len(kwargs)
@@ -199,7 +206,7 @@ class Spool:
             entry = Entry(self, job_id, lock)
             self._promise(entry, wanted)
             try:
-                entry.create(fields, kwargs, size)
+                entry.create(fields, kwargs, size, payload)
                 return entry
             except FileExistsError:
                 pass
@@ -216,7 +223,7 @@ class Spool:
                 lock.release()
                 return None
         entry.destroy()  # whoever made it was killed before its first line
-        return self.claim(job_id, fields, kwargs, size=size)
+        return self.claim(job_id, fields, kwargs, size=size, payload=payload)
 
     def _promise(self, entry: Entry, wanted: int) -> None:
         """Have the quota count a new entry; of many that come at once too many have got here."""

@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -20,10 +19,10 @@ from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
 from aipod.spool.locks import Lock
-from aipod.spool.look import ENDED, Look, sync
+from aipod.spool.look import Look, sync, tombstone
 from aipod.spool.quota import Quota
-from aipod.spool.regular import NotKept, keep, open_regular
-from aipod.trash import remove
+from aipod.spool.regular import NotKept, keep, not_kept, open_regular
+from aipod.trash import remove, remove_at_once
 
 logger = logging.getLogger("aipod.spool")
 
@@ -32,11 +31,6 @@ SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
 HEARD_EVERY = 5.0  # seconds between two notes of a model that reports the same again and again
 MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
-# What the journal of a released job tells: that it was there, whose request it was, and what its viewers were told.
-_TOMBSTONE = (
-    "ticketed", "boot", "settled", "fenced", "print", "owner", "method", "version", "epoch", "offset", "attempt",
-    "phase",
-)  # fmt: skip
 _KEPT = frozenset({"state", "seen", "in"})  # of an entry's files, when its job has ended
 
 
@@ -68,6 +62,7 @@ class Entry(Look):
 
     def __init__(self, home: Home, job_id: str, lock: Lock) -> None:
         super().__init__(home.path, job_id, home.boot)
+        self._journal.stays_open = True
         self._home = home
         self._lock = lock
         self._fd: int | None = None
@@ -79,30 +74,39 @@ class Entry(Look):
         self._settling = threading.RLock()  # what is recorded meanwhile would count as on disk, and not be there
         self._synced_at = time.monotonic()
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
+        self.found: dict[str, Any] = {}  # what its journal told when it was taken
+        self._recorded = False  # the last line was written, so there is a journal
         self._progress: tuple[float, str] | None = None  # what `live` says; None where nobody has looked yet
         self._heard = 0.0
 
     # The beginning
 
-    def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None) -> None:
+    def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None, payload: bytes | None = None) -> None:
         """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`.
 
-        Raises `FileExistsError` where there is a directory, and has changed nothing then.
+        With a `payload` that is complete, and the job in line. Raises `FileExistsError` where there is a directory, and
+        has changed nothing then.
         """
-        self.path.mkdir(mode=0o700)
+        os.mkdir(self.path, 0o700)
         fields = {**fields, "boot": self._boot}
         if len(kwargs) <= INLINE:
             fields = {**fields, "kwargs": kwargs.decode()}
         else:
             (self.path / "kw").write_bytes(kwargs)
-        self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._reserve(size)
+        self._fd = os.open(self.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if payload is None else 0o400)
+        if payload is None:
+            self._reserve(size)
+        else:
+            self.write(payload)
+            self._close()
+            fields |= {"phase": "QUEUED", "offset": self.written}
         self.record(fields)
 
     def go_on_from(self, state: dict[str, Any]) -> None:
         """Somebody else has made this entry, and come so far."""
         self._settled = bool(state.get("settled"))
         self._lost = bool(state.get("lost"))
+        self.found = state
         self.written = self.durable = state.get("offset", 0)
         self._hasher = new_hasher() if self.written == 0 else None
 
@@ -139,9 +143,8 @@ class Entry(Look):
         try:
             os.posix_fallocate(self._fd, 0, size)
         except OSError as exc:
-            if exc.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-                return  # this file system cannot
-            raise
+            if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # this file system cannot
+                raise
 
     # The upload
 
@@ -172,7 +175,7 @@ class Entry(Look):
             self._home.check_growth(self.id, self.written)
         if self._fd is not None and self.written > self.durable:
             if self._lost:
-                raise _not_kept()
+                raise not_kept()
             written = self.written
             with self._noticing():
                 keep(os.fdatasync, self._fd)
@@ -192,7 +195,7 @@ class Entry(Look):
                     self._note_loss()
                     raise
         except NotKept as exc:
-            raise _not_kept() from exc
+            raise not_kept() from exc
 
     def _note_loss(self) -> None:
         """Have no later sync believed, by the next holders neither, in whose hands it would succeed.
@@ -251,8 +254,10 @@ class Entry(Look):
 
         Raises `Refused` (SPOOL_FULL, OVERLOADED, BUSY).
         """
+        self._recorded = False
         with self._settling, self._noticing():
             self._journal.append(fields, sync=sync or self._settled)
+        self._recorded = True
 
     def settle(self) -> None:
         """Make the whole entry survive a power cut, once; never, where the disk has failed to keep a part of it.
@@ -366,8 +371,7 @@ class Entry(Look):
 
         Raises `Refused` (SPOOL_FULL, OVERLOADED); then perhaps only the answer is forgotten.
         """
-        state = self.read() | {"phase": "RELEASED"}
-        left = {key: state[key] for key in _TOMBSTONE if key in state}
+        left = tombstone(self.read() | {"phase": "RELEASED"})
         with self._settling, refused_when_exhausted():
             try:
                 self._journal.replace(left, sync=self._settled)
@@ -376,6 +380,14 @@ class Entry(Look):
                 self.store({"phase": "RELEASED"})
                 self._journal.replace(left, sync=self._settled)
         self.tidy("RELEASED")
+
+    def release_short(self) -> None:
+        """As `release`, of a job whose answer is in the journal, and whose entry is removed within a minute: until then
+        what nobody is told any more stays. To write another journal takes ten times as long.
+        """
+        self.record({"phase": "RELEASED"})
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.path}/log")
 
     def tidy(self, phase: str) -> None:
         """Remove what a job that has ended in `phase` does not need any more. Idempotent."""
@@ -404,10 +416,11 @@ class Entry(Look):
         One without a journal, as a model can leave it, is nobody's: it is removed.
         """
         try:
-            if self._lock.is_locked and self._is_nothing():
+            if self._lock.is_locked and not self._recorded and self._is_nothing():
                 self.destroy()
             self.stop_writing()
         finally:
+            self._journal.close()
             if self._lock.is_locked:
                 self._home.quota.measure(self.id, held=False)
             self._lock.release()
@@ -422,12 +435,11 @@ class Entry(Look):
         """Remove the entry, then its lock file, then let go of the lock. Idempotent."""
         if not self._lock.is_locked:
             return  # whatever has this name now is somebody else's
-        trash = self._home.path / f".trash-{secrets.token_hex(8)}"
         try:
             self._close()
-            with contextlib.suppress(FileNotFoundError):
-                self.path.rename(trash)
-                remove(trash)  # what stays is swept later
+            self._journal.close()
+            # Most of those that have ended are a journal and nothing else. What stays is swept later.
+            remove_at_once(self.path, "state", self._home.path / ".trash-")
             # Unlinked while held: see locks.
             self._home.lock_path(self.id).unlink(missing_ok=True)
         except OSError as exc:
@@ -436,11 +448,3 @@ class Entry(Look):
         finally:
             self._home.quota.measure(self.id, held=False)
             self._lock.release()
-
-    @property
-    def ended(self) -> bool:
-        return self.read().get("phase") in ENDED
-
-
-def _not_kept() -> Refused:
-    return Refused("BUSY", "the server's disk did not keep what was sent last; it is to be sent again")

@@ -79,16 +79,18 @@ class Journal:
     def __init__(self, path: Path | str) -> None:
         self._path = str(path)
         self._known = _NOTHING
+        self.stays_open = False  # between two lines, for who writes several
+        self._fd: int | None = None
 
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
         """Add a line. Raises `OSError`, `Refused` (DAMAGED); then the journal is as before."""
         line = _line(fields)
-        fd, stat = open_regular(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        fd, stat = self._opened()
         try:
             size, known = stat.st_size, self._known
             if size == 0:
                 known = _Known(stat.st_ino, 0, {})
-            elif os.pread(fd, 1, size - 1) != b"\n":
+            elif (known.inode, known.end) != (stat.st_ino, size) and os.pread(fd, 1, size - 1) != b"\n":
                 # The line before was torn. With a line break behind it, it might come to life after all.
                 size = os.pread(fd, size, 0).rfind(b"\n") + 1
                 os.ftruncate(fd, size)
@@ -98,9 +100,29 @@ class Journal:
                 os.ftruncate(fd, size)
                 raise
         finally:
-            os.close(fd)
+            if self.stays_open:
+                self._fd = fd
+            else:
+                os.close(fd)
         if (known.inode, known.end) == (stat.st_ino, size):
             self._known = _Known(stat.st_ino, size + len(line), known.state | fields)
+
+    def _opened(self) -> tuple[int, os.stat_result]:
+        if self._fd is not None:
+            stat = os.fstat(self._fd)
+            if stat.st_nlink:
+                return self._fd, stat
+            self.close()  # a model has removed it, or put another file in its place
+        return open_regular(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+
+    def close(self) -> None:
+        """Let go of the file. Idempotent."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
     def replace(self, fields: dict[str, Any], *, sync: bool = False) -> None:
         """Have the journal tell `fields` and nothing else any more.
@@ -108,6 +130,7 @@ class Journal:
         Raises `OSError`, `Refused` (DAMAGED); then it is as before.
         """
         line, fresh = _line(fields), f"{self._path}.tmp"
+        self.close()
         directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY)
         try:
             fd, stat = open_regular(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

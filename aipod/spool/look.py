@@ -22,6 +22,18 @@ READ = 1 * MIB
 ENDED = ("DONE", "FAILED", "CANCELLED", "RELEASED")
 
 
+# What the journal of a released job tells: that it was there, whose request it was, and what its viewers were told.
+_TOMBSTONE = (
+    "ticketed", "boot", "settled", "fenced", "print", "owner", "method", "version", "epoch", "offset", "attempt",
+    "phase",
+)  # fmt: skip
+
+
+def tombstone(state: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a journal when its job is released."""
+    return {key: state[key] for key in _TOMBSTONE if key in state}
+
+
 @dataclasses.dataclass(frozen=True)
 class Words:
     """What others have left for the holder of a job."""
@@ -38,6 +50,7 @@ class Look:
         self.id = job_id
         self._boot = boot
         self.path = spool_path / job_id
+        self.has_secrets = False  # the journal of a released job has more than is told, as it was read last
         self._journal = Journal(f"{self.path}/state")
 
     @functools.cached_property
@@ -58,10 +71,18 @@ class Look:
     def read(self) -> dict[str, Any]:
         """The fold of the journal; empty where there is no such job, or a power cut has left nothing to rely on.
 
+        Of a released job its tombstone, also where there is more.
+
         Raises `Refused` (DAMAGED), `OSError`.
         """
         state = self._journal.read()
-        return {} if _is_lost(state, self._boot) else state
+        if _is_lost(state, self._boot):
+            return {}
+        if state.get("phase") != "RELEASED":
+            return state
+        left = tombstone(state)
+        self.has_secrets = len(left) < len(state)
+        return left
 
     def make_sure(self) -> None:
         """Have it on disk what `read` has read, where the entry is there to stay. Blocks."""

@@ -29,6 +29,11 @@ def keep(sync: Callable[[int], None], fd: int) -> None:
         raise NotKept(exc.errno, exc.strerror) from exc
 
 
+def not_kept() -> Refused:
+    """What is told of it to who has sent what was lost."""
+    return Refused("BUSY", "the server's disk did not keep what was sent last; it is to be sent again")
+
+
 def open_regular(path: Path | str, flags: int) -> tuple[int, os.stat_result]:
     """A descriptor of the regular file at `path`, and what is told of it; never waits for another process.
 

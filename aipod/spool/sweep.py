@@ -131,7 +131,9 @@ class Sweeper:
                 until = now + (self._ttl if ended else self._upload_ttl)
             if now < until:
                 self._marks.add(job_id, times, until)
-                if ended and (_exists(look, "in") or (state["phase"] == "RELEASED" and _exists(look, "res"))):
+                if ended and look.has_secrets:
+                    self._release(job_id)
+                elif ended and (_exists(look, "in") or (state["phase"] == "RELEASED" and _exists(look, "res"))):
                     self._tidy(job_id)
                 return False
         entry = hold(job_id)
@@ -148,6 +150,12 @@ class Sweeper:
         with self._spool.holding(job_id) as entry:
             if entry is not None:
                 entry.tidy(entry.read()["phase"])
+
+    def _release(self, job_id: str) -> None:
+        """Forget what a process that has died would have removed with the entry; it may be about to."""
+        with self._spool.holding(job_id) as entry:
+            if entry is not None:
+                entry.release()
 
     def _remove_lock(self, job_id: str) -> bool:
         """Remove a lock file without an entry, if nobody holds it."""

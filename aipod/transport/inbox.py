@@ -209,19 +209,13 @@ class Inbox:
             with memoryview(self._backlog) as backlog:
                 done = self._parse(backlog)
             del self._backlog[:done]
-        while not self._ready:
+        await self.arrival()
+        if not self._ready:
             if self._problem is not None:
                 raise self._problem
-            if self.ended:
-                if self._begun or self._prefix:
-                    raise BadMessage(Status.INTERNAL, "the stream ended inside a message")
-                return None
-            self._unbroken = 0
-            self._arrival = self.new_event()
-            try:
-                await self._arrival.wait()
-            finally:
-                self._arrival = None
+            if self._begun or self._prefix:
+                raise BadMessage(Status.INTERNAL, "the stream ended inside a message")
+            return None
         flag, message = self._ready.popleft()
         size = PREFIX + len(message)
         self._count[1] += 1
@@ -234,6 +228,16 @@ class Inbox:
             # Not before: what waits for its turn to be inflated is still in memory.
             self.window.done(self._count[1])
             self.window.taken(size, hungry=not self._ready)
+
+    async def arrival(self) -> None:
+        """Wait until `read` need not wait for the peer. Cancelled, nothing is lost. Flavored as `read`."""
+        while not self._ready and self._problem is None and not self.ended:
+            self._unbroken = 0
+            self._arrival = self.new_event()
+            try:
+                await self._arrival.wait()
+            finally:
+                self._arrival = None
 
     def _take_back(self) -> None:
         if self._given is not None:

@@ -231,6 +231,11 @@ def was_on_its_way(stream: grpclib.server.Stream[Any, Any]) -> bool:
     return cast(H2Stream, stream._stream).was_on_its_way
 
 
+async def message_arrived(stream: grpclib.server.Stream[Any, Any]) -> None:
+    """Wait until a message can be received at once, or none comes any more. Trio-flavored; cancelled, none is lost."""
+    await cast(H2Stream, stream._stream).inbox.arrival()
+
+
 def end_request(stream: grpclib.server.Stream[Any, Any]) -> None:
     """Take no more of a call that has the one message that there is to be: what else comes is dropped."""
     cast(H2Stream, stream._stream).inbox.close()
