@@ -96,7 +96,7 @@ def _encode(message: betterproto2.Message, pieces: list[bytes]) -> int:
     values = vars(message)
     for name, _, kind, wire_type, tag, present, repeated, _ in _LAYOUT[type(message)]:
         value = values[name]
-        if not value and (value is None or not present):
+        if value is None or not (present or value):
             continue
         for item in value if repeated else (value,):
             if wire_type == _VARINT:
@@ -228,7 +228,7 @@ class Codec(CodecBase):
     def decode(self, data: bytes, message_type: Any) -> Any:
         # Parsers report bad input by whatever the spot raises.
         try:
-            if issubclass(message_type, betterproto2.Message):
+            if message_type in _LAYOUT:
                 return parse(data, message_type, self._max_fields)
             return message_type.FromString(bytes(data))
         except Exception as exc:
