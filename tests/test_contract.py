@@ -76,7 +76,13 @@ METHODS: list[tuple[Any, str, tuple[str, ...]]] = [
     (grpclib.client.Channel, "_create_connection", ()),
     (grpclib.client.Channel, "request",
      ("name", "cardinality", "request_type", "reply_type", "timeout", "deadline", "metadata")),
+    (grpclib.client.Stream, "__init__",
+     ("channel", "method_name", "metadata", "cardinality", "send_type", "recv_type", "codec", "status_details_codec",
+      "dispatch", "deadline")),
+    (grpclib.client.Stream, "recv_initial_metadata", ()),
     (grpclib.client.Stream, "recv_trailing_metadata", ()),
+    (grpclib.client.Stream, "__aexit__", ("exc_type", "exc_val", "exc_tb")),
+    (grpclib.client.Channel, "__connect__", ()),
     (grpclib.client.Stream, "end", ()),
     (grpclib.server.Handler, "__init__", ("mapping", "codec", "status_details_codec", "dispatch")),
     (grpclib.server.Handler, "accept", ("stream", "headers", "release_stream")),
@@ -91,6 +97,9 @@ METHODS: list[tuple[Any, str, tuple[str, ...]]] = [
     (h2.connection.H2Connection, "receive_data", ("data",)),
     (h2.connection.H2Connection, "end_stream", ("stream_id",)),
     (h2.connection.H2Connection, "_begin_new_stream", ("stream_id", "allowed_ids")),
+    (h2.connection.H2Connection, "_terminate_connection", ("error_code",)),
+    (h2.connection, "_decode_headers", ("decoder", "encoded_header_block")),
+    (h2.stream.H2Stream, "receive_headers", ("headers", "end_stream", "header_encoding")),
     (h2.connection.H2Connection, "_receive_settings_frame", ("frame",)),
     (h2.stream.H2Stream, "_initialize_content_length", ("headers",)),
     (h2.stream.H2Stream, "_track_content_length", ("length", "end_stream")),
@@ -111,6 +120,7 @@ ATTRIBUTES: list[tuple[Any, str, Any]] = [
     (grpclib.client.Stream, "_end_done", False),
     (grpclib.server.Stream, "_send_trailing_metadata_done", False),
     (grpclib.client.Stream, "_cancel_done", False),
+    (grpclib.client.Stream, "_recv_initial_metadata_done", False),
     (grpclib.client.Stream, "_recv_trailing_metadata_done", False),
 ]
 
@@ -120,7 +130,8 @@ INSTANCE = {
     "_mapping", "_codec", "_status_details_codec", "_loop", "_settings", "_frame_dispatch_table", "_timers",
     "_timer_handle_cancelled", "_connected", "_headers_buffer", "_inbound_flow_control_window_manager",
     "_inbound_window_manager", "_expected_content_length", "_main_loop_one", "_io_task", "_q_recv", "_run", "_raise",
-    "_scope", "_closed_streams",
+    "_scope", "_closed_streams", "_authority", "_channel", "_deadline", "_metadata", "_method_name", "_recv_type",
+    "_release_stream", "_scheme",
 }  # fmt: skip
 CONFIGURATION = {field.name for field in dataclasses.fields(grpclib.config.Configuration)}
 
@@ -265,8 +276,12 @@ def test_calls_of_grpclib_have_their_stream_and_a_wrapper() -> None:
             kinds = (HealthCheckRequest, HealthCheckRequest)
             async with channel.request("/t/t", Cardinality.STREAM_STREAM, *kinds) as call:
                 assert isinstance(call._wrapper, grpclib.utils.Wrapper)
+                assert (call._channel, call._method_name, call._deadline) == (channel, "/t/t", None)
+                assert (list(call._metadata), call._recv_type) == ([], HealthCheckRequest)
+                assert (channel._scheme, channel._authority) == ("http", f"127.0.0.1:{sock.getsockname()[1]}")
                 await call.send_request()
                 assert isinstance(call._stream, base.Stream)
+                assert callable(call._release_stream)
                 await call.end()
                 assert (await call.recv_message()).service == "served"
             channel.close()

@@ -287,6 +287,7 @@ def test_an_answer_is_released_with_the_next_call_or_the_end_and_a_large_one_at_
                     await client.chaos(metadata=[("x-func-name", "seeded")], length=length)
                     await until(lambda: not client._link.errands)
                 await client.chaos(b"x", ticket_file=tmp_path / "ticket")
+                await until(lambda: not client._link.errands)
                 with pytest.raises(aipod.JobFailed):
                     await client.chaos(metadata=[("x-func-name", "seeded")], length=-1)
         said = tap.openings

@@ -13,7 +13,7 @@ from typing import Any
 
 from grpclib.metadata import encode_metadata
 
-from aipod.client.call import ask
+from aipod.client.ask import ask
 from aipod.client.course import CallDeadline, Course, Request, Until
 from aipod.client.event import OnEvent
 from aipod.client.follow import Follower, end_left, release, release_all
@@ -280,7 +280,9 @@ class Client:
                 f"{len(payload)} bytes of payload in memory; a path is sent without loading it", stacklevel=stacklevel
             )
         text = self._text(kwargs, stacklevel + 1)
-        packed = Compressor(self._config.level).frame(text)
+        # What is large would have the shared one keep as much memory.
+        compressor = self._link.compressor if len(text) <= WARN_ABOVE else Compressor(self._config.level)
+        packed = compressor.frame(text)
         in_thread = self._link.in_thread
         source = Source(payload, in_thread) if in_memory else await asyncio.to_thread(Source, payload, in_thread)
         request = Request(rpc, metadata, packed, version, source)
@@ -366,7 +368,9 @@ class Client:
             # released by a word of its own is known for its whole time, so the method is not run for that one.
             if is_open:
                 self._link.errand(ask, self._link, had.metadata, had.ticket, Op.RELEASE, had.misses)
-        elif not (is_open and course.event.answer_size > INLINE and self._link.errand(release, self._link, had)):
+        elif not (
+            is_open and course.told.get("answer_size", 0) > INLINE and self._link.errand(release, self._link, had)
+        ):
             self._link.release(had)
 
 

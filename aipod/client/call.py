@@ -6,23 +6,21 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-import grpclib.client
 from grpclib.const import Cardinality
 
-from aipod.client.course import Course, Request, Until, lead_to
+from aipod.client.course import Course, Request, Until
 from aipod.client.event import Event as Event  # also known from here
 from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
 from aipod.client.link import Link
 from aipod.client.reader import BATCH
 from aipod.client.sink import Sink
 from aipod.client.source import HOP, InThread, Source
-from aipod.codec import digest, job_id
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
-from aipod.transport.channel import CALL_OVER, open_call, read_status, reset, send_message
+from aipod.transport.channel import CALL_OVER, read_status, reset, send_message
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
@@ -63,7 +61,11 @@ class Attempt:
         self.silent = False  # nothing came for too long
         self._first: asyncio.Future[State] = asyncio.get_running_loop().create_future()
         self._listening: float | None = None  # since when a message is waited for
-        self._stream: grpclib.client.Stream[Any, Raw] = self._channel.request(
+        self._timer: asyncio.TimerHandle | None = None  # until the next look at that
+        self._late = False  # the time is over, but this process may have been stopped meanwhile
+        self._opening = Open()
+        self._complete = False  # what the call begins with is all that it has to send
+        self._call = self._channel.request(
             f"/ai.AI/{request.rpc}",
             Cardinality.STREAM_STREAM,
             Raw if request.rpc == "chaos" else StreamInput,
@@ -88,34 +90,39 @@ class Attempt:
         """
         if (part := self._course.new_part(self._request)) is not None:
             await _local(part.find)
-        opening = self._opening()
+        self._opening = self._make_opening()
         if self._course.file is not None and self._request.source is not None:
             await _local(self._course.save, self._request)  # the epoch: whoever comes next must have a higher one
-        async with self._stream as stream:
-            released = self._link.take_released(opening, self.spool or self._link.spool(self._request.upstream))
+        async with self._call as call:
+            released = self._link.take_released(self._opening, self.spool or self._link.spool(self._request.upstream))
             try:
-                await open_call(stream)
-                uploader = asyncio.create_task(self._upload(opening), name="aipod-upload")
+                begun: list[Raw | StreamInput] = []
+                sent = await call.open(functools.partial(self._begin, begun))
+                uploader = self._start_upload(begun[sent:])
+                self._look()
                 try:
-                    answer, error = await self._outcome(uploader)
+                    answer, error = await self._watch()
                 finally:
-                    await _end(uploader)
+                    if uploader is not None:
+                        await _end(uploader)
                 if self._request.until is Until.ANSWER:
                     # The outcome is whole and checked: what becomes of the call's last bytes changes nothing.
                     with contextlib.suppress(Exception):
-                        async with asyncio.timeout(TRAILERS):
-                            await read_status(stream)
+                        async with asyncio.timeout(None if call.has_status else TRAILERS):
+                            await read_status(call)
                 if error is not None:
                     raise error
                 return answer
             finally:
-                reset(stream)
+                if self._timer is not None:
+                    self._timer.cancel()
+                reset(call)
                 if not self.answered:
                     self._link.put_back(released)
                 if self.silent:
-                    self._channel.retire(stream)
+                    self._channel.retire(call)
 
-    def _opening(self) -> Open:
+    def _make_opening(self) -> Open:
         course, source = self._course, self._request.source
         have = course.have if self._request.until is Until.ANSWER else _NO_ANSWER
         opening = Open(ticket=course.ticket, op=self.op, have=have, log_have=course.log_have)
@@ -128,31 +135,63 @@ class Attempt:
 
     # Up
 
-    async def _upload(self, opening: Open) -> None:
-        """Send what is missing. Ends early, without an error of its own, where the server has ended the call."""
+    def _begin(self, begun: list[Raw | StreamInput]) -> tuple[list[Raw | StreamInput], bool]:
+        """What the call begins with, at the moment in which it does: with a small payload all that there is to say."""
         request, source = self._request, self._request.source
+        raw = Raw(open=self._opening)
         if source is None:
-            await send_message(self._stream, Raw(open=opening), end=True)
-            return
-        # An empty payload is complete with the first message.
-        empty = source.size == 0 and bool(self.spool)
-        if empty:
-            await self._commit(self.spool, digest())
-        raw = Raw(open=opening, last=empty, digest=digest() if empty else b"")
-        first: Raw | StreamInput = raw
+            self._complete = True
+            begun.append(raw)
+            return begun, True
+        whole = self._whole(source)
+        if whole is not None and (request.rpc != "chaos" or not whole.data):
+            raw, whole = whole, None
+            raw.open = self._opening
         if request.rpc == "chaos":
             raw.data = request.kwargs
+            begun.append(raw)
         else:
-            first = StreamInput(kwargs_json=request.kwargs, version=request.version, raw=raw)
+            begun.append(StreamInput(kwargs_json=request.kwargs, version=request.version, raw=raw))
+        if whole is not None:
+            begun.append(whole)
         self._course.fresh = False
-        await send_message(self._stream, first, end=empty)
-        if empty:
+        return begun, self._complete
+
+    def _whole(self, source: Source) -> Raw | None:
+        """All of the payload in one message, where it is small, and where it may go out without a word from the server
+        or on the disk; else None.
+        """
+        if not (self.was_fresh and self.spool) or self._course.file is not None:
+            return None
+        whole = source.whole(self._link.compressor)
+        if whole is not None:
+            self._complete = True
+            self._note_commit(self.spool, whole.digest)
+        return whole
+
+    def _start_upload(self, rest: list[Raw | StreamInput]) -> asyncio.Task[None] | None:
+        """Send what the call did not begin with: `rest`, and then what else is missing."""
+        if self._complete and not rest:
+            self._tell_sent(None if self._request.source is None else self._request.source.size)
+            return None
+        uploader = asyncio.create_task(self._upload(rest), name="aipod-upload")
+        uploader.add_done_callback(self._note_upload)
+        return uploader
+
+    async def _upload(self, rest: list[Raw | StreamInput]) -> None:
+        """Ends early, without an error of its own, where the server has ended the call."""
+        source = self._request.source
+        for message in rest:
+            await send_message(self._call, message, end=self._complete and message is rest[-1])
+        if self._complete:
+            self._tell_sent(None if self._request.source is None else self._request.source.size)
             return
+        assert source is not None, "a call without a payload begins with all that it has"
         start = 0
         if not self.was_fresh:
             state = await self._first
             if state.phase != Phase.RECEIVING:
-                await self._stream.end()
+                await self._call.end()
                 return
             start = state.offset
         ready: asyncio.Queue[list[Raw]] = asyncio.Queue(_AHEAD)
@@ -163,7 +202,7 @@ class Attempt:
                 for chunk in await ready.get():
                     last = chunk.last
                     if last and not await self._may_commit(chunk.digest):
-                        await self._stream.end()
+                        await self._call.end()
                         return
                     await self._send_chunk(chunk)
 
@@ -182,10 +221,13 @@ class Attempt:
     async def _send_chunk(self, chunk: Raw) -> None:
         message = chunk if self._request.rpc == "chaos" else StreamInput(raw=chunk)
         end = chunk.last
-        await send_message(self._stream, message, end=end)
+        await send_message(self._call, message, end=end)
         assert self._request.source is not None
-        sent = self._request.source.size if end else chunk.offset
-        self._course.tell(self._request, phase="RECEIVING", sent=sent or self._course.event.sent)
+        self._tell_sent(self._request.source.size if end else chunk.offset)
+
+    def _tell_sent(self, sent: int | None) -> None:
+        if sent:
+            self._course.tell(self._request, phase="RECEIVING", sent=sent)
 
     async def _may_commit(self, whole: bytes) -> bool:
         """Before `last` goes out: it goes only to a spool that can be named. False where it need not go."""
@@ -203,42 +245,40 @@ class Attempt:
 
         `whole`: the digest of the payload, which the server compares with what it has.
         """
+        self._note_commit(spool, whole)
+        if self._course.file is not None:
+            await _local(self._course.save, self._request)
+
+    def _note_commit(self, spool: str, whole: bytes) -> None:
         course = self._course
         assert self._request.source is not None
         course.payload, course.unchecked = whole.hex() if self._request.source.is_compared else "", False
         if course.sent_to is None:
             self.committed = True
             course.sent(spool)
-        if course.file is not None:
-            await _local(course.save, self._request)
+
+    def _note_upload(self, uploader: asyncio.Task[None]) -> None:
+        """What has ended the upload ends the call; but what the server did to it is told better by what it says."""
+        exc = None if uploader.cancelled() else uploader.exception()
+        if isinstance(exc, Exception) and not all(isinstance(leaf, CALL_OVER) for leaf in leaves(exc)):
+            self._call.fail(exc)
 
     # Down
 
-    async def _outcome(self, uploader: asyncio.Task[None]) -> Outcome:
-        """What `_watch` returns. Raises NoAnswer after `silence` seconds without a message, or what ended the upload.
+    def _look(self) -> None:
+        """End the call after `silence` seconds without a message.
 
-        One timer for the whole call: a task or a timer for each message would cost more than reading it.
+        One timer for the whole call: one for each message would cost more than reading that.
         """
-        silence = self._config.silence
-        late = False  # the time is over, but this process may have been stopped meanwhile
-        watcher = asyncio.create_task(self._watch(), name="aipod-watch")
-        waiting: set[asyncio.Task[Any]] = {watcher, uploader}
-        try:
-            while not watcher.done():
-                left = silence
-                if self._listening is not None:  # else this side is busy, with a slow disk perhaps
-                    left += self._listening - time.monotonic()
-                if left <= 0 and late:
-                    self.silent = True
-                    raise NoAnswer(f"no heartbeat for {silence:g} s")
-                late = left <= 0
-                await asyncio.wait(waiting, timeout=_CATCH_UP if late else left, return_when=asyncio.FIRST_COMPLETED)
-                if uploader.done():
-                    waiting.discard(uploader)
-                    _raise_local(uploader)
-            return watcher.result()
-        finally:
-            await _end(watcher)
+        left = self._config.silence
+        if self._listening is not None:  # else this side is busy, with a slow disk perhaps
+            left += self._listening - time.monotonic()
+        if left <= 0 and self._late:
+            self.silent = True
+            self._call.fail(NoAnswer(f"no heartbeat for {self._config.silence:g} s"))
+            return
+        self._late = left <= 0
+        self._timer = asyncio.get_running_loop().call_later(_CATCH_UP if self._late else left, self._look)
 
     async def _watch(self) -> Outcome:
         """Read states until there is what the request wants: the answer, or why there is none."""
@@ -247,14 +287,14 @@ class Attempt:
         while True:
             message = await self._receive()
             if message is None:
-                await read_status(self._stream)
+                await read_status(self._call)
                 raise NoAnswer("the call ended without an outcome")
             self.heard = True
             state = message.state
             if state is None:
                 if final is not None:
                     return await self._download(final, message), None
-                self._course.tell(self._request, heartbeats=self._course.event.heartbeats + 1)
+                self._course.tell(self._request, heartbeats=self._course.told["heartbeats"] + 1)
                 continue
             self._note(state)
             if self._request.taken is not None:
@@ -288,7 +328,8 @@ class Attempt:
         """The next message; None at the end."""
         self._listening = time.monotonic()
         try:
-            return await self._stream.recv_message()
+            message: Raw | None = await self._call.recv_message()
+            return message
         finally:
             self._listening = None
 
@@ -311,7 +352,7 @@ class Attempt:
             log=course.new_log(state),
             answer_size=state.size,
             content_type=state.content_type,
-            heartbeats=course.event.heartbeats + 1,
+            heartbeats=course.told["heartbeats"] + 1,
             offset=course.offset,
             runs=state.attempt,
             quiet=state.quiet,
@@ -339,7 +380,7 @@ class Attempt:
             if last:
                 return await self._finish(sink)
             message = await self._receive()
-        await read_status(self._stream)
+        await read_status(self._call)
         raise NoAnswer("the answer ended before its last byte")
 
     async def _finish(self, sink: Sink) -> Any:
@@ -350,66 +391,6 @@ class Attempt:
         except BadAnswer:
             await _local(self._course.discard)  # it is not known which byte is wrong
             raise
-
-
-async def ask(
-    link: Link,
-    metadata: Sequence[tuple[str, str]],
-    ticket: bytes,
-    op: Op,
-    misses: int = 0,
-    released: Sequence[bytes] = (),
-) -> State:
-    """Cancel or release a job: one message up, one state down. Raises what `decide` reads.
-
-    This is an asyncio-flavored function, to be run in a task of its own.
-    """
-    stream: grpclib.client.Stream[Raw, Raw] = link.channel().request(
-        "/ai.AI/chaos",
-        Cardinality.STREAM_STREAM,
-        Raw,
-        Raw,
-        metadata=[*link.identity(metadata), *lead_to(job_id(ticket), misses)],
-    )
-    state: State | None = None
-    async with stream:
-        try:
-            await open_call(stream)
-            await send_message(stream, Raw(open=Open(ticket=ticket, op=op, released=list(released))), end=True)
-            while (message := await stream.recv_message()) is not None:
-                state = message.state or state
-            await read_status(stream)
-        finally:
-            reset(stream)
-    if state is None:
-        raise NoAnswer("the call ended without a state")
-    return state
-
-
-async def in_own_task(coro: Coroutine[Any, Any, T]) -> T:
-    """Await `coro` in a task of its own. This is an asyncio-flavored function.
-
-    grpclib ends a wait by cancelling the task that waits. The caller's must not be that one: asyncio.timeout and
-    TaskGroup count cancellations, and a cancelled caller must not be taken for a lost connection.
-    """
-    caller = asyncio.current_task()
-    assert caller is not None
-    before = caller.cancelling()
-    try:
-        return await asyncio.create_task(coro, name="aipod-call")
-    except (Exception, asyncio.CancelledError) as exc:
-        if caller.cancelling() > before:
-            raise asyncio.CancelledError from exc
-        if isinstance(exc, asyncio.CancelledError):
-            raise NoAnswer("the connection was lost") from None
-        raise
-
-
-def _raise_local(uploader: asyncio.Task[None]) -> None:
-    """Raise what ended the upload; but what the server did to it the watcher tells better."""
-    exc = None if uploader.cancelled() else uploader.exception()
-    if exc is not None and not all(isinstance(leaf, CALL_OVER) for leaf in leaves(exc)):
-        raise exc
 
 
 async def _end(task: asyncio.Future[Any]) -> None:

@@ -121,7 +121,8 @@ class Course:
     spool: str = ""  # the one that spoke last
     misses: int = 0  # times that it was asked for where it is not
     searched: int = 0  # of them, times elsewhere before anybody had told of it
-    event: Event = dataclasses.field(default_factory=lambda: Event("CONNECTING"))
+    # The latest event; most callers listen to none.
+    told: dict[str, Any] = dataclasses.field(default_factory=lambda: {"phase": "CONNECTING", "heartbeats": 0})
     _log: codecs.IncrementalDecoder = dataclasses.field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
@@ -197,12 +198,12 @@ class Course:
 
     def tell(self, request: Request, **changes: Any) -> None:
         """Let the caller know. Raises `Local` for what the caller's function raises."""
-        self.event = dataclasses.replace(self.event, **{"log": "", **changes})
+        self.told |= {"log": "", **changes}
         if request.trace is not None:
-            request.trace.enter(_SPANS.get(self.event.phase, ""))
+            request.trace.enter(_SPANS.get(self.told["phase"], ""))
         if request.on_event is not None:
             try:
-                request.on_event(self.event)
+                request.on_event(Event(**self.told))
             except Exception as exc:
                 raise Local(exc) from exc
 

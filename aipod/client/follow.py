@@ -10,7 +10,8 @@ from typing import Any
 
 from grpclib.exceptions import GRPCError
 
-from aipod.client.call import Attempt, ask, in_own_task
+from aipod.client.ask import ask
+from aipod.client.call import Attempt
 from aipod.client.course import Course, Request, elsewhere
 from aipod.client.failure import ELSEWHERE, Action, Decision, Known, Local, NoAnswer, decide, gone
 from aipod.client.link import Had, Link
@@ -56,7 +57,7 @@ class Follower:
                     job_id=course.id,
                     **self._number(),
                 )
-                return await in_own_task(attempt.run())
+                return await attempt.run()
             except (Exception, BaseExceptionGroup) as exc:
                 decision = decide(exc, course.known(self._link.target, attempt.op, receiving=attempt.receiving))
                 if decision is None:
@@ -114,7 +115,7 @@ class Follower:
             self._anew += 1
             if self._anew > self._link.config.attempts:
                 raise decision.error from decision.cause
-            self.course = Course(next_ticket(course.ticket), file=course.file, event=course.event)
+            self.course = Course(next_ticket(course.ticket), file=course.file, told=course.told)
             return 0.0  # the attempts that were lost have waited
         free = attempt.idle and not attempt.heard and decision.action is Action.RETRY
         pause = self._patience.pause(
@@ -148,7 +149,7 @@ async def ask_surely(
         idle = link.channel().connected
         try:
             async with asyncio.timeout(link.config.silence):
-                return await in_own_task(ask(link, metadata, ticket, op, misses)), misses
+                return await ask(link, metadata, ticket, op, misses), misses
         except (Exception, BaseExceptionGroup) as exc:
             decision = decide(exc, known)
             if decision is None:
@@ -169,7 +170,7 @@ async def ask_surely(
 async def release(link: Link, had: Had) -> None:
     """Release a job whose answer is here, best effort: where that fails, a later call takes the word along.
 
-    This is an asyncio-flavored function, to be run in a task of its own.
+    This is an asyncio-flavored function.
     """
     try:
         await ask(link, had.metadata, had.ticket, Op.RELEASE, had.misses)
@@ -193,7 +194,7 @@ async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: byte
     """End a job that its caller has left, best effort: the errand of one who has gone.
 
     The call that brought the job may still be about to create it, or to let go of it, when this one arrives: then it is
-    asked again. This is an asyncio-flavored function, to be run in a task of its own.
+    asked again. This is an asyncio-flavored function.
     """
     for pause in ASK_AGAIN:
         with contextlib.suppress(GRPCError, NoAnswer):

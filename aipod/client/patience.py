@@ -30,7 +30,7 @@ class Patience:
         self._attempts = config.attempts
         self._reconnect = config.reconnect
         self._clock = clock
-        self._rng = rng or random.Random()  # noqa: S311 - jitter is no secret
+        self._uniform = (rng or random).uniform
         self._failures = 0  # since the last progress
         self._since: float | None = None  # the first of them
         self._out_of_sight: float | None = None  # since when the job is not where it was
@@ -85,5 +85,5 @@ class Patience:
         if left <= 0:
             return None
         first, limit = _RECONNECT if known else _BEFORE_ANY_ANSWER
-        jittered = self._rng.uniform(0, min(limit, first * 2 ** min(self._failures - 1, 30)))
+        jittered = self._uniform(0, min(limit, first * 2 ** min(self._failures - 1, 30)))
         return min(max(jittered, min(at_least, _LONGEST)), left)

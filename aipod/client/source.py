@@ -82,6 +82,15 @@ class Source:
             pass
         return bytes(self._hasher.digest())
 
+    def whole(self, compressor: Compressor) -> Raw | None:
+        """All of it as one message, with `last` and digest, where that takes no thread and nothing was read yet."""
+        if not isinstance(self._reader, Memory) or self._reader.size > HOP or self.read or self._ended:
+            return None
+        pieces = self._hash(self._reader.fresh())
+        self._note(pieces)
+        data = compressor.frame(pieces[0]) if pieces else b""
+        return Raw(data=data, last=True, digest=self._hasher.digest())
+
     async def batches(self, start: int, level: int) -> AsyncGenerator[list[Raw], None]:
         """The payload from byte `start` on as messages; the last one has `last` and the digest of it all.
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
-import grpclib.client
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpclib.const import Cardinality
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
@@ -18,6 +17,7 @@ from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from aipod import codec
 from aipod.config import KIB, Config
 from aipod.errors import DOMAIN, AipodError
+from aipod.transport.call import Call
 from aipod.transport.channel import CALL_OVER, open_call, read_status, send_message
 from aipod.transport.sounding import Heard, Hop, Sounding, heard, leave
 from aipod.wire.ai import Raw
@@ -98,7 +98,7 @@ class Chain:
 class Probe:
     """One call of `aipod.probe`, and how it went."""
 
-    def __init__(self, stream: grpclib.client.Stream[Raw, Raw], channel: Sounding) -> None:
+    def __init__(self, stream: Call, channel: Sounding) -> None:
         self._stream = stream
         self._channel = channel
         self.about: dict[str, Any] = {}  # what the server says of itself
@@ -137,7 +137,7 @@ class Probe:
 
     async def receive(self) -> bytes | None:
         """The data of the next message, a PONG too; None at the end, whose status was OK."""
-        message = await self._stream.recv_message()
+        message: Raw | None = await self._stream.recv_message()
         if message is None:
             await read_status(self._stream)
             return None
@@ -174,7 +174,7 @@ async def probing(
 ) -> AsyncIterator[Probe]:
     """A call of `aipod.probe`, which ends with the block. In a task of its own: see `alone`."""
     asked = chain.identity() if metadata is None else list(metadata)
-    stream: grpclib.client.Stream[Raw, Raw] = channel.request(
+    stream = channel.request(
         path, Cardinality.STREAM_STREAM, Raw, Raw, metadata=[*asked, ("x-func-name", "aipod.probe")]
     )
     async with stream:

@@ -12,16 +12,18 @@ from typing import Any, cast
 
 import grpclib.client
 from google.protobuf.message import DecodeError
-from grpclib.const import Status
+from grpclib.const import Cardinality, Status
 from grpclib.encoding.proto import ProtoStatusDetailsCodec
 from grpclib.exceptions import ProtocolError, StreamTerminatedError
+from grpclib.metadata import Deadline
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError as H2ProtocolError
 
 from aipod.config import Config
+from aipod.transport.call import Call
 from aipod.transport.codec import Codec, encode_pieces
 from aipod.transport.protocol import H2Protocol, configuration
-from aipod.transport.stream import H2Stream, StreamRefused
+from aipod.transport.stream import H2Stream
 from aipod.transport.tls import Followed, TLSError, client_context, disagreement
 from aipod.transport.wakes import Wakes
 
@@ -30,8 +32,6 @@ log = logging.getLogger("aipod.transport")
 # What sending raises once the call is over; what is received tells why.
 CALL_OVER = (StreamTerminatedError, ProtocolError, H2ProtocolError, asyncio.TimeoutError)
 
-# Connections in a row that may be told to go while a call waits for its turn; more mean a server that takes none.
-MOVES = 10
 # Seconds that the peer has to say goodbye.
 _GOODBYE = 1.0
 
@@ -67,6 +67,28 @@ class Channel(grpclib.client.Channel):
         self._settings = config
         self._closed = False
         self._latest: H2Protocol | None = None  # the newest connection, closed or not
+
+    def request(
+        self,
+        name: str,
+        cardinality: Cardinality,
+        request_type: type[Any],
+        reply_type: type[Any],
+        *,
+        timeout: float | None = None,
+        deadline: Deadline | None = None,
+        metadata: Any = None,
+    ) -> Call:
+        """A call, not opened yet. `deadline` goes before `timeout`, in seconds."""
+        if timeout is not None and deadline is None:
+            deadline = Deadline.from_timeout(timeout)
+        return Call(
+            *(self, name, cast(Any, metadata or ()), cardinality, request_type, reply_type),
+            codec=self._codec,
+            status_details_codec=self._status_details_codec,
+            dispatch=self.__dispatch__,
+            deadline=deadline,
+        )
 
     def _protocol_factory(self) -> H2Protocol:
         return H2Protocol(grpclib.client.Handler(), self._settings, Wakes(), client=True)
@@ -160,17 +182,9 @@ def why_unconnected(exc: BaseException) -> str:
     return str(exc)
 
 
-async def open_call(stream: grpclib.client.Stream[Any, Any]) -> None:
-    """Send the request's headers. This is an asyncio-flavored function.
-
-    A call that waits because its connection has too many moves on, when that connection is told to go, to the next one.
-    """
-    for _ in range(MOVES):
-        try:
-            return await stream.send_request()
-        except StreamRefused:
-            continue  # it was never opened, so the stream can be used again
-    await stream.send_request()
+async def open_call(stream: Call) -> None:
+    """Send the request's headers. This is an asyncio-flavored function."""
+    await stream.open()
 
 
 async def send_message(stream: grpclib.client.Stream[Any, Any], message: Any, *, end: bool = False) -> None:

@@ -18,7 +18,7 @@ from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError
 
 from aipod.config import KIB, Config
-from aipod.wire.ai import Error, Open, Raw, State, StreamInput
+from aipod.wire.ai import Error, Op, Open, Phase, Raw, State, StreamInput
 
 # Fields may be added to the schema, so unknown ones are honest too; they are skipped.
 MAX_UNKNOWN = 64 * 1024
@@ -29,12 +29,15 @@ _FLOAT = struct.Struct("<f")
 _UINT64 = (1 << 64) - 1
 # Wire types (https://protobuf.dev/programming-guides/encoding/#structure).
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
+_FIXED = {_VARINT: 0, _I64: 8, _I32: 4}  # bytes behind the tag, and behind the number
 
 _WIRE_TYPES = {
     **dict.fromkeys(("uint32", "uint64", "bool", "enum"), _VARINT),
     **dict.fromkeys(("bytes", "string", "message"), _LEN),
     "float": _I32,
 }
+
+_BYTES = [bytes([number]) for number in range(0x80)]
 
 M = TypeVar("M", bound=betterproto2.Message)
 
@@ -68,6 +71,7 @@ def _layout(message: type) -> list[_Field]:
 
 
 _LAYOUT: dict[type, list[_Field]] = {kind: _layout(kind) for kind in (StreamInput, Raw, Open, State, Error)}
+_MEMBERS = {kind: {member.value: member for member in kind} for kind in (Op, Phase)}
 _BY_NUMBER = {kind: {field.number: field for field in layout} for kind, layout in _LAYOUT.items()}
 
 
@@ -89,26 +93,39 @@ def encode_pieces(message: betterproto2.Message) -> list[bytes]:
 def _encode(message: betterproto2.Message, pieces: list[bytes]) -> int:
     """Append the encoding of `message`; how many bytes it has."""
     size = 0
-    content: list[bytes]
-    for field in _LAYOUT[type(message)]:
-        value = getattr(message, field.name)
-        if not value and (value is None or not field.present):
+    values = vars(message)
+    for name, _, kind, wire_type, tag, present, repeated, _ in _LAYOUT[type(message)]:
+        value = values[name]
+        if value is None or not (present or value):
             continue
-        for item in value if field.repeated else (value,):
-            if field.wire_type == _VARINT:
-                content = [betterproto2.encode_varint(int(item))]
-            elif field.kind == "float":
+        for item in value if repeated else (value,):
+            if wire_type == _VARINT:
+                content = [_encode_varint(int(item))]
+            elif kind == "float":
                 content = [_FLOAT.pack(item)]
-            elif field.kind == "message":
+            elif kind == "message":
                 nested: list[bytes] = []
-                content = [betterproto2.encode_varint(_encode(item, nested)), *nested]
+                content = [_encode_varint(_encode(item, nested)), *nested]
             else:
-                data = item.encode() if field.kind == "string" else item
-                content = [betterproto2.encode_varint(len(data)), data]
-            pieces.append(field.tag)
+                data = item.encode() if kind == "string" else item
+                content = [_encode_varint(len(data)), data]
+            pieces.append(tag)
             pieces += content
-            size += len(field.tag) + sum(map(len, content))
+            size += len(tag) + sum(map(len, content))
     return size
+
+
+def _encode_varint(value: int) -> bytes:
+    if 0 <= value < 0x80:
+        return _BYTES[value]
+    if not 0 < value <= _UINT64:
+        raise ValueError(f"{value} is no number of 64 bits")
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def parse(data: bytes | memoryview, kind: type[M], max_fields: int) -> M:
@@ -130,18 +147,23 @@ class _Parser:
 
     def message(self, pos: int, end: int, kind: type[M], values: dict[str, Any]) -> M:
         """The message between `pos` and `end`, on top of `values`."""
-        known = _BY_NUMBER[kind]
+        data, known = self._data, _BY_NUMBER[kind]
         while pos < end:
             self._fields -= 1
             if self._fields < 0:
                 raise ValueError("too many fields in one message")
             start = pos
-            tag, pos = _varint(self._data, pos, end)
-            field = known.get(tag >> 3)
-            wire_type = tag & 7
+            tag, pos = (data[pos], pos + 1) if data[pos] < 0x80 else _varint(data, pos, end)
+            field, wire_type, number = known.get(tag >> 3), tag & 7, 0
             if field is not None and wire_type != field.wire_type:
                 raise ValueError(f"field {tag >> 3} of {kind.__name__} has wire type {wire_type}")
-            number, begin, pos = self._value(wire_type, pos, end)
+            if wire_type in (_VARINT, _LEN):
+                short = pos < end and data[pos] < 0x80
+                number, pos = (data[pos], pos + 1) if short else _varint(data, pos, end)
+            elif wire_type not in (_I32, _I64):
+                raise ValueError(f"wire type {wire_type} is not in use")
+            begin = pos
+            pos += number if wire_type == _LEN else _FIXED[wire_type]
             if pos > end:
                 raise ValueError("a field is longer than its message")
             if field is None:
@@ -154,37 +176,24 @@ class _Parser:
                 values[field.name] = self._convert(field, number, begin, pos, values.get(field.name))
         return kind(**values)
 
-    def _value(self, wire_type: int, pos: int, end: int) -> tuple[int, int, int]:
-        """A varint's value; else where the content begins; and where the next field does."""
-        if wire_type == _VARINT:
-            number, pos = _varint(self._data, pos, end)
-            return number, pos, pos
-        if wire_type == _LEN:
-            length, pos = _varint(self._data, pos, end)
-            return 0, pos, pos + length
-        if wire_type in (_I32, _I64):
-            return 0, pos, pos + (4 if wire_type == _I32 else 8)
-        raise ValueError(f"wire type {wire_type} is not in use")
-
     def _convert(self, field: _Field, number: int, begin: int, end: int, before: Any) -> Any:
-        match field.kind:
-            case "bytes":
-                return bytes(self._data[begin:end])
-            case "string":
-                return str(self._data[begin:end], "utf-8")
-            case "uint64":
-                return number
-            case "bool":
-                return number != 0
-            case "message":  # one that comes in parts is put together
-                parts = {} if before is None else {each.name: getattr(before, each.name) for each in _LAYOUT[field.of]}
-                return self.message(begin, end, field.of, parts)
-            case "float":
-                return _FLOAT.unpack(self._data[begin:end])[0]
-            case "enum":
-                return field.of(number & 0xFFFFFFFF)
-            case _:
-                return number & 0xFFFFFFFF
+        kind = field.kind
+        if kind == "uint64":
+            return number
+        if kind == "bytes":
+            return bytes(self._data[begin:end])
+        if kind == "string":
+            return str(self._data[begin:end], "utf-8")
+        if kind == "bool":
+            return number != 0
+        if kind == "message":  # one that comes in parts is put together
+            parts = {} if before is None else {each.name: getattr(before, each.name) for each in _LAYOUT[field.of]}
+            return self.message(begin, end, field.of, parts)
+        if kind == "float":
+            return _FLOAT.unpack(self._data[begin:end])[0]
+        if kind == "enum":
+            return _MEMBERS[field.of].get(number) or field.of(number & 0xFFFFFFFF)
+        return number & 0xFFFFFFFF
 
 
 def _varint(data: bytes | memoryview, pos: int, end: int) -> tuple[int, int]:
@@ -219,7 +228,7 @@ class Codec(CodecBase):
     def decode(self, data: bytes, message_type: Any) -> Any:
         # Parsers report bad input by whatever the spot raises.
         try:
-            if issubclass(message_type, betterproto2.Message):
+            if message_type in _LAYOUT:
                 return parse(data, message_type, self._max_fields)
             return message_type.FromString(bytes(data))
         except Exception as exc:

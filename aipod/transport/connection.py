@@ -9,6 +9,7 @@ Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import sys
@@ -141,6 +142,10 @@ class H2Connection(base.Connection):
     def flush(self) -> None:
         if not self.is_closing():
             super().flush()
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """What is written in the body, in which nothing may wait, goes to the socket at once."""
+        return self._socket.together()
 
     def write(self, buffers: list[memoryview]) -> None:
         """Hand `buffers` to the socket as they are; they must not change any more."""

@@ -55,6 +55,21 @@ def headers_head(size: int, stream_id: int, *, end: bool) -> bytes:
     return _HEAD.pack(size >> 8, size & 0xFF, HEADERS, _END_HEADERS | (END_STREAM if end else 0), stream_id)
 
 
+def is_whole_block(frame: bytes) -> bool:
+    """Whether `frame` has a header block from beginning to end, and nothing else."""
+    return len(frame) > HEAD and frame[3] == HEADERS and frame[4] & ~END_STREAM == _END_HEADERS
+
+
+def ends_stream(frame: bytes) -> bool:
+    """Whether `frame`, of headers or data, is the last one of its stream's."""
+    return bool(frame[4] & END_STREAM)
+
+
+def frame_stream(frame: bytes) -> int:
+    """The stream that `frame` is about."""
+    return int.from_bytes(frame[5:HEAD]) & 0x7FFFFFFF
+
+
 class FrameReader:
     """Cuts the byte stream of one connection. Mutable state: the frame under way."""
 

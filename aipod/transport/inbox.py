@@ -97,7 +97,7 @@ class Inbox:
         self._count = [0, 0]  # messages begun, messages taken
         self._backlog = bytearray()  # payload that is not looked at yet: short messages cost more than their bytes
         self._unbroken = 0  # messages read without a wait
-        self._problem: BadMessage | None = None
+        self._problem: Exception | None = None
         self._deaf = False  # what comes is dropped
         self._arrival: Event | None = None  # of what the reader waits for
 
@@ -172,6 +172,11 @@ class Inbox:
         self._problem = problem
         self._deaf = True
         self.window.taken(PREFIX, hungry=True)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Who waits for a message that is not there gets `error`."""
+        self._problem = error
         self._wake()
 
     def eof(self) -> None:

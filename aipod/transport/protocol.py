@@ -42,9 +42,9 @@ from aipod.transport.frames import (
     Take,
     empty_data,
 )
-from aipod.transport.http2 import H2
+from aipod.transport.http2 import H2, RECEIVING
 from aipod.transport.limits import Bucket
-from aipod.transport.stream import RECEIVING, H2Stream
+from aipod.transport.stream import H2Stream
 from aipod.transport.wakes import Wakes
 
 log = logging.getLogger("aipod.transport")
@@ -331,7 +331,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         return bool(self.h2.incoming_buffer._headers_buffer)
 
     def _feed(self, data: bytes) -> None:
-        for event in self.h2.receive_data(data):
+        for event in self.h2.take(data):
             if isinstance(event, RemoteSettingsChanged):
                 self.greeted.set()
             elif isinstance(event, PingAckReceived) and event.ping_data == _MEASURE:

@@ -25,8 +25,9 @@ from aipod.config import KIB
 from aipod.transport.bridge import inline
 from aipod.transport.codec import encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
+from aipod.transport.http2 import RECEIVING
 from aipod.transport.protocol import REFUSED, STREAM_SLACK
-from aipod.transport.stream import RECEIVING, H2Stream, PeerStalled
+from aipod.transport.stream import H2Stream, PeerStalled
 
 if TYPE_CHECKING:
     from aipod.transport.server import Server, ServerProtocol

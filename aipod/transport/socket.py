@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import sys
 import termios
+from collections.abc import Iterator
 from typing import Any
 
 # Seconds that a closed connection may take to send what was written last, and its peer to close it too.
@@ -25,6 +26,7 @@ class Socket:
         self._lingers = lingers
         self._closed = False
         self._written = 0  # bytes
+        self._held: list[Any] | None = None  # what is to be written at once, while that is collected
         self.abort = transport.abort
         self.get_extra_info = transport.get_extra_info
         self.get_write_buffer_size = transport.get_write_buffer_size
@@ -51,12 +53,29 @@ class Socket:
     def write(self, data: Any) -> None:
         if not self._closed:
             self._written += len(data)
+            if self._held is not None:
+                self._held.append(data)
+                return
             self._transport.write(data)
 
     def writelines(self, buffers: list[memoryview]) -> None:
         if not self._closed:
             self._written += sum(map(len, buffers))
+            if self._held is not None:
+                self._held += buffers
+                return
             self._transport.writelines(buffers)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is written in the body goes out as one piece, at its end."""
+        held: list[Any] = []
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
+            self._transport.write(b"".join(held))
 
     def is_closing(self) -> bool:
         return self._closed or self._transport.is_closing()

@@ -7,9 +7,10 @@ import collections
 import functools
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import betterproto2
 import grpclib.protocol as base
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, StreamTerminatedError
@@ -20,33 +21,38 @@ from h2.stream import StreamInputs, StreamState
 
 from aipod.config import KIB, MIB
 from aipod.metrics import Rpc
+from aipod.transport.codec import encode_pieces
 from aipod.transport.frames import data_head, headers_head
+from aipod.transport.http2 import CODED, H2
 from aipod.transport.inbox import PREFIX, Inbox, let_others_run
 from aipod.transport.window import ReceiveWindow
 
 if TYPE_CHECKING:
     from aipod.transport.connection import H2Connection
-    from aipod.transport.http2 import H2
 
 # A message up to it does not wait for its turn behind long ones (a heartbeat has 10 bytes).
 SMALL = 16 * KIB
+# Of a message that goes out with the headers of its call: it is copied once more for that.
+_AT_ONCE = 128 * KIB
 # What a peer may have got before it sends the WINDOW_UPDATE frames for it; those for more count like other frames.
 _MOST_OWED = 16 * MIB
 # Sent without a look at anything else that the loop has to do.
 _SLICE = 4 * MIB
 
 SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_REMOTE)
-RECEIVING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
 
 
-# What nearly every call's response begins and ends with, coded once, as literals that enter no table (RFC 7541 section
-# 6.2.2; 0x88 and the name 31 are in the static one): small calls are 7 % faster for it.
-_CODED = {
-    ((":status", "200"), ("content-type", "application/grpc+proto")): b"\x88\x0f\x10\x16application/grpc+proto",
-    (("grpc-status", "0"),): b"\x00\x0bgrpc-status\x010",
-}
 _RESPONSE = [(":status", "200"), ("content-type", "application/grpc")]
 _NO_STATUS = [("grpc-status", str(Status.UNKNOWN.value)), ("grpc-message", "the response ended without a status")]
+
+
+# What a call begins with, and whether the last of that ends this side. Asked for when nothing is left to wait for.
+Begin = Callable[[], tuple[Sequence[betterproto2.Message], bool]]
+
+
+def nothing_yet() -> tuple[Sequence[betterproto2.Message], bool]:
+    """Of a call whose first message comes later."""
+    return (), False
 
 
 class PeerStalled(GRPCError):
@@ -79,6 +85,9 @@ class H2Stream(base.Stream):
     was_on_its_way = False  # server: its connection was told to go; its peer had not heard of that
     finished_by_peer = False  # client: the server has completed its response and wants no more of the request
     refused = False  # client: the server has said that it has not processed the call
+    sent_at_once = 0  # client: messages that went out with the request's headers
+    ended_at_once = False  # client: so did the end of this side
+    given_up = False  # client: nothing is sent any more
     blocked_since: float | None = None  # a sender waits for the peer's window since then (monotonic)
     stalled = False
     rpc = Rpc("", "", "")  # server: what counts its messages; a client's counts for nobody
@@ -123,7 +132,12 @@ class H2Stream(base.Stream):
         assert self.id is not None
         self.connection.credit_stream(self.id, size)
 
-    async def send_request(self, headers: Any, end_stream: bool = False, *, _processor: Any) -> Any:
+    async def send_request(
+        self, headers: Any, end_stream: bool = False, *, _processor: Any, begin: Begin = nothing_yet
+    ) -> Any:
+        """Open the stream. Behind the headers, and in one write with them, goes what `begin` gives, as much of that as
+        the peer's window takes now.
+        """
         if self._h2_connection.remote_settings.max_concurrent_streams == 0:
             raise StreamRefused("the server takes no calls on this connection")
         h2, places = self._h2_connection, self.connection.places
@@ -146,12 +160,37 @@ class H2Stream(base.Stream):
             raise StreamRefused(f"the connection takes no more calls: {exc}") from None
         self.init_stream(stream_id, self.connection)
         release = _processor.register(self)
-        self._transport.write(frames)
-        self.connection.headers_send_process()
         if not self.connection.alive:  # it ended while this stream waited to be opened
             release()
             raise StreamTerminatedError("the connection ended before the call began")
+        try:
+            with self.connection.together():
+                self._transport.write(frames)
+                self.connection.headers_send_process()
+                self._begin(*begin())
+        except BaseException:
+            self.reset_now(ErrorCodes.CANCEL)
+            release()
+            raise
         return release
+
+    def _begin(self, messages: Sequence[betterproto2.Message], end: bool) -> None:
+        for message in messages:
+            last = end and self.sent_at_once == len(messages) - 1
+            if not self._send_nowait(encode_pieces(message), end=last):
+                return
+            self.sent_at_once += 1
+            self.ended_at_once = last
+
+    def _send_nowait(self, pieces: Sequence[bytes], *, end: bool) -> bool:
+        """Send a message that one frame has room for; False where that would have to wait, and nothing was sent."""
+        size = PREFIX + sum(map(len, pieces))
+        if size > _AT_ONCE or not self.connection.turns.free or size > self._window():
+            return False
+        prefix = struct.pack(">BL", 0, size - PREFIX)
+        self._send_frame(collections.deque(memoryview(piece) for piece in (prefix, *pieces)), size, end=end)
+        self.rpc.sent += 1
+        return True
 
     async def send_headers(self, headers: Any, end_stream: bool = False) -> None:
         if end_stream:
@@ -160,7 +199,7 @@ class H2Stream(base.Stream):
         h2 = self._h2_connection
         if h2.state_machine.state is ConnectionState.CLOSED:  # h2 would take it for our error
             raise StreamTerminatedError("the connection has ended")
-        block = _CODED.get(tuple(headers))
+        block = CODED.get(tuple(headers))
         if block is None or h2.encoder.table_size_changes:  # a new size must be said first (RFC 7541 section 4.2)
             return await super().send_headers(headers, end_stream)
         assert self.id is not None
@@ -241,6 +280,8 @@ class H2Stream(base.Stream):
         """How many bytes the next frame may have. Raises where nothing can be sent any more."""
         if self.finished_by_peer:
             raise StreamTerminatedError("the server has finished the call")
+        if self.given_up:
+            raise StreamTerminatedError("the call has ended")
         if not self.connection.alive:
             raise StreamTerminatedError("the connection has ended")
         assert self.id is not None
@@ -334,6 +375,16 @@ class H2Stream(base.Stream):
         self.finished_by_peer = True
         # Both wake a blocked sender.
         self.window_updated.set()
+        self.connection.turns.skip(self)
+
+    def give_up(self, error: Exception) -> None:
+        """Client: wake all who wait for this stream; nothing more comes, because of `error`, and nothing is sent."""
+        self.given_up = True
+        if self.id is None:
+            return  # not opened yet
+        self.inbox.fail(error)
+        for event in (self.headers_received, self.trailers_received, self.window_updated):
+            event.set()
         self.connection.turns.skip(self)
 
     def refuse(self, why: str) -> None:
