@@ -24,7 +24,7 @@ from aipod.client.sink import check_target
 from aipod.client.source import Source
 from aipod.client.ticket import TicketFile, parse_ticket
 from aipod.client.traced import traced
-from aipod.codec import Compressor
+from aipod.codec import frame
 from aipod.config import KIB, Config
 from aipod.errors import JobLost, Refused, Unreachable, UsageError, job_failed
 from aipod.results import INLINE
@@ -280,7 +280,7 @@ class Client:
                 f"{len(payload)} bytes of payload in memory; a path is sent without loading it", stacklevel=stacklevel
             )
         text = self._text(kwargs, stacklevel + 1)
-        packed = Compressor(self._config.level).frame(text)
+        packed = frame(text, self._config.small_level)
         in_thread = self._link.in_thread
         source = Source(payload, in_thread) if in_memory else await asyncio.to_thread(Source, payload, in_thread)
         request = Request(rpc, metadata, packed, version, source)
