@@ -12,7 +12,9 @@ Data that does not shrink is no matter of levels: it is found chunk by chunk (`p
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import statistics
 
 # None is stored, as it is. Above 9 levels of zstd cost several times as much for a percent or two.
 LADDER: tuple[int | None, ...] = (None, -10, -1, 1, 3, 6, 9)
@@ -27,10 +29,12 @@ _SAVES = dict(zip(LADDER, (0.0, 0.7, 0.92, 1.0, 1.03, 1.06, 1.07), strict=True))
 _GAIN = 0.03
 # A level is judged by so many batches; the first one still waits for those before it, and does not count.
 _SETTLE = 4
-# How much the newest batch counts in the means.
+# Batches that are looked at.
+_RECENT = 5
+# How much the newest one counts in the means.
 _WEIGHT = 0.4
-# A stage is what the other waits for where it takes so much of the time.
-_BUSY = 0.7
+# A stage may be what the other waits for where it takes so much of the time. (Packing waits for threads besides.)
+_PACKS, _SENDS = 0.35, 0.7
 # For each batch that the wire has waited for, it is taken to be so much faster than it was.
 _HOPE = 0.98
 # Batches for which a level that has disappointed is not tried again: first, and at most.
@@ -57,7 +61,7 @@ class _Rung:
         self.wire = 0.0  # bytes
         self.known = False
         self.seen = 0  # batches since it was chosen last
-        self.took = 0.0  # seconds, all in all, since then, but for the first batch
+        self.took = 0.0  # seconds, all in all, when it was used last
         self.rest = _REST  # batches
         self.rests_until = 0
 
@@ -67,9 +71,10 @@ class Levels:
 
     def __init__(self) -> None:
         self.level: int | None = START
-        self._rungs = {level: _Rung() for level in LADDER}
+        self._rungs: dict[int | None, _Rung] = collections.defaultdict(_Rung)
         self._count = 0
         self._before: int | None = START  # the level that was left for this one
+        self._newest: collections.deque[Batch] = collections.deque(maxlen=_RECENT)  # of this level, without the first
         self._wire = 0.0  # seconds for a byte on the wire
 
     @property
@@ -81,49 +86,49 @@ class Levels:
         """Take note of a batch, and decide where enough is known."""
         self._count += 1
         rung = self._rungs[batch.level]
-        rung.packing = _mean(rung.packing, batch.packing / batch.data, 1 if not rung.known else _WEIGHT)
-        rung.wire = _mean(rung.wire, batch.wire / batch.data, 1 if not rung.known else _WEIGHT)
+        rung.packing = _mean(rung.packing, batch.packing / batch.data, rung.known)
+        rung.wire = _mean(rung.wire, batch.wire / batch.data, rung.known)
         rung.known = True
         if batch.level != self.level:
             return  # it was on its way when another one was chosen
         rung.seen += 1
         if rung.seen == 1 and self._count > 1:
             return
-        weight = max(_WEIGHT, 1 / (rung.seen - (self._count != rung.seen)))
-        rung.took = _mean(rung.took, (batch.sending + batch.waiting) / batch.data, weight)
-        self._note_wire(batch, weight)
+        self._newest.append(batch)
         if rung.seen >= _SETTLE or self._count == 2:
             self._decide(rung)
 
-    def _note_wire(self, batch: Batch, weight: float) -> None:
-        """Where the wire is not what is waited for, it may be faster than it was, and at least as fast as it is now."""
-        if self._wire and batch.sending < _BUSY * (batch.sending + batch.waiting):
-            self._wire = min(self._wire * _HOPE, (batch.sending + batch.waiting) / batch.wire)
-        else:
-            self._wire = _mean(self._wire, batch.sending / batch.wire, weight)
-
     def _decide(self, rung: _Rung) -> None:
+        # Medians: a machine that stands still for a moment is no reason to do anything.
+        rung.took = statistics.median((batch.sending + batch.waiting) / batch.data for batch in self._newest)
+        sending = statistics.median(batch.sending / batch.data for batch in self._newest)
+        packs, sends = rung.packing > _PACKS * rung.took, sending > _SENDS * rung.took
+        if sends or not self._wire:
+            self._wire = statistics.median(batch.sending / batch.wire for batch in self._newest)
+        else:
+            # The wire has waited: it may be faster than it was, and is at least as fast as it is used now.
+            self._wire = min(self._wire * _HOPE, rung.took / rung.wire)
         before = self._rungs[self._before]
         if rung.seen == _SETTLE and before is not rung and rung.took > before.took:
             rung.rests_until = self._count + rung.rest
             rung.rest = min(rung.rest * 2, _LONGEST_REST)
             self._use(self._before)
             return
-        now = self._estimate(self.level)
-        packs, sends = rung.packing > _BUSY * rung.took, self._wire * rung.wire > _BUSY * rung.took
-        best, least = self.level, now * (1 - _GAIN)
+        best, least = self.level, self._estimate(self.level) * (1 - _GAIN)
         place = LADDER.index(self.level)
         for at, level in enumerate(LADDER):
-            if (at < place and not packs) or (at > place and not sends) or self._rungs[level].rests_until > self._count:
-                continue
-            if (estimate := self._estimate(level)) < least:
-                best, least = level, estimate
+            rests = self._rungs[level].rests_until > self._count
+            if not rests and ((at < place and packs) or (at > place and sends)):
+                estimate = self._estimate(level)
+                if estimate < least:
+                    best, least = level, estimate
         if best != self.level:
             self._use(best)
 
     def _use(self, level: int | None) -> None:
         self._before, self.level = self.level, level
         self._rungs[level].seen = 0
+        self._newest.clear()
 
     def _estimate(self, level: int | None) -> float:
         """Seconds for a byte at `level`."""
@@ -138,5 +143,5 @@ class Levels:
         return max(packing, self._wire * wire)
 
 
-def _mean(mean: float, value: float, weight: float) -> float:
-    return mean + (value - mean) * weight
+def _mean(mean: float, value: float, known: bool) -> float:
+    return mean + (value - mean) * _WEIGHT if known else value
