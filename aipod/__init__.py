@@ -7,11 +7,12 @@
 #   job  pool                    the story of one job: receive, queue, lease, run, store, reply; who runs it
 #   runner                       how an instance's methods are executed: process, loop
 #   spool  versions              what is on disk: jobs, and the data of versions
+#   packing                      chunks for the wire, at the level that fits the moment
 #   codec  trash  transport  restarts  identity  systemd  prometheus     one hard thing each
 #   worker                       the child process (standard library only)
 #   methods                      what a class offers, and what fits it (standard library only)
 #   models  results              what the author of a model sees and returns (standard library only)
-#   errors  config  heaps  metrics  tracing  wire   import nothing of aipod
+#   errors  config  heaps  levels  metrics  tracing  wire   import nothing of aipod
 #
 # Doors: transport/bridge imports trio_asyncio; transport/ touches grpclib and h2 internals; spool writes the spool
 # directory and uses filelock; runner starts processes and model threads (and cli/demo

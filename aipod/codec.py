@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, cast
 
@@ -26,6 +27,10 @@ MAX_WINDOW = 8 * MIB
 # Pieces of a result for plain clients are held back until they are this long (never 4 bytes, as "PONG" is).
 PIECE = 256 * KIB
 PONG = b"PONG"
+# No block has more content (RFC 8878 section 3.1.1.2.3).
+_BLOCK = 128 * KIB
+# Compressors that a thread keeps: a transfer that tries another level goes back to the one that it had.
+_KEPT = 2
 # Bytes of a ticket: nobody guesses 16, and no more than 64 are hashed for nothing.
 TICKET_MIN, TICKET_MAX = 16, 64
 # Tickets in one `Open.released`: each costs the server a look at its disk.
@@ -65,10 +70,48 @@ class Compressor:
     """Makes one zstd frame per call, with its size and checksum in it. Not to be shared between threads."""
 
     def __init__(self, level: int) -> None:
+        self.level = level
         self._context = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
 
     def frame(self, data: bytes | memoryview) -> bytes:
         return self._context.compress(data)
+
+
+class _Compressors(threading.local):
+    """The newest ones of a thread, oldest first: at level 9 each has 10 MB, and a thousand jobs may send at once."""
+
+    def __init__(self) -> None:
+        self.newest: list[Compressor] = []
+
+
+_compressors = _Compressors()
+
+
+def frame(data: bytes | memoryview, level: int | None) -> bytes:
+    """`data`, of 1 to `CHUNK` bytes, as one zstd frame that states its size and has a checksum; stored for no level."""
+    if level is None:
+        return stored(data)
+    newest = _compressors.newest
+    for one in newest:
+        if one.level == level:
+            return one.frame(data)
+    if len(newest) == _KEPT:
+        del newest[0]  # first, or there are three for a moment
+    newest.append(Compressor(level))
+    return newest[-1].frame(data)
+
+
+def stored(data: bytes | memoryview) -> bytes:
+    """As `frame`, in blocks that hold `data` as it is (RFC 8878 section 3.1.1.2): a copy and a checksum."""
+    view = memoryview(data)
+    size = len(view)
+    # A single segment with its size in 4 bytes, and a checksum.
+    pieces: list[bytes | memoryview] = [b"\x28\xb5\x2f\xfd\xa4" + size.to_bytes(4, "little")]
+    for start in range(0, size, _BLOCK):
+        piece = view[start : start + _BLOCK]
+        pieces += [(len(piece) << 3 | (start + _BLOCK >= size)).to_bytes(3, "little"), piece]
+    checksum = xxhash.xxh64_intdigest(view) & 0xFFFFFFFF
+    return b"".join([*pieces, checksum.to_bytes(4, "little")])
 
 
 def stated_size(data: bytes) -> int | None:

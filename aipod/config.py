@@ -32,6 +32,12 @@ _MODEL = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z")
 # RFC 6750 section 2.1.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*\Z")
 
+AUTO = "auto"
+# zstd's own names for them go further, but no data makes it worth its time.
+_LEVELS = range(-100, 20)
+# What is small is packed at one level: zstd's own choice.
+_SMALL = 3
+
 LOG_FORMATS = ("auto", "text", "json")
 RUNNERS = ("auto", "process", "thread", "loop")
 
@@ -205,7 +211,8 @@ class Config:
     connect_timeout: float = _setting(10 * SECONDS, "Seconds to connect.", low=0.1)
     silence: float = _setting(15 * SECONDS, "Seconds without a heartbeat before a server is lost.", low=0.1)
     attempts: int = _setting(5, "Times a request is tried while it is not complete.", low=1, high=100)
-    level: int = _setting(3, "zstd level of what is sent.", low=-100, high=19)
+    # See `levels`: 9 at most, by what the wire and the processor bear.
+    level: int | str = _setting(AUTO, "zstd level of what is sent: -100 to 19, or auto.")
     # As long as the server keeps a job that nobody watches. Also for what drains to be followed by another server.
     reconnect: float = _setting(10 * MINUTES, "Seconds without progress before a job is given up.", low=0)
 
@@ -230,6 +237,8 @@ class Config:
             raise ConfigError(f"runner = {self.runner!r} is not one of {', '.join(RUNNERS)}")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format = {self.log_format!r} is not one of {', '.join(LOG_FORMATS)}")
+        if self.level != AUTO and self.level not in _LEVELS:
+            raise ConfigError(f"level = {self.level!r} is not {AUTO}, nor a number from -100 to 19")
         if self.connection_window < self.stream_window:
             raise ConfigError("connection_window must be at least stream_window")
         if self.max_window < self.stream_window:
@@ -250,6 +259,11 @@ class Config:
     def message_limit(self) -> int:
         """`max_message`, or what the 4-byte length prefix of a gRPC message can say."""
         return self.max_message or 2**32 - 1
+
+    @property
+    def small_level(self) -> int:
+        """`level` for what is packed at once, and for streams."""
+        return self.level if isinstance(self.level, int) else _SMALL
 
     @property
     def kwargs_limit(self) -> int:
@@ -292,7 +306,7 @@ def _check_type(name: str, value: object, kind: Any) -> None:
         return
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         wanted = kind.__name__ if isinstance(kind, type | types.GenericAlias) else str(kind)
         raise ConfigError(f"{name} = {value!r} is not of type {wanted}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -25,9 +25,9 @@ from aipod.client.course import CallDeadline
 from aipod.client.failure import BadAnswer
 from aipod.client.link import THREADS, Link
 from aipod.client.sink import Sink
-from aipod.client.source import BATCH
 from aipod.codec import Compressor, digest
 from aipod.config import CHUNK
+from aipod.packing import BATCH
 from aipod.wire.ai import Raw, State
 from tests.conftest import Serve, Served, free_port, left_in, run, wait_until
 from tests.proxy import Fault, open_proxy

@@ -25,7 +25,7 @@ def test_defaults_are_those_that_are_documented() -> None:
     assert (config.ping_interval, config.ping_timeout) == (5, 120)
     assert (config.max_message, config.max_kwargs, config.max_streams) == (64 * MIB, 16 * MIB, 1000)
     assert (config.max_payload, config.reserve, config.upload_ttl) == (0, GIB, 3600)
-    assert (config.attempts, config.level) == (5, 3)
+    assert (config.attempts, config.level) == (5, "auto")
     assert config.bind == ("127.0.0.1:50051",)
 
 
@@ -55,7 +55,12 @@ def test_ranges(name: str, low: float, high: float | None) -> None:
         ({"tick": True}, "tick = True is not of type float"),
         ({"tick": float("nan")}, "tick = nan"),
         ({"ping_timeout": float("inf")}, "ping_timeout = inf is not a finite number"),
-        ({"level": 3.0}, "level = 3.0 is not of type int"),
+        ({"attempts": 3.0}, "attempts = 3.0 is not of type int"),
+        ({"level": 3.0}, "level = 3.0 is not of type int | str"),
+        ({"level": True}, "level = True is not of type int | str"),
+        ({"level": "high"}, "level = 'high' is not auto, nor a number from -100 to 19"),
+        ({"level": 20}, "level = 20 is not auto"),
+        ({"level": -101}, "level = -101 is not auto"),
         ({"instances": True}, "instances = True is not of type int"),
         ({"insecure": 1}, "insecure = 1 is not of type bool"),
         ({"spool": 5}, "spool = 5 is not of type str"),

@@ -28,6 +28,7 @@ from aipod.job.request import Request
 from aipod.job.run import MAX_BROKEN, run_job
 from aipod.job.watched import Answer, Keep, Told
 from aipod.metrics import Metrics
+from aipod.packing import Packer
 from aipod.pool import Pool, open_pool
 from aipod.results import INLINE
 from aipod.runner import Description
@@ -985,7 +986,7 @@ async def test_an_answer_that_is_released_while_it_is_sent_is_not_a_bug_of_the_s
     async def send(message: Raw) -> None: ...
 
     with pytest.raises(ExceptionGroup) as caught:
-        await send_all(own_messages(entry, Answer("bytes", None, 5, b""), 0, 1), send)
+        await send_all(own_messages(entry, Answer("bytes", None, 5, b""), Packer(1)), send)
     assert caught.group_contains(FileNotFoundError)
     entry.destroy()
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import aipod
-from aipod.client.reader import BATCH, Stream
+from aipod.client.reader import Stream
 from aipod.client.source import Source
 from aipod.codec import decode_chunk, digest
 from aipod.config import CHUNK
+from aipod.packing import BATCH, Packer
 from aipod.wire.ai import Raw
 from tests.conftest import run
 
@@ -58,9 +59,9 @@ KINDS = ("bytes", "path", "file", "stream", "iterator", "async iterator")
 async def collect(source: Source, start: int, *, most: int | None = None) -> tuple[bytes, list[Raw]]:
     """The payload from `start` on, or its first `most` batches."""
     chunks: list[Raw] = []
-    batches = source.batches(start, 1)
+    batches = source.batches(Packer(1, start))
     async for batch in batches:
-        chunks += batch
+        chunks += batch.messages
         most = None if most is None else most - 1
         if most == 0:
             break

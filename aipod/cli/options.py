@@ -62,6 +62,18 @@ class Seconds(click.ParamType[float]):
         return float(match[1]) * _TIMES[(match[2] or "").lower()]
 
 
+class Level(click.ParamType[int | str]):
+    """A zstd level, or a word."""
+
+    name = "level"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        try:
+            return int(value)
+        except ValueError:
+            return str(value)
+
+
 to_option = click.option(
     "--to", default="127.0.0.1:50051", envvar="AIPOD_TO", show_default=True, help="HOST:PORT or unix:PATH."
 )
@@ -206,6 +218,8 @@ def _type(name: str, kind: Any) -> click.ParamType[Any]:
         return Size()
     if kind is float:
         return Seconds()
+    if kind == int | str:
+        return Level()
     return click.INT if kind is int else click.STRING
 
 

@@ -24,7 +24,7 @@ from aipod.client.sink import check_target
 from aipod.client.source import Source
 from aipod.client.ticket import TicketFile, parse_ticket
 from aipod.client.traced import traced
-from aipod.codec import Compressor
+from aipod.codec import Compressor, frame
 from aipod.config import KIB, Config
 from aipod.errors import JobLost, Refused, Unreachable, UsageError, job_failed
 from aipod.results import INLINE
@@ -280,9 +280,9 @@ class Client:
                 f"{len(payload)} bytes of payload in memory; a path is sent without loading it", stacklevel=stacklevel
             )
         text = self._text(kwargs, stacklevel + 1)
-        # What is large would have the shared one keep as much memory.
-        compressor = self._link.compressor if len(text) <= WARN_ABOVE else Compressor(self._config.level)
-        packed = compressor.frame(text)
+        level = self._config.small_level
+        # What is large would have the loop's own one keep as much memory.
+        packed = frame(text, level) if len(text) <= WARN_ABOVE else Compressor(level).frame(text)
         in_thread = self._link.in_thread
         source = Source(payload, in_thread) if in_memory else await asyncio.to_thread(Source, payload, in_thread)
         request = Request(rpc, metadata, packed, version, source)

@@ -15,11 +15,11 @@ from aipod.client.course import Course, Request, Until
 from aipod.client.event import Event as Event  # also known from here
 from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
 from aipod.client.link import Link
-from aipod.client.reader import BATCH
 from aipod.client.sink import Sink
 from aipod.client.source import HOP, InThread, Source
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
+from aipod.packing import BATCH, Packed, Packer
 from aipod.transport.channel import CALL_OVER, read_status, reset, send_message
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
@@ -163,7 +163,7 @@ class Attempt:
         """
         if not (self.was_fresh and self.spool) or self._course.file is not None:
             return None
-        whole = source.whole(self._link.compressor)
+        whole = source.whole(self._config.small_level)
         if whole is not None:
             self._complete = True
             self._note_commit(self.spool, whole.digest)
@@ -194,20 +194,23 @@ class Attempt:
                 await self._call.end()
                 return
             start = state.offset
-        ready: asyncio.Queue[list[Raw]] = asyncio.Queue(_AHEAD)
+        ready: asyncio.Queue[Packed] = asyncio.Queue(_AHEAD)
+        packer = Packer(self._config.level, start)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._produce(source, start, ready))
+            group.create_task(self._produce(source, packer, ready))
             last = False
             while not last:
-                for chunk in await ready.get():
-                    last = chunk.last
-                    if last and not await self._may_commit(chunk.digest):
-                        await self._call.end()
-                        return
-                    await self._send_chunk(chunk)
+                batch = await ready.get()
+                with packer.sending(batch):
+                    for chunk in batch.messages:
+                        last = chunk.last
+                        if last and not await self._may_commit(chunk.digest):
+                            await self._call.end()
+                            return
+                        await self._send_chunk(chunk, packer)
 
-    async def _produce(self, source: Source, start: int, ready: asyncio.Queue[list[Raw]]) -> None:
-        batches = source.batches(start, self._config.level)
+    async def _produce(self, source: Source, packer: Packer, ready: asyncio.Queue[Packed]) -> None:
+        batches = source.batches(packer)
         async with contextlib.aclosing(batches):
             while True:
                 try:
@@ -218,16 +221,19 @@ class Attempt:
                     raise Local(exc) from exc
                 await ready.put(batch)
 
-    async def _send_chunk(self, chunk: Raw) -> None:
+    async def _send_chunk(self, chunk: Raw, packer: Packer) -> None:
         message = chunk if self._request.rpc == "chaos" else StreamInput(raw=chunk)
         end = chunk.last
         await send_message(self._call, message, end=end)
         assert self._request.source is not None
-        self._tell_sent(self._request.source.size if end else chunk.offset)
+        packed: dict[str, Any] = {"level": packer.level}
+        if packer.ratio:  # of nothing there is none: what was told before stands
+            packed["ratio"] = packer.ratio
+        self._tell_sent(self._request.source.size if end else chunk.offset, **packed)
 
-    def _tell_sent(self, sent: int | None) -> None:
+    def _tell_sent(self, sent: int | None, **packed: Any) -> None:
         if sent:
-            self._course.tell(self._request, phase="RECEIVING", sent=sent)
+            self._course.tell(self._request, phase="RECEIVING", sent=sent, **packed)
 
     async def _may_commit(self, whole: bytes) -> bool:
         """Before `last` goes out: it goes only to a spool that can be named. False where it need not go."""
@@ -370,13 +376,16 @@ class Attempt:
             course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to, course.part)
             course.part = None
         sink = course.sink
+        before, wire = sink.received, 0
         while message is not None:
             last = message.last
+            wire += len(message.data)
             if save_to is None and len(message.data) <= HOP:
                 sink.add(message)  # a hop into a thread would cost more
             else:
                 await _local(sink.add, message, in_thread=self._link.in_thread)
-            course.tell(self._request, phase="DONE", received=sink.received, answer_size=state.size)
+            ratio = (sink.received - before) / wire if wire else 0.0
+            course.tell(self._request, phase="DONE", received=sink.received, answer_size=state.size, ratio=ratio)
             if last:
                 return await self._finish(sink)
             message = await self._receive()

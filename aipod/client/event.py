@@ -30,6 +30,9 @@ class Event:
     offset: int = 0  # bytes of the payload that are durable at the server
     job_id: str = ""
     runs: int = 0  # how often the method was started for this job
+    # RECEIVING, DONE: bytes for each byte on the wire, of what was sent or received over this connection; 0 at first
+    ratio: float = 0.0
+    level: int | None = None  # zstd level of what is packed next of the payload; None where it is stored as it is
     quiet: int = 0  # RUNNING: seconds since it was last heard of: started, progress, log
 
 

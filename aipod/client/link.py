@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from aipod.codec import MAX_RELEASED, Compressor
+from aipod.codec import MAX_RELEASED
 from aipod.config import Config
 from aipod.transport.channel import Channel
 from aipod.wire.ai import Open
@@ -60,7 +60,6 @@ class Link:
         self._leaving = False  # in `aclose`: no more patience with a server that does not answer
         self._watches: set[asyncio.Task[None]] = set()
         self._threads: ThreadPoolExecutor | None = None
-        self.compressor = Compressor(config.level)  # of what is small: on the loop
 
     async def in_thread(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn`, which does something to chunks and waits for nobody but the disk, in a thread of this client's."""

@@ -16,12 +16,9 @@ from typing import IO, Any, Protocol
 
 from aipod.config import CHUNK
 from aipod.errors import UsageError
-
-# Chunks per thread hop: a hop costs as much as reading 100 KiB, four chunks in flight cost 8 MiB.
-BATCH = 4
+from aipod.packing import BATCH, Piece
 
 Payload = bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes] | Iterable[bytes] | AsyncIterable[bytes]
-Piece = bytes | memoryview
 
 
 class Reader(Protocol):

@@ -13,10 +13,11 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from types import TracebackType
 from typing import Any
 
-from aipod.client.reader import BATCH, File, Memory, Payload, Piece, Reader, Seekable, Stream, grouped, open_reader
-from aipod.codec import Compressor, new_hasher
+from aipod.client.reader import File, Memory, Payload, Reader, Seekable, Stream, grouped, open_reader
+from aipod.codec import frame, new_hasher
 from aipod.config import CHUNK, KIB
 from aipod.errors import UsageError
+from aipod.packing import BATCH, Packed, Packer, Piece
 from aipod.wire.ai import Raw
 
 # A hop into a thread costs as much as compressing so many bytes.
@@ -82,27 +83,34 @@ class Source:
             pass
         return bytes(self._hasher.digest())
 
-    def whole(self, compressor: Compressor) -> Raw | None:
+    def whole(self, level: int) -> Raw | None:
         """All of it as one message, with `last` and digest, where that takes no thread and nothing was read yet."""
         if not isinstance(self._reader, Memory) or self._reader.size > HOP or self.read or self._ended:
             return None
         pieces = self._hash(self._reader.fresh())
         self._note(pieces)
-        data = compressor.frame(pieces[0]) if pieces else b""
+        data = frame(pieces[0], level) if pieces else b""
         return Raw(data=data, last=True, digest=self._hasher.digest())
 
-    async def batches(self, start: int, level: int) -> AsyncGenerator[list[Raw], None]:
-        """The payload from byte `start` on as messages; the last one has `last` and the digest of it all.
+    async def batches(self, packer: Packer) -> AsyncGenerator[Packed, None]:
+        """The payload from `packer.offset` on; the last message has `last` and the digest of it all.
 
         This is an asyncio-flavored generator. Raises `UsageError` where the source yields something else than bytes, is
-        shorter than `start`, or is a file that changed; and what the source raises.
+        shorter than that offset, or is a file that changed; and what the source raises.
         """
-        packer = _Packer(level, start)
         inline = isinstance(self._reader, Memory) and self._reader.size <= HOP
+        held: list[Raw] = []  # the newest message, until it is known whether it is the last
         while pieces := await self._pieces(packer.offset, inline=inline):
-            yield packer.pack(pieces) if inline else await self._in_thread(packer.pack, pieces)
-            del pieces
-        yield packer.finish(self._hasher.digest())
+            while pieces:
+                some, pieces = pieces[: packer.chunks], pieces[packer.chunks :]
+                packed = packer.pack(some) if inline else await self._in_thread(packer.pack, some)
+                held, packed.messages = [packed.messages[-1]], held + packed.messages[:-1]
+                yield packed
+            del some
+        last = held[0] if held else Raw(offset=packer.offset)
+        last.last = True
+        last.digest = self._hasher.digest()
+        yield Packed(packer.level, [last])
 
     async def _pieces(self, offset: int, *, inline: bool) -> list[Piece]:
         """Up to `BATCH` chunks from `offset` on; none at the end."""
@@ -158,26 +166,3 @@ class Source:
         for piece in pieces:
             self._hasher.update(piece)
         return pieces
-
-
-class _Packer:
-    """Turns pieces into chunks, holding back the newest until it is known whether it is the last."""
-
-    def __init__(self, level: int, start: int) -> None:
-        self._compressor = Compressor(level)
-        self.offset = start
-        self._held: list[Raw] = []
-
-    def pack(self, pieces: list[Any]) -> list[Raw]:
-        ready = self._held
-        for piece in pieces:
-            ready.append(Raw(data=self._compressor.frame(piece), offset=self.offset))
-            self.offset += len(piece)
-        self._held = [ready.pop()]
-        return ready
-
-    def finish(self, digest: bytes) -> list[Raw]:
-        last = self._held.pop() if self._held else Raw(offset=self.offset)
-        last.last = True
-        last.digest = digest
-        return [last]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
 import trio
 
-from aipod.codec import PIECE, Compressor, json_string_pieces, plain_pieces
+from aipod.codec import PIECE, frame, json_string_pieces, plain_pieces
 from aipod.config import CHUNK
 from aipod.errors import job_failed
 from aipod.job.run import cancellable
 from aipod.job.times import Download
 from aipod.job.upload import BULK
 from aipod.job.watched import Answer
+from aipod.packing import Packed, Packer
 from aipod.spool import Look
 from aipod.wire.ai import Raw
 
@@ -24,16 +27,19 @@ Messages = Generator[Raw, None, None]
 _SLACK = CHUNK + CHUNK // 2
 
 
-def own_messages(look: Look, answer: Answer, have: int, level: int, download: Download | None = None) -> Messages:
-    """The result from byte `have` on, in chunks of one zstd frame each; the last one says so. Blocks."""
-    compressor = Compressor(level)
-    offset = min(have, answer.size)
-    for piece in _counted(_pieces(look, answer, offset), download):
-        end = offset + len(piece)
-        yield Raw(data=compressor.frame(piece), offset=offset, last=end == answer.size)
-        offset = end
-    if have >= answer.size:
-        yield Raw(offset=offset, last=True)
+# Results at once whose chunks are made in batches: 200 MiB of them in memory.
+BATCHES = trio.CapacityLimiter(16)
+
+
+def own_messages(look: Look, answer: Answer, packer: Packer, download: Download | None = None) -> Messages:
+    """The result from `packer.offset` on, in chunks of one zstd frame each; the last one says so. Blocks."""
+    if packer.offset >= answer.size:
+        yield Raw(offset=answer.size, last=True)
+        return
+    for piece in _counted(_pieces(look, answer, packer.offset), download):
+        message = packer.message(piece)
+        message.last = packer.offset == answer.size
+        yield message
 
 
 def plain_messages(
@@ -42,7 +48,7 @@ def plain_messages(
     """The result as the first version sent it. Blocks. Raises `JobFailed(RESULT_NOT_TEXT)` before the first message."""
     if answer.inline is not None and answer.kind == "json":
         # The usual small answer: a stream compressor would hold a megabyte for each of a thousand jobs.
-        yield from (Raw(data=Compressor(level).frame(whole)) for whole in _counted([answer.inline], download))
+        yield from (Raw(data=frame(whole, level)) for whole in _counted([answer.inline], download))
         return
     limit = max_message - _SLACK
     parts: Iterable[bytes] = _counted(_pieces(look, answer, 0), download)
@@ -78,24 +84,35 @@ def _counted(pieces: Iterable[bytes], download: Download | None) -> Iterator[byt
 
 
 async def send_all(
-    messages: Messages, send: Callable[[Raw], Awaitable[None]], download: Download | None = None
+    messages: Messages,
+    send: Callable[[Raw], Awaitable[None]],
+    download: Download | None = None,
+    packer: Packer | None = None,
 ) -> None:
-    """Make messages in a thread while earlier ones are sent, and close them. This is a trio-flavored async function."""
-    # Two: one that is being sent, one ready; with the one in the making that is 3 MiB for a result in chunks.
-    ready, todo = trio.open_memory_channel[Raw](1)
+    """Make messages in a thread while earlier ones are sent, and close them. This is a trio-flavored async function.
 
-    async def make() -> None:
+    `packer`: what packs them; where few are sent, they are made in batches.
+    """
+    # Two: one that is being sent, one ready; with the one in the making that is 3 MiB for a result in chunks, 12 MiB
+    # where they are made in batches.
+    ready, todo = trio.open_memory_channel[Packed](1)
+
+    async def make(take: Callable[[Messages], Packed]) -> None:
         async with ready:
-            while (message := await trio.to_thread.run_sync(next, messages, None, limiter=BULK)) is not None:
-                await ready.send(message)
+            while (batch := await trio.to_thread.run_sync(take, messages, limiter=BULK)).messages:
+                await ready.send(batch)
 
-    with contextlib.closing(messages):
+    with contextlib.closing(messages), _batched(packer) as take:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(make)
-            async for message in todo:
-                await send(message)
+            nursery.start_soon(make, take)
+            async for batch in todo:
+                with contextlib.nullcontext() if packer is None else packer.sending(batch):
+                    for message in batch.messages:
+                        await send(message)
+                        if download is not None:
+                            download.sent(len(message.data))
                 if download is not None:
-                    download.sent(len(message.data))
+                    download.packed(batch.level, len(batch.messages))
     if download is not None:
         download.end()
 
@@ -114,3 +131,21 @@ async def send_short(
                 download.sent(len(message.data))
     if download is not None:
         download.end()
+
+
+@contextlib.contextmanager
+def _batched(packer: Packer | None) -> Iterator[Callable[[Messages], Packed]]:
+    """What makes the next messages, in a thread."""
+    if packer is None:
+        yield lambda messages: Packed(None, list(itertools.islice(messages, 1)))
+        return
+    me = object()
+    try:
+        BATCHES.acquire_on_behalf_of_nowait(me)
+    except trio.WouldBlock:
+        yield functools.partial(packer.batch, most=1)
+        return
+    try:
+        yield packer.batch
+    finally:
+        BATCHES.release_on_behalf_of(me)

@@ -71,6 +71,7 @@ class Download:
     def __init__(self, metrics: Metrics, method: str, size: int, have: int = 0) -> None:
         """`have`: bytes that the caller has already."""
         self._down = metrics.down
+        self._levels = metrics.levels
         self._seconds = metrics.of_method(method).seconds[DOWNLOAD]
         self._began = time.monotonic()
         self._told = 0
@@ -84,6 +85,10 @@ class Download:
         self._down.data += read - self._told
         self._down.wire += wire
         self._told = read
+
+    def packed(self, level: int | None, chunks: int) -> None:
+        """So many chunks with this zstd level were sent."""
+        self._levels[level] = self._levels.get(level, 0) + chunks
 
     def end(self) -> None:
         """All of it was."""

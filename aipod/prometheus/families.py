@@ -30,6 +30,12 @@ def families(metrics: Metrics, now: Now, version: str) -> Iterator[Metric]:
     yield from _now(now)
     yield _counter("aipod_resumes", "Gone on with after a cut or a kill.", "what", metrics.resumed)
     yield _bytes({"up": metrics.up, "down": metrics.down})
+    yield _counter(
+        "aipod_answer_chunks",
+        "Chunks of answers to our own clients, by the zstd level that they were sent with.",
+        "level",
+        {"stored" if level is None else str(level): count for level, count in metrics.levels.items()},
+    )
     yield _counter("aipod_call_errors", "Calls that ended with an error, by its reason.", "reason", metrics.errors)
     yield _histogram("aipod_tick_lag_seconds", "How late heartbeats are.", metrics.late)
     yield _counter("aipod_loads", "Instances of versions that have loaded, or have not.", "outcome", metrics.loads)

@@ -26,6 +26,7 @@ from aipod.job.upload import check_limit, receive_payload
 from aipod.job.watched import Told
 from aipod.job.whole import MOMENT, comes_whole
 from aipod.metrics import Metrics
+from aipod.packing import Packer
 from aipod.pool import Pool
 from aipod.runner import Description
 from aipod.service.builtin import Builtins, is_builtin
@@ -336,9 +337,13 @@ class AI:
         if job.answer is not None:
             try:
                 download = Download(self._metrics, job.method, job.answer.size, open_.have)
-                messages = own_messages(job.look, job.answer, open_.have, self._config.level, download)
+                packer = Packer(self._config.level, open_.have)
+                messages = own_messages(job.look, job.answer, packer, download)
                 with Trace("download", call.headers, job_id=job_id):
-                    await (send_all if job.answer.inline is None else send_short)(messages, writer.send, download)
+                    if job.answer.inline is None:
+                        await send_all(messages, writer.send, download, packer)
+                    else:
+                        await send_short(messages, writer.send, download)
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
         self._forgetter.told(job, open_)
@@ -394,7 +399,7 @@ class AI:
             if job.answer.kind == "file":
                 trailers["x-content-type"] = "application/octet-stream"
             download = Download(self._metrics, job.method, job.answer.size)
-            limits = self._config.level, self._config.message_limit
+            limits = self._config.small_level, self._config.message_limit
             messages = plain_messages(job.look, job.answer, *limits, download)
             with Trace("download", call.headers, job_id=request.job_id):
                 await (send_all if job.answer.inline is None else send_short)(messages, writer.send, download)

@@ -14,6 +14,7 @@ from aipod.errors import Refused
 from aipod.identity import Caller
 from aipod.job.reply import own_messages, send_all
 from aipod.job.watched import Answer, Keep, Told
+from aipod.packing import Packer
 from aipod.runner import Description
 from aipod.service.probe import Probes
 from aipod.service.viewer import Call, Viewer, Writer
@@ -92,11 +93,11 @@ class Builtins:
             return
         answer = await trio.to_thread.run_sync(answer_of, method, self._spool, self._description, caller)
         viewer.stop()
-        level = self._config.level
+        level = self._config.small_level
         if isinstance(first, StreamInput) or first.open is None:
-            await writer.send(Raw(data=codec.Compressor(level).frame(answer.inline or b"")))
+            await writer.send(Raw(data=codec.frame(answer.inline or b"", level)))
             return
         told = Told(self._spool.look(codec.job_id(first.open.ticket)), self._spool.id, Keep())
         told.phase, told.answer = Phase.DONE, answer
         await writer.send(Raw(data=codec.PONG, state=told.state()))
-        await send_all(own_messages(told.look, answer, first.open.have, level), writer.send)
+        await send_all(own_messages(told.look, answer, Packer(level, first.open.have)), writer.send)

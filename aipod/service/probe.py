@@ -113,7 +113,7 @@ class Probes:
             raise Refused("PROBE", "x" * MAX_TEXT, {"trace": "y" * MAX_TRACE})
 
     async def _do(self, asked: Asked, call: Call, writer: Writer) -> None:
-        frame = Compressor(self._config.level).frame
+        frame = Compressor(self._config.small_level).frame
         about = {"version": __version__, "limits": {name: getattr(self._config, name) for name in _LIMITS}}
         await writer.send(Raw(data=frame(json.dumps(about).encode())))
         await trio.sleep(asked.silent)
