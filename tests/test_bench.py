@@ -31,7 +31,7 @@ from bench.peers import common
 from bench.processes import Failed, Server, run_client
 from bench.report import verdict
 from bench.required import EVERY, REQUIRED, Bound, Required, judge
-from tests.conftest import ROOT, alive, children, missing, wait_until
+from tests.conftest import FIRST, ROOT, alive, children, missing, wait_until
 
 LONG = int(os.environ.get("AIPOD_TEST_LONG", "1"))
 
@@ -39,7 +39,7 @@ MIB = 1 << 20
 # One row of each kind, and all where there is time: each command of each peer, directly and through each hop.
 ROWS = {
     "small": ("worker",),
-    "wire": ("up", "stock 16 KiB", "calls"),
+    "wire": ("up", *(("stock 16 KiB", "calls") if FIRST else ())),
     "file": ("random", "nginx tar", "fair copy"),
     "result": ("nginx random",),
     "links": ("50 ms",),
@@ -49,6 +49,7 @@ ROWS = {
     "memory": ("result",),
 }
 SIZE = 70_000
+TRANSFERS = ["result", *(["links", "levels"] if FIRST else []), *(["levels-down"] if LONG > 1 else [])]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,7 @@ def test_files_are_measured_and_drawn(place: Path) -> None:
     assert len(answers) == 3
     assert answers == [answers[0]] * 3
     assert answers[0]["size"] == SIZE
+    assert runs(result, "random")["first version"]["seconds"] >= 1
     judged = {each["name"]: each["reached"] for each in result["required"]}
     assert judged["fair copy"] is False
     assert judged["levels"] is None
@@ -142,7 +144,7 @@ def test_files_are_measured_and_drawn(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["result", "links", "levels", *(["levels-down"] if LONG > 1 else [])])
+@pytest.mark.parametrize("name", TRANSFERS)
 def test_transfers_are_measured(name: str, place: Path) -> None:
     result, _ = measured(name, place, "--size", str(SIZE))
     for comparison in result["comparisons"]:
