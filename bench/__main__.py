@@ -73,6 +73,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--directory", type=Path, default=Path(tempfile.gettempdir()), help="where spools, data and answers lie"
     )
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="for each round, where others measure here as well")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(BENCHMARKS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             notes.print(f"{benchmark} {comparison.row}: {', '.join(way.name for way in comparison.ways)}")
             rounds = options.pairs or (2 if options.quick else PAIRS.get(benchmark, 5))
-            several += measure(benchmark, [comparison], rounds, settings.directory)
+            several += measure(benchmark, [comparison], rounds, settings.directory, options.lock)
     summaries = [measured.summary() for measured in several]
     judged = judge(summaries)
     report.show(console, several, judged)

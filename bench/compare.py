@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import statistics
 import tempfile
@@ -193,15 +194,29 @@ class Bed:
         return run
 
 
-def measure(benchmark: str, comparisons: list[Comparison], rounds: int, directory: Path) -> Iterator[Measured]:
-    """All rounds of one comparison after the other."""
+@contextlib.contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """With the exclusive lock of a file (flock), where others measure on this machine as well."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure(
+    benchmark: str, comparisons: list[Comparison], rounds: int, directory: Path, lock: Path | None = None
+) -> Iterator[Measured]:
+    """All rounds of one comparison after the other; each of them holds `lock`."""
     for comparison in comparisons:
         measured = Measured(benchmark, comparison)
         with contextlib.ExitStack() as stack:
             bed = stack.enter_context(Bed(directory))
             for number in range(rounds):
                 order = comparison.ways if number % 2 == 0 else comparison.ways[::-1]
-                measured.rounds.append({way.name: bed.run(comparison, way) for way in order})
+                with alone(lock):
+                    measured.rounds.append({way.name: bed.run(comparison, way) for way in order})
                 if comparison.fresh:
                     stack.close()
                     bed = stack.enter_context(Bed(directory))

@@ -50,7 +50,7 @@ def make(kind: str, size: int, directory: Path) -> Path:
                 left = size
                 for block in _MAKERS[kind]():
                     left -= file.write(block[:left])
-                    if not left:
+                    if left <= 0:
                         break
             fresh.rename(path)
         finally:

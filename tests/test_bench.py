@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from bench import data, file, machine
+from bench import data, file, levels, machine
 from bench.__main__ import BENCHMARKS, status
 from bench.compare import Comparison, Figure, Measured, measure, same
 from bench.faults.run import Totals
@@ -30,8 +30,8 @@ from bench.options import Options
 from bench.peers import common
 from bench.processes import Failed, Server, run_client
 from bench.report import verdict
-from bench.required import EVERY, REQUIRED, Bound, Required, judge
-from tests.conftest import ROOT, alive, children, missing, wait_until
+from bench.required import EVERY, FIXED, REQUIRED, Bound, Required, judge
+from tests.conftest import FIRST, ROOT, alive, children, missing, wait_until
 
 LONG = int(os.environ.get("AIPOD_TEST_LONG", "1"))
 
@@ -39,7 +39,7 @@ MIB = 1 << 20
 # One row of each kind, and all where there is time: each command of each peer, directly and through each hop.
 ROWS = {
     "small": ("worker",),
-    "wire": ("up", "stock 16 KiB", "calls"),
+    "wire": ("up", *(("stock 16 KiB", "calls") if FIRST else ())),
     "file": ("random", "nginx tar", "fair copy"),
     "result": ("nginx random",),
     "links": ("50 ms",),
@@ -49,6 +49,7 @@ ROWS = {
     "memory": ("result",),
 }
 SIZE = 70_000
+TRANSFERS = ["result", *(["links", "levels"] if FIRST else []), *(["levels-down"] if LONG > 1 else [])]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,7 @@ def test_files_are_measured_and_drawn(place: Path) -> None:
     assert len(answers) == 3
     assert answers == [answers[0]] * 3
     assert answers[0]["size"] == SIZE
+    assert runs(result, "random")["first version"]["seconds"] >= 1
     judged = {each["name"]: each["reached"] for each in result["required"]}
     assert judged["fair copy"] is False
     assert judged["levels"] is None
@@ -142,7 +144,7 @@ def test_files_are_measured_and_drawn(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["result", "links", "levels", *(["levels-down"] if LONG > 1 else [])])
+@pytest.mark.parametrize("name", TRANSFERS)
 def test_transfers_are_measured(name: str, place: Path) -> None:
     result, _ = measured(name, place, "--size", str(SIZE))
     for comparison in result["comparisons"]:
@@ -282,6 +284,20 @@ def test_what_hangs_or_fails_is_ended_and_told() -> None:
 
 
 @pytest.mark.slow
+def test_a_level_is_told_to_client_and_server(tmp_path: Path) -> None:
+    """By what both say of one that cannot be meant."""
+    options = Options(tmp_path, tmp_path / "data", size=5000)
+    for number, level in enumerate(FIXED, 1):
+        (up, *_), (down, *_) = levels.comparisons(options), levels.comparisons(options, down=True)
+        assert f"--level={level}" in up.ways[number].client_options
+        assert f"--level={level}" in down.ways[number].server_options
+    with pytest.raises(Failed, match="level = 99 is too large"):
+        run_client("product", ["file", "1", "/dev/null", "--level=99"])
+    with pytest.raises(Failed, match=r"(?s)product does not start.*level = 99 is too large"):
+        Server("product", ["--model=OnLoop", f"--directory={tmp_path}", "--level=99"])
+
+
+@pytest.mark.slow
 def test_no_peer_outlives_a_harness_that_is_killed(tmp_path: Path) -> None:
     require_peers()
     command = [sys.executable, "-m", "bench", "file", "--rows", "nginx random", "--size", str(MIB)]
@@ -294,12 +310,15 @@ def test_no_peer_outlives_a_harness_that_is_killed(tmp_path: Path) -> None:
         nginx = sum("worker process" in line for line in lines.values())
         return found if nginx == 2 and any("aipod.worker" in line for line in lines.values()) else []
 
+    below: list[int] = []
     try:
         below = wait_until(started, seconds=60)
+        harness.kill()
+        wait_until(lambda: not [pid for pid in below if alive(pid)])
     finally:
-        harness.send_signal(signal.SIGKILL)
+        for pid in (harness.pid, *(pid for pid in below if alive(pid))):
+            os.kill(pid, signal.SIGKILL)
         harness.wait()
-    wait_until(lambda: not [pid for pid in below if alive(pid)])
 
 
 def command_line(pid: int) -> str:
