@@ -41,7 +41,8 @@ async def test_what_waits_is_bounded_wherever_a_message_has_its_weight(message: 
             nursery.start_soon(inbox.put, message)
             await wait_all_tasks_blocked()
             assert nursery.child_tasks
-            assert len(await inbox.take()) == 1
+            assert await inbox.wait()
+            assert len(inbox.take()) == 1
             await wait_all_tasks_blocked()
             assert not nursery.child_tasks
             scope.cancel()

@@ -15,7 +15,7 @@ from aipod.client.course import Course, Request, Until
 from aipod.client.event import Event as Event  # also known from here
 from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
 from aipod.client.link import Link
-from aipod.client.sink import Sink
+from aipod.client.sink import Filling, Sink
 from aipod.client.source import HOP, InThread, Source
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
@@ -376,19 +376,27 @@ class Attempt:
             course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to, course.part)
             course.part = None
         sink = course.sink
-        before, wire = sink.received, 0
-        while message is not None:
-            last = message.last
-            wire += len(message.data)
-            if save_to is None and len(message.data) <= HOP:
-                sink.add(message)  # a hop into a thread would cost more
-            else:
-                await _local(sink.add, message, in_thread=self._link.in_thread)
-            ratio = (sink.received - before) / wire if wire else 0.0
+        before = sink.received
+
+        def tell() -> None:
+            ratio = (sink.received - before) / filling.wire if filling.wire else 0.0
             course.tell(self._request, phase="DONE", received=sink.received, answer_size=state.size, ratio=ratio)
-            if last:
-                return await self._finish(sink)
-            message = await self._receive()
+
+        filling = Filling(sink, functools.partial(_local, in_thread=self._link.in_thread), tell)
+        last = False
+        try:
+            while message is not None and not last:
+                last = message.last
+                # A hop into a thread would cost more.
+                await filling.add(message, inline=save_to is None and len(message.data) <= HOP)
+                message = None if last else await self._receive()
+        except asyncio.CancelledError:
+            await filling.drop()
+            raise
+        finally:
+            await filling.settle()  # what has come is not asked for again
+        if last:
+            return await self._finish(sink)
         await read_status(self._call)
         raise NoAnswer("the answer ended before its last byte")
 

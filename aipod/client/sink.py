@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import contextlib
 import errno
 import json
@@ -10,18 +12,24 @@ import select
 import stat
 import tempfile
 import threading
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from aipod.client.failure import BadAnswer
 from aipod.client.part import Part, followed, is_special
-from aipod.codec import decode_chunk, new_hasher
+from aipod.codec import chunk_context, decode_chunk, new_hasher
 from aipod.config import MIB
 from aipod.errors import AipodError, Refused, UsageError
+from aipod.transport.inbox import recycle
 from aipod.wire.ai import Raw, State
 
 # A binary answer above it is for a file, not for memory.
 MAX_IN_MEMORY = 64 * MIB
+# Bytes of chunks that may wait for the disk: as on the server (`job.upload`). The stream's window holds what follows.
+AHEAD = 4 * MIB
+# Bytes of an answer that a thread takes before others have their turn: calls share a few threads.
+STRETCH = 16 * MIB
 # Seconds between two looks at whether a FIFO has a reader, and whether the caller still waits for it.
 _LOOK = 0.05
 
@@ -70,6 +78,7 @@ class Sink:
         self._target = None if save_to is None else Path(save_to)
         self.received = 0
         self._hasher = new_hasher()
+        self._context = chunk_context()
         self._memory = bytearray()
         self._lock = threading.Lock()  # a caller who gives up calls `discard` while a thread may still write
         self._discarded = threading.Event()
@@ -101,7 +110,7 @@ class Sink:
         if not message.data:
             return
         try:
-            data = decode_chunk(message.data)
+            data = decode_chunk(message.data, self._context)
         except Refused as exc:
             raise BadAnswer(f"it cannot be read: {exc}") from None
         if self._target is None:
@@ -186,3 +195,87 @@ class Sink:
             self._discarded.set()
             with self._lock:
                 self._file.close()
+
+
+class Filling:
+    """Fills a sink while more is received: a thread takes what has come, and what comes meanwhile.
+
+    asyncio-flavored. `run` has a function run in a thread and raises what it raises; `tell` is called when more is in
+    the sink. Who leaves calls `settle`, or, cancelled, `drop`.
+    """
+
+    def __init__(
+        self, sink: Sink, run: Callable[[Callable[[], None]], Coroutine[Any, Any, None]], tell: Callable[[], None]
+    ) -> None:
+        self._sink = sink
+        self._run = run
+        self._tell = tell
+        self._waiting: collections.deque[Raw] = collections.deque()
+        self._put = 0  # bytes that came, which the loop counts
+        self.wire = 0  # of them, what is in the sink, which the thread counts
+        self._filling: asyncio.Task[None] | None = None
+        self._arrival = asyncio.Event()
+        self._room = asyncio.Event()
+        self._ended = False
+
+    async def add(self, message: Raw, *, inline: bool) -> None:
+        """Take one chunk, at once where it is to be `inline` and none is before it; waits where too many wait.
+
+        Raises what adding an earlier one has raised.
+        """
+        if inline and self._filling is None:
+            self._put += len(message.data)
+            self._sink.add(message)
+            self.wire += len(message.data)
+            self._tell()
+            return
+        self._put += len(message.data)
+        self._waiting.append(message)
+        self._arrival.set()
+        if self._filling is None:
+            self._filling = asyncio.create_task(self._fill(), name="aipod-fill")
+        while self._put - self.wire > AHEAD and not self._filling.done():
+            self._room.clear()
+            await self._room.wait()
+        if self._filling.done():
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Until all is in the sink, to which nothing is added then. Raises what adding it has raised."""
+        if self._filling is not None:
+            self._ended = True
+            self._arrival.set()
+            await asyncio.wait([self._filling])
+            filling, self._filling = self._filling, None
+            filling.result()
+
+    async def drop(self) -> None:
+        """Take nothing more. A thread that waits for a disk is left to itself."""
+        self._waiting.clear()
+        if self._filling is not None:
+            filling, self._filling = self._filling, None
+            filling.cancel()
+            await asyncio.wait([filling])
+            _ = filling.cancelled() or filling.exception()
+
+    async def _fill(self) -> None:
+        try:
+            while self._waiting or not self._ended:
+                self._arrival.clear()
+                if self._waiting:
+                    await self._run(self._add_waiting)
+                    self._tell()
+                    self._room.set()
+                else:
+                    await self._arrival.wait()
+        finally:
+            self._room.set()
+
+    def _add_waiting(self) -> None:
+        until = self._sink.received + STRETCH
+        while self._waiting and self._sink.received < until:
+            message = self._waiting.popleft()
+            size = len(message.data)
+            self._sink.add(message)
+            recycle(message.data)
+            self.wire += size

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from trio.from_thread import check_cancelled
 
-from aipod.codec import StreamDecoder, decode_chunk, new_hasher
+from aipod.codec import StreamDecoder, chunk_context, decode_chunk, new_hasher
 from aipod.config import MIB
 from aipod.errors import Refused
 from aipod.job.request import Request
-from aipod.spool import SYNC_AFTER, Entry
+from aipod.spool import SYNC_AFTER, SYNC_BYTES, Entry
+from aipod.transport.inbox import recycle
 from aipod.wire.ai import Raw
 
 # What may wait between the network and the disk, per call. One message may exceed it (they are bounded by
 # Config.max_message); after it the stream's window fills and the peer stops.
 INBOX = 4 * MIB
+# Bytes of payload that a thread writes before the loop hears of it: a hop for each message costs as much as writing it.
+# Not more, for the loop then looks whether there is something to sync.
+STRETCH = SYNC_BYTES // 4
 DIGEST = 16  # bytes
 # Threads for payloads and results, of all jobs: a slow disk must not take those that heartbeats and small steps need.
 BULK = trio.CapacityLimiter(24)
@@ -27,36 +32,55 @@ Receive = Callable[[], Awaitable[Raw | None]]
 
 
 class Inbox:
-    """Messages between the task that receives and the one that writes; `put` waits while `INBOX` bytes are inside."""
+    """Messages between the task that receives and the thread that writes.
+
+    `put` waits while `INBOX` bytes are inside; the thread takes what has come since without asking the loop.
+    """
 
     def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._lock = threading.Lock()  # of what follows, but for `_ended`
         self._messages: list[Raw] = []
         self._bytes = 0
+        self._waiting = False  # in `put`
         self._ended = False
-        self._changed = trio.Event()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self._arrival = trio.Event()
+        self._room = trio.Event()
 
     async def put(self, message: Raw) -> None:
-        while self._bytes > INBOX:
-            await self._changed.wait()
-        self._messages.append(message)
-        self._bytes += _weight(message)
-        self._notify()
+        weight = _weight(message)
+        while True:
+            with self._lock:
+                self._waiting = self._bytes > INBOX
+                if not self._waiting:
+                    self._messages.append(message)
+                    self._bytes += weight
+                    break
+                self._room = trio.Event()
+            await self._room.wait()
+        self._arrival.set()
 
     def end(self) -> None:
         self._ended = True
-        self._notify()
+        self._arrival.set()
 
-    async def take(self) -> list[Raw]:
-        """All that is there, at least one message; an empty list at the end."""
-        while not self._messages and not self._ended:
-            await self._changed.wait()
-        taken, self._messages, self._bytes = self._messages, [], 0
-        self._notify()
+    def take(self) -> list[Raw]:
+        """All that is there; to be called from any thread."""
+        with self._lock:
+            taken, self._messages, self._bytes = self._messages, [], 0
+            wakes, self._waiting = self._waiting, False
+        if wakes:
+            self._token.run_sync_soon(self._room.set)
         return taken
+
+    async def wait(self) -> bool:
+        """Until there is something to take; False at the end."""
+        while not self._messages:
+            if self._ended:
+                return False
+            self._arrival = trio.Event()
+            await self._arrival.wait()
+        return True
 
 
 def _weight(message: Raw) -> int:
@@ -88,7 +112,6 @@ class PlainSink:
             self._decoder.feed(message.data)
             if message.open is not None:
                 raise Refused("BAD_MESSAGE", "open is for the first message of a call")
-        self._entry.checkpoint()
 
     def finish(self) -> None:
         self._decoder.finish()
@@ -110,6 +133,7 @@ class ChunkSink:
         self._entry = entry
         self._size = size
         self._limit = limit
+        self._context = chunk_context()
         self._digest = b""
         self._total = 0
         self.complete = False
@@ -119,7 +143,6 @@ class ChunkSink:
             end = self._chunk(message) if message.data else message.offset
             if message.last:
                 self.complete, self._digest, self._total = True, message.digest, end
-        self._entry.checkpoint()
 
     def _chunk(self, message: Raw) -> int:
         """Write what is new in a chunk; the offset of its end."""
@@ -127,7 +150,7 @@ class ChunkSink:
         have = self._entry.written
         if message.offset > have:
             raise Refused("OFFSET_MISMATCH", f"a chunk at {message.offset}, where {have} bytes have arrived")
-        data = decode_chunk(message.data)
+        data = decode_chunk(message.data, self._context)
         end = message.offset + len(data)
         if self._size is not None and end > self._size:
             raise Refused("SIZE_MISMATCH", f"the payload is longer than the {self._size} bytes that were declared")
@@ -188,6 +211,7 @@ async def receive_payload(
     """
     sink = (PlainSink if request.plain else ChunkSink)(entry, request.size, limit)
     inbox = Inbox()
+    durable = _Durable(entry, synced)
 
     async def read() -> None:
         message: Raw | None = request.take_first()
@@ -204,21 +228,61 @@ async def receive_payload(
                 raise Refused("UPLOAD_STALLED", f"no message for {stall:g} s (--upload-stall)")
         inbox.end()
 
+    def write() -> None:
+        """In a thread: what is there and what comes meanwhile, for a stretch."""
+        until = entry.written + STRETCH
+        while entry.written < until and (messages := inbox.take()):
+            sink.feed(messages)
+            for message in messages:
+                recycle(message.data)
+            durable.asked |= any(message.sync for message in messages)
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read)
-        while True:
+        more = True
+        while more:
             with trio.move_on_after(SYNC_AFTER) as pause:
-                messages = await inbox.take()
-            if pause.cancelled_caught:  # the client has nothing to send: what there is becomes durable meanwhile
-                await trio.to_thread.run_sync(entry.checkpoint, limiter=BULK)
-                continue
-            if not messages:
-                break
-            before = entry.written
-            await trio.to_thread.run_sync(sink.feed, messages, limiter=BULK)
-            arrived(entry.written - before, 0)
-            if any(message.sync for message in messages):
-                await trio.to_thread.run_sync(functools.partial(entry.checkpoint, now=True), limiter=BULK)
-                synced()
-            del messages
+                more = await inbox.wait()
+            if more and not pause.cancelled_caught:
+                before = entry.written
+                await trio.to_thread.run_sync(write, limiter=BULK)
+                arrived(entry.written - before, 0)
+            # Also where the client has nothing to send: what there is becomes durable meanwhile.
+            await durable.see_to_it(nursery)
+        await durable.ended.wait()
         await trio.to_thread.run_sync(sink.finish, limiter=BULK)
+
+
+class _Durable:
+    """Has what was written synced beside the writing, which does not get further ahead than `SYNC_BYTES`."""
+
+    def __init__(self, entry: Entry, synced: Callable[[], None]) -> None:
+        self._entry = entry
+        self._synced = synced
+        self.asked = False  # by the client
+        self._since = trio.current_time()
+        self.ended = trio.Event()  # none is under way
+        self.ended.set()
+
+    @property
+    def _is_due(self) -> bool:
+        """As `Entry.checkpoint` has it."""
+        late = trio.current_time() - self._since >= SYNC_AFTER
+        return self.asked or late or self._entry.written - self._entry.durable >= SYNC_BYTES // 2
+
+    async def see_to_it(self, nursery: trio.Nursery) -> None:
+        """Begin to sync where it is time to; wait where too much is at stake. This is a trio-flavored function."""
+        if self.ended.is_set() and self._is_due:
+            self.ended = trio.Event()
+            nursery.start_soon(self._sync)
+        if self._entry.written - self._entry.durable > SYNC_BYTES - STRETCH:
+            await self.ended.wait()
+
+    async def _sync(self) -> None:
+        while self._is_due:
+            asked, self.asked = self.asked, False
+            await trio.to_thread.run_sync(functools.partial(self._entry.checkpoint, now=asked), limiter=BULK)
+            self._since = trio.current_time()
+            if asked:
+                self._synced()
+        self.ended.set()

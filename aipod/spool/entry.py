@@ -164,13 +164,13 @@ class Entry(Look):
                 view = view[count:]
 
     def checkpoint(self, *, now: bool = False) -> None:
-        """Make what has been written durable: `now`, or where a tick has passed or `SYNC_BYTES` are at stake.
+        """Make what was written before durable: `now`, or where a tick has passed or half of `SYNC_BYTES` are at stake.
 
-        Raises `Refused` (SPOOL_FULL, BUSY); what was durable before stays it. Where the disk has failed, that is so for
-        as long as this holder has the entry: the next one writes anew what comes behind it.
+        Another thread may write meanwhile. Raises `Refused` (SPOOL_FULL, BUSY); what was durable before stays it. Where
+        the disk has failed, that is so as long as this holder has the entry: the next one writes what follows anew.
         """
         if not now:
-            if time.monotonic() - self._synced_at < SYNC_AFTER and self.written - self.durable < SYNC_BYTES:
+            if time.monotonic() - self._synced_at < SYNC_AFTER and self.written - self.durable < SYNC_BYTES // 2:
                 return
             self._home.check_growth(self.id, self.written)
         if self._fd is not None and self.written > self.durable:

@@ -25,6 +25,8 @@ MAX_UNKNOWN = 64 * 1024
 
 # What is longer is sent from where it lies; to join what is shorter costs less than to write it by itself.
 _LARGE = 4 * KIB
+# Bytes of a field that is a view of the message that it came in; to copy a shorter one costs less.
+_VIEWED = 64 * KIB
 _FLOAT = struct.Struct("<f")
 _UINT64 = (1 << 64) - 1
 # Wire types (https://protobuf.dev/programming-guides/encoding/#structure).
@@ -129,7 +131,7 @@ def _encode_varint(value: int) -> bytes:
 
 
 def parse(data: bytes | memoryview, kind: type[M], max_fields: int) -> M:
-    """The message of type `kind` in `data`.
+    """The message of type `kind` in `data`. A long field of bytes may be a view of `data` (`inbox.recycle`).
 
     Raises ValueError for more than `max_fields` fields, those of nested messages included; for more than `MAX_UNKNOWN`
     bytes in unknown fields, which are dropped; where a field has not its wire type; and where `data` is no protobuf.
@@ -181,7 +183,11 @@ class _Parser:
         if kind == "uint64":
             return number
         if kind == "bytes":
-            return bytes(self._data[begin:end])
+            piece = self._data[begin:end]
+            # What is most of a message is not copied, and keeps the message: of less, little would keep much.
+            if isinstance(piece, memoryview) and len(piece) >= _VIEWED and 2 * len(piece) > len(self._data):
+                return piece
+            return bytes(piece)
         if kind == "string":
             return str(self._data[begin:end], "utf-8")
         if kind == "bool":

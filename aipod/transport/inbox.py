@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import struct
-import threading
 import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,8 +19,9 @@ from aipod.transport.window import Budget, ReceiveWindow
 _PREFIX = struct.Struct(">BL")  # compressed flag, length
 PREFIX = _PREFIX.size
 _WBITS = {"gzip": 31, "deflate": 15}
-# Buffers that are kept when their messages have been read: how many a thread, and which sizes (a chunk and its fields).
-_SPARES = 4
+# Buffers that are kept when their messages were dealt with: how many, as many as a transfer has in hands, and which
+# sizes (a chunk and its fields).
+_SPARES = 8
 _SPARE_LEAST = 64 * KIB
 _SPARE_MOST = 2 * MIB
 # Messages of a stream that wait to be read; also how many are read without a look at what else there is to do.
@@ -51,24 +52,40 @@ class Event(Protocol):
     async def wait(self) -> Any: ...
 
 
-class _Spares(threading.local):
-    """Buffers of messages that have been read, for the next ones: in the cache still, and not to be zeroed again."""
+class _Spares:
+    """Buffers of messages that were dealt with, for the next ones: in the cache still, and not to be zeroed again.
+
+    For all threads: the one that deals with a message is not the one that receives the next.
+    """
 
     def __init__(self) -> None:
         self._buffers: list[memoryview] = []
 
     def take(self, size: int) -> memoryview:
-        if size >= _SPARE_LEAST and self._buffers and len(self._buffers[-1]) >= size:
-            return self._buffers.pop()[:size]
+        if size >= _SPARE_LEAST:
+            with contextlib.suppress(IndexError):
+                while len(buffer := self._buffers.pop()) < size:
+                    pass  # one that is too short would only be in the way
+                return buffer[:size]
         return memoryview(bytearray(size))
 
     def give(self, buffer: memoryview) -> None:
         whole = memoryview(buffer.obj)
         if _SPARE_LEAST <= len(whole) <= _SPARE_MOST and len(self._buffers) < _SPARES:
             self._buffers.append(whole)
+        buffer.release()
 
 
 _spares = _Spares()
+
+
+def recycle(piece: bytes | memoryview) -> None:
+    """The message that `piece` was most of (`codec`) is of no use to anybody any more: `piece` is neither, from now on.
+
+    To be called from any thread, or not at all.
+    """
+    if isinstance(piece, memoryview):
+        _spares.give(piece)
 
 
 class Inbox:
@@ -93,7 +110,6 @@ class Inbox:
         self._size = 0  # bytes of it that are in `_body`
         self._body = memoryview(b"")
         self._ready: collections.deque[tuple[int, memoryview]] = collections.deque()
-        self._given: memoryview | None = None  # the message that the reader has in hands
         self._count = [0, 0]  # messages begun, messages taken
         self._backlog = bytearray()  # payload that is not looked at yet: short messages cost more than their bytes
         self._unbroken = 0  # messages read without a wait
@@ -191,7 +207,6 @@ class Inbox:
         self._ready.clear()
         self._backlog.clear()
         self._body = memoryview(b"")
-        self._take_back()
         self.window.close()
 
     def _wake(self) -> None:
@@ -199,13 +214,12 @@ class Inbox:
             self._arrival.set()
 
     async def read(self) -> memoryview | None:
-        """The next message, None at the end; it is good until the next call, one that came compressed until the reader
-        waits for anything. Raises BadMessage for what is none.
+        """The next message, None at the end; it is the reader's, one that came compressed until the reader waits for
+        anything. Raises BadMessage for what is none.
 
         This is an asyncio-flavored function; a trio-flavored one, but for large compressed messages and long runs of
         messages, where `new_event` makes trio's events. Cancelled in a compressed message, it has taken that.
         """
-        self._take_back()
         self._unbroken += 1
         if self._unbroken > _READY:
             self._unbroken = 0
@@ -225,10 +239,7 @@ class Inbox:
         size = PREFIX + len(message)
         self._count[1] += 1
         try:
-            if flag == 0:
-                self._given = message
-                return message
-            return await self._inflate(message)
+            return message if flag == 0 else await self._inflate(message)
         finally:
             # Not before: what waits for its turn to be inflated is still in memory.
             self.window.done(self._count[1])
@@ -243,12 +254,6 @@ class Inbox:
                 await self._arrival.wait()
             finally:
                 self._arrival = None
-
-    def _take_back(self) -> None:
-        if self._given is not None:
-            _spares.give(self._given)
-            self._given.release()
-            self._given = None
 
     async def _inflate(self, body: memoryview) -> memoryview:
         """The message in a compressed one: bounded, and in steps, between which the loop does what else there is.
@@ -266,7 +271,6 @@ class Inbox:
         finally:
             self._inflating.withdraw(turn)
             _spares.give(body)
-            body.release()
 
     async def _inflate_now(self, body: memoryview) -> memoryview:
         decoder, out, spent = zlib.decompressobj(_WBITS[self.encoding]), bytearray(), 0
