@@ -299,7 +299,7 @@ def test_a_call_that_only_watches_asks_for_nothing_of_the_answer(until: Until) -
 
     async def main() -> int:
         link = Link("127.0.0.1:1", aipod.Config())
-        return Attempt(link, Request("chaos", until=until), Course())._opening().have
+        return Attempt(link, Request("chaos", until=until), Course())._make_opening().have
 
     assert run(main) == (0 if until is Until.ANSWER else 2**64 - 1)
 
