@@ -28,9 +28,9 @@ class Way:
     """A client and a server, by the names of their modules below bench.peers, and what is said to each.
 
     `hop` is what the client reaches instead of the server: a process that is told `--to=PORT`. In options `{dir}` is
-    a directory of the server's, or the client's, own; all are below the same one. `command` and `arguments` replace
-    the comparison's, where this peer has other words for the same work. `apart`: has servers of its own, though
-    another way has the same.
+    a directory of the server's, or the client's, own; all are below the same one. In arguments `{server}` is the
+    server's pid. `command` and `arguments` replace the comparison's, where this peer has other words for the same work.
+    `apart`: has servers of its own, though another way has the same.
     """
 
     name: str
