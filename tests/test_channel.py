@@ -10,17 +10,17 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from grpclib.client import Stream
 from grpclib.const import Cardinality
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import StreamEnded
+from h2.events import RequestReceived, StreamEnded
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
 import aipod
 from aipod.config import MIB, Config
+from aipod.transport.call import Call
 from aipod.transport.channel import Channel, open_call, read_status, reset, send_message
 from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import Raw
@@ -64,7 +64,7 @@ async def peer(behave: Behave) -> AsyncIterator[Channel]:
             await asyncio.gather(*filter(None, served), return_exceptions=True)
 
 
-def new_call(channel: Channel) -> Stream[Raw, Raw]:
+def new_call(channel: Channel) -> Call:
     return channel.request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw)
 
 
@@ -229,6 +229,96 @@ def test_senders_wait_for_a_peer_that_does_not_read() -> None:
             await ended.wait()
 
     run(main)
+
+
+@pytest.mark.parametrize("doing", ["reads", "reads a message", "waits for the status", "sends", "sends alone"])
+def test_a_call_that_is_ended_here_wakes_whoever_waits_for_it_and_cancels_nobody(doing: str) -> None:
+    """Mutants seen: nobody is woken, or no sender; a sender without a window sends on."""
+
+    def begin(h2: H2Connection, stream: int) -> None:
+        if doing != "reads":
+            h2.send_headers(stream, HEADERS)
+        if doing == "sends alone":  # it is the stream's window that is used up
+            h2.increment_flow_control_window(2**24)
+
+    async def use(channel: Channel) -> None:
+        async with new_call(channel) as call:
+            await open_call(call)
+            if doing != "reads":
+                await call.recv_initial_metadata()
+            if doing == "waits for the status":
+                await call.end()
+            steps = {
+                "reads": call.recv_initial_metadata,
+                "reads a message": call.recv_message,
+                "waits for the status": call.recv_trailing_metadata,
+                "sends": lambda: send_message(call, Raw(data=bytes(MIB))),
+                "sends alone": lambda: send_message(call, Raw(data=bytes(MIB))),
+            }
+
+            async def one() -> int:
+                with pytest.raises(ZeroDivisionError):
+                    await steps[doing]()
+                task = asyncio.current_task()
+                assert task is not None
+                return task.cancelling()
+
+            waiting = asyncio.create_task(one())
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            call.fail(ZeroDivisionError())
+            async with asyncio.timeout(20):
+                assert await waiting == 0
+            reset(call)
+            await call.recv_message()  # nor does anything else go on
+
+    async def main() -> None:
+        async with silent(begin) as channel:
+            with pytest.raises(ZeroDivisionError):
+                await use(channel)
+
+    run(main)
+
+
+def test_who_is_cancelled_when_the_call_has_ended_is_cancelled() -> None:
+    """Not told of that end instead: asyncio.timeout would take it for the error. Mutant seen."""
+
+    async def main() -> None:
+        async with silent(lambda h2, stream: h2.send_headers(stream, HEADERS)) as channel, new_call(channel) as call:
+            await open_call(call)
+            waiting = asyncio.create_task(call.recv_message())
+            await asyncio.sleep(0.05)
+            call.fail(ZeroDivisionError())
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            reset(call)
+
+    run(main)
+
+
+@contextlib.asynccontextmanager
+async def silent(behave: Behave) -> AsyncIterator[Channel]:
+    """A channel to a server that begins each call as `behave` says, gives no window, and says no more."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        h2 = H2Connection(H2Configuration(client_side=False))
+        h2.initiate_connection()
+        writer.write(h2.data_to_send())
+        while data := await reader.read(65536):
+            for event in h2.receive_data(data):
+                if isinstance(event, RequestReceived):
+                    behave(h2, event.stream_id)
+            writer.write(h2.data_to_send())
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        channel = Channel(f"{host}:{port}", Config())
+        try:
+            yield channel
+        finally:
+            await channel.aclose()
 
 
 def test_a_server_that_has_stopped_is_found_by_ping(

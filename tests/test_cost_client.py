@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -115,6 +116,27 @@ def test_the_messages_of_a_small_job_come_with_its_headers(serve: Serve, rpc: st
             *([(DATA, False)] if rpc == "chaos" and size else []),
             (DATA, True),
         ]
+
+    run(main)
+
+
+@pytest.mark.parametrize("rpc", ["chaos", "predict"])
+def test_a_small_job_that_was_sent_whole_to_the_wrong_spool_is_one_job_in_the_right_one(
+    serve: Serve, tmp_path: Path, rpc: str
+) -> None:
+    """Mutant seen: its end, sent once, is taken for sent to the right one; then it is never created there."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = (serve(MODEL, directory=tmp_path / name) for name in ("one", "two"))
+
+    async def main() -> None:
+        async with open_proxy(one.port) as proxy, aipod.Client(proxy.address) as client:
+            assert await getattr(client, rpc)(b"x") == 1
+            proxy.switch(two.port)
+            while client._link.channel().connected:  # else it may be complete in the one that is gone
+                await asyncio.sleep(0)
+            assert await getattr(client, rpc)(PAYLOAD) == len(PAYLOAD)
+        assert [server.log_text().count(" done in ") for server in (one, two)] == [1, 1]
 
     run(main)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from typing import Any
@@ -11,14 +12,16 @@ import h2.events
 import pytest
 from h2.config import H2Configuration
 from h2.errors import ErrorCodes
-from h2.exceptions import StreamClosedError, TooManyStreamsError
+from h2.exceptions import ProtocolError, StreamClosedError, TooManyStreamsError
 from h2.settings import SettingCodes
 
-from aipod.transport.http2 import H2
+from aipod.transport.frames import headers_head
+from aipod.transport.http2 import CODED, H2
 from aipod.transport.protocol import h2_configuration
 from tests.conftest import ROOT
 
 REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/x/y"), (":authority", "x"), ("te", "trailers")]
+CODED_BEGIN, CODED_END = map(list, CODED)
 
 
 def connected(limit: int = 100) -> tuple[H2, h2.connection.H2Connection]:
@@ -159,3 +162,71 @@ def test_inline_takes_what_waits_for_nothing_for_a_future_or_for_trio() -> None:
     command: list[Any] = [sys.executable, "-c", INLINE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_headers_come_as_they_are_whatever_calls_came_before(seed: int) -> None:
+    """Blocks are kept, though the table that they refer to changes: by what enters it, and by the peer's settings.
+
+    Mutants seen: a kept block outlives what enters the table; or a change of its size; or headers too long for a block.
+    """
+    dice = random.Random(seed)
+    ours, server = connected(limit=1000)
+    kinds = [[*REQUEST, ("x-kind", str(kind)), ("x-long", "~" * dice.choice([5, 900]))] for kind in range(5)]
+    for number in range(1, 200, 2):
+        if dice.random() < 0.1:
+            server.update_settings({SettingCodes.HEADER_TABLE_SIZE: dice.choice([0, 100, 1000, 4096])})
+            ours.receive_data(server.data_to_send())
+            server.receive_data(ours.data_to_send())
+        headers = [*dice.choice(kinds)]
+        if dice.random() < 0.1:
+            headers.append(("x-new", str(number)))
+        if dice.random() < 0.05:
+            headers.append(("x-longest", "~" * 5000))
+        own = [("x-job-id", f"{number:032x}"), ("traceparent", "t" * dice.choice([55, 126, 127]))]
+        _, frames = ours.open_stream([*headers, *own], end=True)
+        (request,) = [e for e in server.receive_data(frames) if isinstance(e, h2.events.RequestReceived)]
+        assert sorted(request.headers) == sorted([*headers, *own])
+        assert request.headers[0] == REQUEST[0]
+
+
+def test_a_header_of_one_call_only_pushes_nothing_out_of_the_table() -> None:
+    """Mutant seen: it enters the table, which then has a new place for everything at every call."""
+    ours, server = connected(limit=1000)
+    sizes = set()
+    for number in range(1, 1001, 2):
+        _, frames = ours.open_stream([*REQUEST, ("x-job-id", f"{number:032x}")], end=True)
+        server.receive_data(frames)
+        sizes.add(len(frames))
+    assert len(sizes) == 2  # the first, and all others
+
+
+RESPONSES = {
+    "as our server begins and ends": [(CODED_BEGIN, False), (CODED_END, True)],
+    "others": [([(":status", "200"), ("x-a", "1")], False), ([("grpc-status", "7"), ("grpc-message", "no")], True)],
+    "at once": [([(":status", "200"), ("grpc-status", "7")], True)],
+    "100 first": [([(":status", "103")], False), (CODED_BEGIN, False), (CODED_END, True)],
+    "trailers that are not the end": [(CODED_BEGIN, False), ([("grpc-status", "0")], False)],
+    "no block": [(b"\xff\xff\xff\xff\xff\xff", False)],
+    "behind the end": [(CODED_BEGIN, False), (CODED_END, True), (CODED_END, True)],
+}
+
+
+@pytest.mark.parametrize("what", RESPONSES)
+def test_a_response_means_what_h2_takes_it_for(what: str) -> None:
+    """Mutants seen: the end is not heard of; an error sends no GOAWAY."""
+    heard = []
+    for take in (H2.take, H2.receive_data):
+        ours, server = connected()
+        ours.open_stream(REQUEST, end=False)
+        encoder, events = server.encoder, []
+        try:
+            for headers, end in RESPONSES[what]:
+                block = headers if isinstance(headers, bytes) else encoder.encode(headers)
+                coded = CODED.get(tuple(headers), block) if isinstance(headers, list) else block
+                events += take(ours, headers_head(len(coded), 1, end=end) + coded)
+        except ProtocolError as exc:
+            events.append(type(exc))
+        heard.append((list(map(repr, events)), ours.data_to_send()))
+    assert heard[0] == heard[1]
+    assert len(heard[0][0]) >= 1

@@ -44,3 +44,34 @@ def test_what_was_written_last_goes_out_before_the_end(lingers: bool) -> None:
         sock.abort()
 
     run(main)
+
+
+def test_what_is_written_together_is_one_piece() -> None:
+    """Also where the body fails: the streams have counted what they have written. Mutants seen: each by itself; all of
+    it is lost.
+    """
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
+        theirs.setblocking(False)
+        sock = Socket(transport, lingers=False)
+
+        def fail() -> None:
+            with sock.together():
+                sock.write(b"a")
+                sock.writelines([memoryview(b"b"), memoryview(b"c")])
+                with pytest.raises(BlockingIOError):
+                    theirs.recv(100)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert theirs.recv(100) == b"abc"
+        sock.write(b"behind")
+        assert theirs.recv(100) == b"behind"
+        sock.abort()
+        theirs.close()
+
+    run(main)

@@ -59,9 +59,7 @@ class H2(BaseH2):
     def __init__(self, config: H2Configuration) -> None:
         super().__init__(config=config)
         self._frame_dispatch_table[GoAwayFrame] = self._receive_goaway
-        self._blocks: dict[
-            tuple[tuple[str, str], ...], bytes
-        ] = {}  # header blocks for which the encoder's table has all
+        self._blocks: dict[tuple[tuple[str, str], ...], bytes] = {}  # of headers that the encoder's table has
 
     def get_next_available_stream_id(self) -> int:
         if self.told_to_go:
@@ -100,9 +98,8 @@ class H2(BaseH2):
         block = None if self.encoder.table_size_changes else self._blocks.get(key)
         if block is None:
             block = self.encoder.encode(shared)
-            if (
-                min(block) < 0x80 or len(self._blocks) >= _BLOCKS
-            ):  # not only indexes (RFC 7541 section 6): they may move
+            # Not indexes alone (RFC 7541 section 6): something has entered the table, and the others have moved.
+            if min(block) < 0x80 or len(self._blocks) >= _BLOCKS:
                 self._blocks.clear()
             else:
                 self._blocks[key] = block
