@@ -9,6 +9,7 @@ Processor     unknown frames and events are ignored (RFC 9113 section 5.5); RST_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import sys
@@ -137,6 +138,10 @@ class H2Connection(base.Connection):
     def has_room(self) -> bool:
         """A small message may be written at once."""
         return not self.alive or self._transport.get_write_buffer_size() < WRITE_BUFFER
+
+    def joined(self) -> contextlib.AbstractContextManager[None]:
+        """As `Socket.joined`."""
+        return self._socket.joined()
 
     def flush(self) -> None:
         if not self.is_closing():

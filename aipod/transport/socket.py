@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import sys
 import termios
+from collections.abc import Iterator
 from typing import Any
 
 # Seconds that a closed connection may take to send what was written last, and its peer to close it too.
@@ -25,6 +26,7 @@ class Socket:
         self._lingers = lingers
         self._closed = False
         self._written = 0  # bytes
+        self._joined: list[bytes] | None = None  # what is to be written as one
         self.abort = transport.abort
         self.get_extra_info = transport.get_extra_info
         self.get_write_buffer_size = transport.get_write_buffer_size
@@ -48,15 +50,35 @@ class Socket:
             queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
         return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Write as one what is written in the block, which waits for nothing, and is small."""
+        if self._joined is not None:
+            yield
+            return
+        self._joined = []
+        try:
+            yield
+        finally:
+            pieces, self._joined = self._joined, None
+            if pieces and not self._closed:
+                self._transport.write(b"".join(pieces))
+
     def write(self, data: Any) -> None:
         if not self._closed:
             self._written += len(data)
-            self._transport.write(data)
+            if self._joined is not None:
+                self._joined.append(bytes(data))
+            else:
+                self._transport.write(data)
 
     def writelines(self, buffers: list[memoryview]) -> None:
         if not self._closed:
             self._written += sum(map(len, buffers))
-            self._transport.writelines(buffers)
+            if self._joined is not None:
+                self._joined += map(bytes, buffers)
+            else:
+                self._transport.writelines(buffers)
 
     def is_closing(self) -> bool:
         return self._closed or self._transport.is_closing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import functools
 import struct
 import time
@@ -196,6 +197,26 @@ class H2Stream(base.Stream):
         size = sum(map(len, pieces))
         prefix = struct.pack(">BL", 0, size)
         await self._send_whole([prefix, *pieces], PREFIX + size, end=end)
+
+    def send_now(self, pieces: Sequence[bytes]) -> bool:
+        """As `send_message`, of a small one that has to wait for nothing; else False, and nothing was sent."""
+        turns, size = self.connection.turns, PREFIX + sum(map(len, pieces))
+        if size > SMALL or not (turns.free or (turns.has_credit and self.connection.has_room)):
+            return False
+        if self._window() < size:
+            return False
+        prefix = struct.pack(">BL", 0, size - PREFIX)
+        self._send_frame(collections.deque(memoryview(piece) for piece in [prefix, *pieces]), size, end=False)
+        turns.next()
+        self.rpc.sent += 1
+        return True
+
+    def joined(self) -> contextlib.AbstractContextManager[None]:
+        """Have what is sent in the block go out in one write, where it can go out at all without a wait."""
+        connection = self.connection
+        if not connection.alive or not connection.write_ready.is_set():
+            return contextlib.nullcontext()
+        return connection.joined()
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
         """What grpclib's own stubs send by: a message with its prefix. Else as `send_message`."""
