@@ -76,7 +76,7 @@ class Hands:
         self._todo.append(step)
         if not self._begun:
             self._start()
-        elif len(self._todo) == 1:
+        else:
             self._came.set()
         await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
         assert step.result is not None, "a step that is told is done"
