@@ -57,13 +57,14 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
     assert set(cost) == {"steps", "threads", "tasks", "messages", "lines", "files", "writes"}
     # Steps on the disk: begin, start, end; those that release answers are shared, or one a job where it is slow.
     assert 3 <= cost["steps"] <= 4.5
-    assert cost["threads"] <= 4.5
+    # And none by another way than these.
+    assert cost["threads"] <= cost["steps"] + 0.3
     # The call's, the job's, the run's.
     assert 3 <= cost["tasks"] <= 4.5
     # First heartbeat, outcome, answer.
     assert 3 <= cost["messages"] <= 4.5
     # The same, but the status has a write of its own.
-    assert 3 <= cost["writes"] <= 4.5
+    assert 3 <= cost["writes"] <= 3.5
     # In line, running, done, released.
     assert 3.5 <= cost["lines"] <= 5
     assert cost["files"] <= 55

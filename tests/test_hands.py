@@ -55,7 +55,7 @@ async def test_a_step_that_stands_still_keeps_no_other_one() -> None:
 
 
 async def test_a_step_that_raises_and_one_that_is_cancelled() -> None:
-    """Mutants seen: an error is lost; a step is begun for who was cancelled before; one that is begun is not awaited."""
+    """Mutants seen: an error is lost; a step is begun for who was cancelled before; one that began is not awaited."""
     with pytest.raises(ZeroDivisionError):
         await hands.do(lambda: 1 // 0)
     with trio.CancelScope() as scope:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,7 +85,7 @@ class Jobs:
 
     # What a caller finds
 
-    async def find(self, request: Request, stored: Callable[[], None], deadline: float) -> Job | Told:
+    async def find(self, request: Request, stored: Callable[[], None], deadline: float = math.inf) -> Job | Told:
         """The job that a RUN or RESUME is about: with the caller as its uploader (`Job` RECEIVING), or to be watched.
 
         A new one that has come whole is run already, with the caller's `deadline`. `stored` is called as soon as the

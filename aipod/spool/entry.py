@@ -108,7 +108,6 @@ class Entry(Look):
         self._settled = bool(state.get("settled"))
         self._lost = bool(state.get("lost"))
         self.found = state
-        self._log_size = super().log_size
         self.written = self.durable = state.get("offset", 0)
         self._hasher = new_hasher() if self.written == 0 else None
 
@@ -326,8 +325,12 @@ class Entry(Look):
 
     @property
     def log_size(self) -> int:
-        """Bytes of the log. Does not block."""
+        """Bytes of the log, of an adopted job once `find_log` was called. Does not block."""
         return self._log_size
+
+    def find_log(self) -> None:
+        """Go on with the log where an earlier process has left it."""
+        self._log_size = super().log_size
 
     def append_log(self, text: str) -> int:
         """Append to the job's log, up to `MAX_LOG` and a line that says so. How long it is then."""
