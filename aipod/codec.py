@@ -123,18 +123,37 @@ def stated_size(data: bytes) -> int | None:
     return None if size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) else size
 
 
+class _Contexts(threading.local):
+    """A thread's own: to make one takes longer than a short message does, and no two threads may use one at once.
+
+    Not for frames that do not state their size: a window would be kept for them.
+    """
+
+    def __init__(self) -> None:
+        self._decompressors: dict[int, zstandard.ZstdDecompressor] = {}
+
+    def decompressor(self, window: int) -> zstandard.ZstdDecompressor:
+        """For frames with at most that window; there are two of them in a server."""
+        if window not in self._decompressors:
+            self._decompressors[window] = zstandard.ZstdDecompressor(max_window_size=window)
+        return self._decompressors[window]
+
+
+_contexts = _Contexts()
+
+
 def unframe(data: bytes, limit: int, reason: str) -> bytes:
     """Decode exactly one frame of at most `limit` bytes, stated or not. Raises `Refused(reason)`."""
     try:
         params = zstandard.get_frame_parameters(data)
         _check_window(params, limit, reason)
-        context = zstandard.ZstdDecompressor(max_window_size=max(MAX_WINDOW, limit))
+        window = max(MAX_WINDOW, limit)
         # For a stated size of 0 `decompress` returns without a look at what follows.
         if params.content_size in (0, zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
-            return _unframe_unsized(context, data, limit, reason)
+            return _unframe_unsized(zstandard.ZstdDecompressor(max_window_size=window), data, limit, reason)
         if params.content_size > limit:
             raise Refused(reason, f"{params.content_size} bytes after decompression; the limit is {limit}")
-        return context.decompress(data, max_output_size=limit, allow_extra_data=False)
+        return _contexts.decompressor(window).decompress(data, max_output_size=limit, allow_extra_data=False)
     except (zstandard.ZstdError, ValueError, MemoryError) as exc:
         raise _no_frame(reason, exc) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import math
@@ -51,6 +52,13 @@ class FakeCall:
         self.sent: list[tuple[float, Raw]] = []
         self._seconds = seconds
         self._began = trio.current_time()
+
+    joined = contextlib.nullcontext
+
+    def send_now(self, message: Raw) -> bool:
+        if not self._seconds:
+            self.sent.append((trio.current_time() - self._began, message))
+        return not self._seconds
 
     async def send(self, message: Raw) -> None:
         await trio.sleep(self._seconds)
@@ -108,11 +116,10 @@ async def test_a_long_log_goes_on_when_the_run_is_over() -> None:
 
 async def test_a_plain_client_hears_a_pong_at_once_and_every_second(autojump_clock: MockClock) -> None:
     call = FakeCall()
-    writer = Writer(cast(Call, call))
-    viewer = Viewer(writer, 1.0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(writer.run)
-        nursery.start_soon(viewer.beat)
+        writer = Writer(cast(Call, call), nursery)
+        viewer = Viewer(writer, nursery, 1.0)
+        viewer.begin()
         await trio.sleep(1.5)
         viewer.watch(job := fake_job())
         for phase in (Phase.QUEUED, Phase.RUNNING):  # no concern of a plain client's
@@ -125,11 +132,10 @@ async def test_a_plain_client_hears_a_pong_at_once_and_every_second(autojump_clo
 
 async def test_an_own_client_hears_the_phases_at_once_and_a_state_every_second(autojump_clock: MockClock) -> None:
     call = FakeCall()
-    writer = Writer(cast(Call, call))
-    viewer = Viewer(writer, 1.0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(writer.run)
-        nursery.start_soon(viewer.beat)
+        writer = Writer(cast(Call, call), nursery)
+        viewer = Viewer(writer, nursery, 1.0)
+        viewer.begin()
         await trio.sleep(1.5)
         viewer.watch(job := fake_job(Open(ticket=b"t" * 16)), 0)
         await trio.sleep(0.25)
@@ -152,10 +158,9 @@ async def test_an_own_client_hears_the_phases_at_once_and_a_state_every_second(a
 
 async def test_heartbeats_do_not_pile_up_before_a_peer_that_does_not_read(autojump_clock: MockClock) -> None:
     call = FakeCall(seconds=10.5)
-    writer = Writer(cast(Call, call))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(writer.run)
-        nursery.start_soon(Viewer(writer, 1.0).beat)
+        viewer = Viewer(Writer(cast(Call, call), nursery), nursery, 1.0)
+        viewer.begin()
         await trio.sleep(32)
         nursery.cancel_scope.cancel()
     assert [when for when, _ in call.sent] == [10.5, 21, 31.5]
@@ -163,11 +168,10 @@ async def test_heartbeats_do_not_pile_up_before_a_peer_that_does_not_read(autoju
 
 async def test_no_heartbeat_follows_the_first_message_of_an_answer(autojump_clock: MockClock) -> None:
     call = FakeCall()
-    writer = Writer(cast(Call, call))
-    viewer = Viewer(writer, 1.0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(writer.run)
-        nursery.start_soon(viewer.beat)
+        writer = Writer(cast(Call, call), nursery)
+        viewer = Viewer(writer, nursery, 1.0)
+        viewer.begin()
         await trio.sleep(1.5)
         viewer.stop()
         await writer.send(Raw(data=b"answer"))
@@ -380,10 +384,11 @@ async def test_a_method_that_takes_longer_than_it_declared(story: Story, model: 
 
 async def test_a_stop_that_comes_while_the_answer_is_stored_is_too_late(story: Story, model: Model) -> None:
     model.train = lambda context, path: (context.new_version / "data").write_text("new")
+    token = trio.lowlevel.current_trio_token()
 
     class Slow(Versions):
         def publish(self, job_id: str, version: str) -> bool:
-            trio.from_thread.run_sync(job.stop, "too late")
+            trio.from_thread.run_sync(job.stop, "too late", trio_token=token)
             return super().publish(job_id, version)
 
     story.versions = Slow(story.versions.path)
@@ -471,13 +476,14 @@ async def test_an_outcome_is_told_when_it_is_stored_and_not_before(story: Story,
         return "done"
 
     model.train = train
+    token = trio.lowlevel.current_trio_token()
     outcomes: list[Phase] = [Phase.FAILED, Phase.DONE]
     for wanted in outcomes:
         told: list[tuple[Phase, str]] = []
 
         class Watched(Journal):
             def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-                trio.from_thread.run_sync(lambda: None)  # whoever waits for a change has its turn
+                trio.from_thread.run_sync(lambda: None, trio_token=token)  # whoever waits for a change has its turn
                 super().append(fields, sync=sync)
 
         job = await story.begin(open_=OWN, journal=Watched)

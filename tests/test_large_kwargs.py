@@ -12,7 +12,7 @@ import zstandard
 
 from aipod.codec import job_id
 from aipod.config import MIB
-from aipod.service.ai import LARGE_KWARGS
+from aipod.service.large import LARGE_KWARGS
 from aipod.spool.locks import try_lock
 from aipod.wire.ai import Op, Phase
 from tests.conftest import Serve, peak_memory, run

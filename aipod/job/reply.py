@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 
 import trio
 
@@ -118,19 +118,17 @@ async def send_all(
 
 
 async def send_short(
-    messages: Messages, send: Callable[[Raw], Awaitable[None]], download: Download | None = None
+    first: Sequence[Raw], messages: Messages, send: Callable[..., Awaitable[None]], download: Download
 ) -> None:
     """As `send_all`, of an answer that is in memory and not longer than `INLINE`: a thread would take longer.
 
-    This is a trio-flavored async function.
+    All of it is handed to `send` in one go, behind `first`. This is a trio-flavored async function.
     """
-    with contextlib.closing(messages):
-        for message in messages:
-            await send(message)
-            if download is not None:
-                download.sent(len(message.data))
-    if download is not None:
-        download.end()
+    made = list(messages)
+    await send(*first, *made)
+    for message in made:
+        download.sent(len(message.data))
+    download.end()
 
 
 @contextlib.contextmanager

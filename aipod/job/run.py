@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Generator, Iterator
 
 import trio
 
+from aipod import alarm, hands
 from aipod.codec import digest, new_hasher
 from aipod.errors import JobFailed, Refused, job_failed, leaves
 from aipod.job.end import (
@@ -51,9 +53,13 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
     try:
         job.scope.deadline = terms.deadline
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_keep, job, terms.tick)  # also while a method that was stopped takes its time to end
-            with job.scope:
-                outcome = await _queue_and_run(job, queue, versions, terms)
+            begin = functools.partial(nursery.start_soon, _keep, job, terms.tick)
+            keeper = alarm.at(trio.current_time() + terms.tick, begin)
+            try:  # also while a method that was stopped takes its time to end
+                with job.scope:
+                    outcome = await _queue_and_run(job, queue, versions, terms)
+            finally:
+                keeper.cancel()
             nursery.cancel_scope.cancel()
         # A cancel that comes when there is an answer is caught too: too late, what the run did stands.
         if outcome is None and not job.handed_over:
@@ -77,10 +83,9 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                 job.hand_over()
             raise
     finally:
-        with trio.CancelScope(shield=True):
-            end = End(job, outcome, terms, job.take_log(last=True))
-            with going_on(job):
-                await trio.to_thread.run_sync(end.write, versions)
+        end = End(job, outcome, terms, job.take_log(last=True))
+        with going_on(job):
+            await hands.finish(end.write, versions)
         outcome, job.handed_over = end.outcome, job.handed_over or end.again
         if end.published:
             queue.retire()
@@ -143,7 +148,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
     while job.phase != Phase.QUEUED:
         try:
             # The size too: other processes tell it as the offset.
-            await trio.to_thread.run_sync(entry.record, {"phase": "QUEUED", "offset": entry.written})
+            await hands.do(entry.record, {"phase": "QUEUED", "offset": entry.written})
             job.enter(Phase.QUEUED)
         except Refused as exc:
             await _pause(job, exc, terms.tick)
@@ -159,10 +164,9 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                 kwargs = request.kwargs
                 if kwargs is None:
                     kwargs = await trio.to_thread.run_sync(_long_kwargs, entry, limiter=BULK)
-                with trio.CancelScope(shield=True):  # what is written is also true of `job`
-                    step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
-                    await trio.to_thread.run_sync(entry.record, step)
-                    job.enter(Phase.RUNNING)
+                step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
+                await hands.do(entry.record, step)  # what is written is also true of `job`: no cancel comes between
+                job.enter(Phase.RUNNING)
                 left = min(terms.deadline - trio.current_time(), timeout or math.inf)
                 timed = dataclasses.replace(
                     task,
@@ -248,14 +252,14 @@ def _measure(entry: Entry, result: Result) -> Answer:
 
 
 async def _keep(job: Job, tick: float) -> None:
-    """Once a tick: what was logged and reported goes to disk; at the first, the job becomes safe from power cuts."""
+    """Once a tick, at once too: what was logged and reported goes to disk, and the job becomes safe from power cuts."""
     while True:
-        await trio.sleep(tick)
         job.look_at_worker()
         await job.save_log()
         done = job.entry.settled and job.entry.is_noted(job.progress, job.message, job.heard)
         if not job.request.plain and not done:  # most ticks of most jobs: a thread has better things to do
             await trio.to_thread.run_sync(_note, job)
+        await trio.sleep(tick)
 
 
 def _note(job: Job) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import trio
@@ -33,6 +33,7 @@ from aipod.service.builtin import Builtins, is_builtin
 from aipod.service.drain import Drain, Ongoing
 from aipod.service.forget import Forgetter
 from aipod.service.jobs import Jobs
+from aipod.service.large import LargeKwargs
 from aipod.service.place import Place
 from aipod.service.refusals import Refusals
 from aipod.service.shortage import Shortage
@@ -46,12 +47,8 @@ from aipod.wire.ai import Op, Open, Phase, Raw, StreamInput
 
 RPCS = {"chaos": Raw, "train": StreamInput, "predict": StreamInput, "log": StreamInput}
 
-# Calls at once whose large kwargs are in memory, from their decompression until the job's entry has them; how many more
-# wait for that with what has arrived (16 MiB each, where it could not be compressed); and how many of them are parsed:
-# that holds the GIL, and with it every heartbeat, and one emoji among ASCII makes each character take 4 bytes.
-LARGE_KWARGS = 2
-LARGE_WAITING = 64
-PARSING = 1
+# As `open.have`: the caller wants to hear how the job is, but not its answer.
+_NO_ANSWER = 1 << 63
 
 # Calls at once, over all connections, that have not brought their first message: 30 KB each, so 60 MB, for 50 bytes of
 # headers. Clients send it right behind them. One more ends the one that has waited longest: were it refused itself,
@@ -88,8 +85,7 @@ class AI:
         self._forgetter = Forgetter(spool)
         self._shortage = Shortage(spool)
         self._builtins = Builtins(config, spool, description, lambda: self.drain.begun)
-        self._large_kwargs = trio.CapacityLimiter(LARGE_KWARGS)
-        self._parsing = trio.CapacityLimiter(PARSING)
+        self._large_kwargs = LargeKwargs(config.upload_stall)
         self._silent: dict[trio.CancelScope, None] = {}  # the waits for a first message, the longest first
         self.now = self._jobs.room.now
         self.drain = Drain(self._jobs, config.cancel_grace)
@@ -157,12 +153,23 @@ class AI:
             except (AipodError, GRPCError) as exc:
                 await call.finish(ending_of(exc), trailers)
                 return
-        await call.start()
+        refused, caller = None, None
+        try:
+            caller = self._identities.identify(call.authorization, call.certificate)
+        except AipodError as exc:
+            refused = exc
         async with trio.open_nursery() as nursery:
-            writer = Writer(call)
-            nursery.start_soon(writer.run)
+            writer = Writer(call, nursery)
+            viewer = Viewer(writer, nursery, self._config.tick, self._metrics.late)
+            with call.joined():
+                await call.start()
+                if caller is not None:
+                    viewer.begin()
             try:
-                await self._view(rpc, first, call, writer, trailers, ongoing)
+                if refused is not None:
+                    raise refused
+                assert caller is not None, "who is not refused is somebody"
+                await self._view(rpc, first, caller, call, viewer, writer, trailers, ongoing)
             except (Exception, BaseExceptionGroup) as exc:
                 if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(exc)):
                     raise
@@ -177,19 +184,18 @@ class AI:
         self,
         rpc: str,
         first: Raw | StreamInput | None,
+        caller: Caller,
         call: Call,
+        viewer: Viewer,
         writer: Writer,
         trailers: dict[str, str],
         ongoing: Ongoing,
     ) -> None:
-        caller = self._identities.identify(call.authorization, call.certificate)
         call.caller = caller.name
-        viewer = Viewer(writer, self._config.tick, self._metrics.late)
         timeout, scope = call.timeout, ongoing.scope
         scope.deadline = trio.current_time() + timeout if timeout is not None else float("inf")
         with scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(viewer.beat)
+            try:
                 if first is None:
                     first = await self._first(call, ongoing)
                 ongoing.asks = not is_plain(first)
@@ -199,8 +205,8 @@ class AI:
                     await self._own(None, None, *attach, caller, call, viewer, writer, ongoing)
                 else:
                     large = has_large_kwargs(first, self._config.kwargs_limit)
-                    async with self._room_for_kwargs(large) as give_back:
-                        request = await self._open(rpc, first, caller, call, self._parsing if large else None)
+                    async with self._large_kwargs.room(large) as give_back:
+                        request = await self._open(rpc, first, caller, call, large=large)
                         del first  # what came of the kwargs
 
                         def stored() -> None:
@@ -219,7 +225,8 @@ class AI:
                         await self._own(request, found, *who, caller, call, viewer, writer, ongoing)
                     else:
                         await self._plain(request, entry, call, viewer, writer, trailers, ongoing)
-                nursery.cancel_scope.cancel()
+            finally:
+                viewer.end()
         if scope.cancelled_caught:
             if trio.current_time() >= scope.deadline:
                 raise job_failed("DEADLINE_EXCEEDED", f"not done within the call's timeout of {timeout:g} s")
@@ -230,6 +237,8 @@ class AI:
 
         This is a trio-flavored async function. Raises `Refused` (BAD_MESSAGE, OVERLOADED, UPLOAD_STALLED).
         """
+        if call.has_message:  # most bring it with their headers
+            return _present(await call.receive_first())
         if len(self._silent) >= SILENT:
             oldest = next(iter(self._silent))
             del self._silent[oldest]
@@ -241,44 +250,20 @@ class AI:
             finally:
                 made_room = patience not in self._silent
                 self._silent.pop(patience, None)
-            if first is None:
-                raise Refused("BAD_MESSAGE", "the request ended before its first message")
-            return first
+            return _present(first)
         if made_room:
             raise Refused("OVERLOADED", "the server has many calls without a first message at once; try again later")
         raise Refused("UPLOAD_STALLED", f"no first message for {self._config.upload_stall:g} s (--upload-stall)")
 
-    @contextlib.asynccontextmanager
-    async def _room_for_kwargs(self, large: bool) -> AsyncIterator[Callable[[], None]]:
-        """The block may have `large` kwargs in memory until it calls what it is given, or ends.
-
-        This is a trio-flavored async context manager. Raises `Refused(OVERLOADED)`.
-        """
-        if not large:
-            yield lambda: None
-            return
-        full = Refused("OVERLOADED", "the server has many calls with large keyword arguments at once; try again later")
-        if self._large_kwargs.statistics().tasks_waiting >= LARGE_WAITING:
-            raise full
-        with trio.move_on_after(self._config.upload_stall) as patience:
-            await self._large_kwargs.acquire()
-        if patience.cancelled_caught:
-            raise full
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._large_kwargs.release)
-            yield stack.close
-
-    async def _open(
-        self, rpc: str, first: Raw | StreamInput, caller: Caller, call: Call, limiter: trio.CapacityLimiter | None
-    ) -> Request:
-        """Check what is asked for; every refusal that needs no payload is made here. `limiter`: for large kwargs."""
+    async def _open(self, rpc: str, first: Raw | StreamInput, caller: Caller, call: Call, *, large: bool) -> Request:
+        """Check what is asked for; every refusal that needs no payload is made here. `large`: its kwargs."""
         parse = functools.partial(
             parse_request,
             *(rpc, first, call.headers, self._description.methods, self._description.name),
             *(self._config.kwargs_limit, caller),
         )
-        # Large ones in a thread: 16 MiB of JSON take a while. A hop for small ones takes ten times what they do.
-        request = parse() if limiter is None else await trio.to_thread.run_sync(parse, limiter=limiter)
+        # Small ones here: a way into a thread takes ten times what they do.
+        request = await self._large_kwargs.parse(parse) if large else parse()
         check_limit(request.size or 0, self._config.max_payload)
         return request
 
@@ -318,7 +303,8 @@ class AI:
                     else self._jobs.find(request, request.drop_kwargs, ongoing.scope.deadline)
                 )
             job, found = found, None
-            viewer.watch(job, open_.log_have)
+            # Who wants something else than the answer says that it has more of it than there is.
+            viewer.watch(job, open_.log_have, patient=open_.have < _NO_ANSWER)
             if not isinstance(job, Job):
                 with self.drain.idling(ongoing):
                     await self._jobs.follow(job)
@@ -333,17 +319,20 @@ class AI:
             if job.ended:
                 break
         viewer.stop()
-        await viewer.say_outcome()
-        if job.answer is not None:
+        end = Raw(data=PONG, state=await viewer.outcome())
+        if job.answer is None:
+            await writer.send(end)
+        else:
             try:
                 download = Download(self._metrics, job.method, job.answer.size, open_.have)
                 packer = Packer(self._config.level, open_.have)
                 messages = own_messages(job.look, job.answer, packer, download)
                 with Trace("download", call.headers, job_id=job_id):
-                    if job.answer.inline is None:
-                        await send_all(messages, writer.send, download, packer)
+                    if job.answer.inline is not None:
+                        await send_short([end], messages, writer.send, download)
                     else:
-                        await send_short(messages, writer.send, download)
+                        await writer.send(end)
+                        await send_all(messages, writer.send, download, packer)
             except* FileNotFoundError:
                 raise Refused("NOT_FOUND", "the answer was released while it was sent") from None
         self._forgetter.told(job, open_)
@@ -402,7 +391,10 @@ class AI:
             limits = self._config.small_level, self._config.message_limit
             messages = plain_messages(job.look, job.answer, *limits, download)
             with Trace("download", call.headers, job_id=request.job_id):
-                await (send_all if job.answer.inline is None else send_short)(messages, writer.send, download)
+                if job.answer.inline is not None:
+                    await send_short([], messages, writer.send, download)
+                else:
+                    await send_all(messages, writer.send, download)
 
     @contextlib.asynccontextmanager
     async def _job(
@@ -425,3 +417,9 @@ class AI:
             yield job
         finally:
             job.cancel()
+
+
+def _present(first: Raw | StreamInput | None) -> Raw | StreamInput:
+    if first is None:
+        raise Refused("BAD_MESSAGE", "the request ended before its first message")
+    return first

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import trio
 
+from aipod import hands
 from aipod.identity import ANYONE, Caller
 from aipod.job.job import Job
 from aipod.job.watched import KEEP_ANSWERED, KEEP_RELEASED, Told
@@ -84,7 +85,7 @@ class Forgetter:
             ids, held = list(asked), dict[str, Caller]()
             for start in range(0, len(ids), AT_ONCE):
                 some = {job_id: asked[job_id] for job_id in ids[start : start + AT_ONCE]}
-                released = await trio.to_thread.run_sync(self._release_some, some)
+                released = await hands.do(self._release_some, some)
                 for job_id, done in released.items():
                     if done is None:
                         held[job_id] = asked[job_id]

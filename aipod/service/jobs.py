@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
 
+from aipod import hands
 from aipod.config import Config
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.identity import Caller
@@ -83,7 +85,7 @@ class Jobs:
 
     # What a caller finds
 
-    async def find(self, request: Request, stored: Callable[[], None], deadline: float) -> Job | Told:
+    async def find(self, request: Request, stored: Callable[[], None], deadline: float = math.inf) -> Job | Told:
         """The job that a RUN or RESUME is about: with the caller as its uploader (`Job` RECEIVING), or to be watched.
 
         A new one that has come whole is run already, with the caller's `deadline`. `stored` is called as soon as the
@@ -197,7 +199,7 @@ class Jobs:
         assert request.open is not None
         job_id, look = request.job_id, self._spool.look(request.job_id)
         if request.open.op == Op.RESUME or self._why_not(request) is not None:
-            fields, _, _ = await trio.to_thread.run_sync(self._read, look)
+            fields, _, _ = await hands.do(self._read, look)
             if fields:
                 return fields, None
             if (why := self._why_not(request)) is not None and request.open.op != Op.RESUME:
@@ -290,8 +292,7 @@ class Jobs:
         self, claim: Callable[[], Entry | None], undo: Callable[[Entry], None] = Entry.let_go
     ) -> Entry | None:
         """What `claim` gives; cancelled meanwhile, `undo` is called with it."""
-        with trio.CancelScope(shield=True):
-            entry = await trio.to_thread.run_sync(claim)
+        entry = await hands.do(claim)
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
         except BaseException:

@@ -56,6 +56,7 @@ def recover(entry: Entry, methods: Mapping[str, Any], asked: bool) -> Request | 
     if times == _UNASKED:
         text = "job %s: taken up %d times before it began; from now on only for a caller"
         log.warning(text, entry.id, times, extra={"job": entry.id})
+    entry.find_log()
     entry.record({"phase": "QUEUED", "adopted": times})
     return stored_request(entry.id, fields, entry.kwargs() if "kwargs" in fields else None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from typing import Any
 import trio
 from grpclib.server import Stream
 
+from aipod import alarm
 from aipod.codec import PONG
 from aipod.job.request import shown
 from aipod.job.watched import Watched
@@ -17,13 +20,17 @@ from aipod.metrics import LAG, Histogram
 from aipod.service.status import Ending
 from aipod.transport import bridge
 from aipod.transport.requests import (
+    PEER_GONE,
+    has_message,
+    joined,
     message_arrived,
     peer_certificate,
     request_timeout,
     send_message,
+    send_now,
     was_on_its_way,
 )
-from aipod.wire.ai import Raw, State, StreamInput
+from aipod.wire.ai import Phase, Raw, State, StreamInput
 
 log = logging.getLogger("aipod.service")
 
@@ -61,6 +68,11 @@ class Call:
         """Send the initial metadata. First of all, or nginx may never tell a client that its upstream has died."""
         await bridge.inline(self._stream.send_initial_metadata)
 
+    @property
+    def has_message(self) -> bool:
+        """Whether `receive` need not wait for the peer."""
+        return has_message(self._stream)
+
     async def receive_first(self) -> Any:
         """The first message, a Raw or a StreamInput; None after the half-close. Raises GRPCError for a bad one."""
         return await bridge.inline(self._stream.recv_message)
@@ -72,13 +84,27 @@ class Call:
 
     async def receive_soon(self, seconds: float) -> Raw | None:
         """As `receive`; None also where nothing comes for so long. Cancelled or late, no message is lost."""
-        with trio.move_on_after(seconds) as patience:
-            await message_arrived(self._stream)
-        return None if patience.cancelled_caught else await self.receive()
+        if not self.has_message:
+            with trio.move_on_after(seconds) as patience:
+                await message_arrived(self._stream)
+            if patience.cancelled_caught:
+                return None
+        return await self.receive()
 
     async def send(self, message: Raw) -> None:
         """Send one message. Never cancelled on the good path: half a message would precede the status."""
         await bridge.inline(send_message, self._stream, message)
+
+    def send_now(self, message: Raw) -> bool:
+        """Send a small message that has to wait for nothing; False where it has, or nobody is there: `send` tells."""
+        try:
+            return send_now(self._stream, message)
+        except PEER_GONE:
+            return False
+
+    def joined(self) -> contextlib.AbstractContextManager[None]:
+        """Have what is sent in the block go out in one write. Nothing in it may wait."""
+        return joined(self._stream)
 
     async def finish(self, ending: Ending, trailers: Mapping[str, str]) -> None:
         """Send the trailers; nothing may be sent after."""
@@ -103,72 +129,132 @@ class Call:
 
 
 class Writer:
-    """The one task that writes to a call. Everybody else hands messages to it."""
+    """The one that writes to a call; everybody else hands messages to it.
 
-    def __init__(self, call: Call) -> None:
+    Small messages go out at once while nothing keeps them waiting. From the first one that has to wait on they all go
+    by way of a task of its own, in `nursery`.
+    """
+
+    def __init__(self, call: Call, nursery: trio.Nursery) -> None:
         self._call = call
+        self._nursery = nursery
+        self._runs = False  # the task
         # One message waits while one is written: a heartbeat finds no room behind a stalled peer, and is skipped.
         self._send, self._receive = trio.open_memory_channel[Raw](1)
         self.done = trio.Event()
 
-    async def run(self) -> None:
-        """Write until `close`. This is a trio-flavored async function."""
+    async def _run(self) -> None:
+        """Write until `close`."""
         async with self._receive:
             async for message in self._receive:
                 await self._call.send(message)
         self.done.set()
 
-    async def send(self, message: Raw) -> None:
-        """Hand over a message of the answer. Never returns where `run` has failed: its error ends the call."""
-        try:
-            await self._send.send(message)
-        except trio.BrokenResourceError:
-            await trio.sleep_forever()
+    def _went(self, message: Raw) -> bool:
+        """Whether it could be sent at once; else the task is there, and takes it."""
+        if not self._runs:
+            if self._call.send_now(message):
+                return True
+            self._runs = True
+            self._nursery.start_soon(self._run)
+        return False
+
+    async def send(self, *messages: Raw) -> None:
+        """Hand over messages of the answer; those that go out at once do in one write.
+
+        Never returns where the task has failed: its error ends the call.
+        """
+        with self._call.joined():
+            left = list(itertools.dropwhile(self._went, messages))
+        for message in left:
+            try:
+                await self._send.send(message)
+            except trio.BrokenResourceError:
+                await trio.sleep_forever()
 
     def beat(self, state: State | None) -> bool:
         """A heartbeat, unless the peer has not even taken what came before it. False where it was skipped."""
+        message = Raw(data=PONG, state=state)
+        if self._went(message):
+            return True
         try:
-            self._send.send_nowait(Raw(data=PONG, state=state))
+            self._send.send_nowait(message)
         except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             return False
         return True
 
     def close(self) -> None:
-        """No more messages: `run` ends when it has written those that it has."""
+        """No more messages: they are all written when `done` is set."""
         self._send.close()
+        if not self._runs:
+            self.done.set()
+
+
+# Seconds in which most small jobs end, on a busy server too: what becomes of them meanwhile is then told with the end.
+MOMENT = 0.1
 
 
 class Viewer:
     """Says what a job is doing: at once, at every tick, and to its own client also when its phase changes."""
 
-    def __init__(self, writer: Writer, tick: float, late: Histogram | None = None) -> None:
-        """`late`: takes in how many seconds after their time heartbeats come."""
+    def __init__(self, writer: Writer, nursery: trio.Nursery, tick: float, late: Histogram | None = None) -> None:
+        """`late`: takes in how many seconds after their time heartbeats come. They come in `nursery`, until `end`."""
         self._late = late or Histogram(LAG)
         self._writer = writer
+        self._nursery = nursery
         self._tick = tick
         self._job: Watched | None = None
         self._plain = False
         self._log_seen: int | None = None
         self._watched = trio.Event()
         self._stopped = False
+        self._alarm: alarm.Alarm | None = None  # at which `_beat` begins
+        self._beating = trio.CancelScope()
 
-    def watch(self, job: Watched, log_have: int | None = None) -> None:
-        """From now on heartbeats are about `job`. `log_have`: bytes of its log that were seen; None: a plain client."""
+    def begin(self) -> None:
+        """Send the first heartbeat; the others follow."""
+        self._writer.beat(None)
+        self._begin_at(trio.current_time() + self._tick)
+
+    def _begin_at(self, when: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = alarm.at(when, lambda: self._nursery.start_soon(self._beat, when))
+
+    def watch(self, job: Watched, log_have: int | None = None, *, patient: bool = False) -> None:
+        """From now on heartbeats are about `job`. `log_have`: bytes of its log that were seen; None: a plain client.
+
+        `patient`: nobody needs to know of its phases before its end, where that comes within `MOMENT`.
+        """
         self._job = job
         if log_have is None:
             self._plain = True
-        elif self._log_seen is None:
+            return
+        if self._log_seen is None:
             self._log_seen = log_have
-        if not self._plain:
-            self._watched.set()
+        self._watched.set()
+        if self._alarm is not None:  # else they go on
+            wait = MOMENT if patient and job.phase != Phase.RECEIVING else 0.0
+            self._begin_at(min(self._alarm.when, trio.current_time() + wait))
 
     def stop(self) -> None:
         """No more heartbeats: the answer follows."""
         self._stopped = True
+        if self._alarm is not None:
+            self._alarm.cancel()
 
-    async def beat(self) -> None:
-        """Send heartbeats until `stop`. This is a trio-flavored async function."""
-        due: float | None = None  # when the tick was over
+    def end(self) -> None:
+        """No more heartbeats, and nothing is left of them. Idempotent."""
+        self.stop()
+        self._beating.cancel()
+
+    async def _beat(self, due: float) -> None:
+        self._alarm = None
+        with self._beating:
+            await self._go_on(due)
+
+    async def _go_on(self, due: float | None) -> None:
+        """Send heartbeats until `stop`, the first one now, which was `due` then."""
         while True:
             changed = self._job.changed if self._job is not None else self._watched
             state = await self._state()
@@ -191,13 +277,13 @@ class Viewer:
         state.log = await self._job.read_log(self._log_seen)
         return state
 
-    async def say_outcome(self) -> None:
-        """Send the terminal state and the rest of the log; unlike heartbeats they are never skipped."""
+    async def outcome(self) -> State:
+        """The terminal state, once the log before its end was sent; unlike heartbeats that is never skipped."""
         while True:
             state = await self._state()
             assert state is not None, "only own clients are told states"
             assert self._log_seen is not None
+            if not state.log:
+                return state
             self._log_seen += len(state.log)
             await self._writer.send(Raw(data=PONG, state=state))
-            if not state.log:
-                return

@@ -30,11 +30,12 @@ answer that comes earlier is told at once; one that is too long for the journal 
     locks      flock through filelock           entry      a job's directory, held
     journal    checksummed lines                directory  the spool itself
     look       what can be done without a lock  sweep      what nobody wants any more
-    quota      what all entries take
+    quota      what all entries take            joblog     what a method logs
 """
 
 from aipod.spool.directory import MAX_ATTEMPTS, Spool, SpoolError
-from aipod.spool.entry import MAX_LOG, SYNC_AFTER, SYNC_BYTES, Entry
+from aipod.spool.entry import SYNC_AFTER, SYNC_BYTES, Entry
+from aipod.spool.joblog import MAX_LOG
 from aipod.spool.journal import Journal
 from aipod.spool.look import ENDED, Look, Words
 from aipod.spool.sweep import Sweeper

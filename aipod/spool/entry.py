@@ -18,6 +18,7 @@ from aipod.codec import new_hasher
 from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
+from aipod.spool.joblog import append_log
 from aipod.spool.locks import Lock
 from aipod.spool.look import Look, sync, tombstone
 from aipod.spool.quota import Quota
@@ -29,7 +30,6 @@ logger = logging.getLogger("aipod.spool")
 SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
 HEARD_EVERY = 5.0  # seconds between two notes of a model that reports the same again and again
-MAX_LOG = 16 * MIB  # a model that logs in a loop must not fill the disk; what is over it is dropped and said so
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
 _KEPT = frozenset({"state", "seen", "in"})  # of an entry's files, when its job has ended
 
@@ -76,6 +76,7 @@ class Entry(Look):
         self._space_until = SYNC_BYTES  # the next size at which to look whether the disk's reserve is untouched
         self.found: dict[str, Any] = {}  # what its journal told when it was taken
         self._recorded = False  # the last line was written, so there is a journal
+        self._log_size = 0
         self._progress: tuple[float, str] | None = None  # what `live` says; None where nobody has looked yet
         self._heard = 0.0
 
@@ -322,25 +323,23 @@ class Entry(Look):
                 file.write(told)
             fresh.replace(self.path / "live")
 
+    @property
+    def log_size(self) -> int:
+        """Bytes of the log, of an adopted job once `find_log` was called. Does not block."""
+        return self._log_size
+
+    def find_log(self) -> None:
+        """Go on with the log where an earlier process has left it."""
+        self._log_size = super().log_size
+
     def append_log(self, text: str) -> int:
         """Append to the job's log, up to `MAX_LOG` and a line that says so. How long it is then."""
-        data = text.encode("utf-8", "replace")
-        size = self.log_size
-        room = MAX_LOG - size
-        if room < 0:
-            return size
-        if len(data) > room:
-            # Cut at a character: `read_log` counts what it can decode.
-            data = data[:room].decode("utf-8", "ignore").encode() + b"\n[the log is full; the rest is dropped]\n"
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            with os.fdopen(open_regular(self.path / "log", flags)[0], "ab") as file:
-                file.write(data)
+            self._log_size += append_log(f"{self.path}/log", text, self._log_size)
         except (Refused, OSError) as exc:
             # A full disk costs the log, not the job.
             logger.warning("job %s: its log could not be written: %s", self.id, exc, extra={"job": self.id})
-            return size
-        return size + len(data)
+        return self._log_size
 
     def forget_run(self) -> None:
         """Remove what a run that was killed has left: the next one begins where it began."""

@@ -245,9 +245,14 @@ class Inbox:
             self.window.done(self._count[1])
             self.window.taken(size, hungry=not self._ready)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `read` need not wait for the peer."""
+        return bool(self._ready) or self._problem is not None or self.ended
+
     async def arrival(self) -> None:
-        """Wait until `read` need not wait for the peer. Cancelled, nothing is lost. Flavored as `read`."""
-        while not self._ready and self._problem is None and not self.ended:
+        """Wait until it `has_news`. Cancelled, nothing is lost. Flavored as `read`."""
+        while not self.has_news:
             self._unbroken = 0
             self._arrival = self.new_event()
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -232,6 +233,11 @@ def was_on_its_way(stream: grpclib.server.Stream[Any, Any]) -> bool:
     return cast(H2Stream, stream._stream).was_on_its_way
 
 
+def has_message(stream: grpclib.server.Stream[Any, Any]) -> bool:
+    """Whether a message can be received without a wait for the peer, or none comes any more."""
+    return cast(H2Stream, stream._stream).inbox.has_news
+
+
 async def message_arrived(stream: grpclib.server.Stream[Any, Any]) -> None:
     """Wait until a message can be received at once, or none comes any more. Trio-flavored; cancelled, none is lost."""
     await cast(H2Stream, stream._stream).inbox.arrival()
@@ -250,3 +256,16 @@ def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] 
 async def send_message(stream: grpclib.server.Stream[Any, Any], message: Any) -> None:
     """Send one message of a call whose initial metadata was sent. This is an asyncio-flavored function."""
     await cast(H2Stream, stream._stream).send_message(encode_pieces(message))
+
+
+def send_now(stream: grpclib.server.Stream[Any, Any], message: Any) -> bool:
+    """As `send_message`, where it has to wait for nothing; else False, and nothing was sent.
+
+    Raises one of `PEER_GONE`.
+    """
+    return cast(H2Stream, stream._stream).send_now(encode_pieces(message))
+
+
+def joined(stream: grpclib.server.Stream[Any, Any]) -> contextlib.AbstractContextManager[None]:
+    """Have what is sent in the block go out in one write. Nothing in it may wait."""
+    return cast(H2Stream, stream._stream).joined()

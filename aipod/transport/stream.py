@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import functools
 import struct
 import time
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 # A message up to it does not wait for its turn behind long ones (a heartbeat has 10 bytes).
 SMALL = 16 * KIB
-# Of a message that goes out with the headers of its call: it is copied once more for that.
+# Of a message that is sent at once, with others in one write perhaps: it is copied once more for that.
 _AT_ONCE = 128 * KIB
 # What a peer may have got before it sends the WINDOW_UPDATE frames for it; those for more count like other frames.
 _MOST_OWED = 16 * MIB
@@ -164,7 +165,7 @@ class H2Stream(base.Stream):
             release()
             raise StreamTerminatedError("the connection ended before the call began")
         try:
-            with self.connection.together():
+            with self.connection.joined():
                 self._transport.write(frames)
                 self.connection.headers_send_process()
                 self._begin(*begin())
@@ -177,20 +178,10 @@ class H2Stream(base.Stream):
     def _begin(self, messages: Sequence[betterproto2.Message], end: bool) -> None:
         for message in messages:
             last = end and self.sent_at_once == len(messages) - 1
-            if not self._send_nowait(encode_pieces(message), end=last):
+            if not self.send_now(encode_pieces(message), end=last):
                 return
             self.sent_at_once += 1
             self.ended_at_once = last
-
-    def _send_nowait(self, pieces: Sequence[bytes], *, end: bool) -> bool:
-        """Send a message that one frame has room for; False where that would have to wait, and nothing was sent."""
-        size = PREFIX + sum(map(len, pieces))
-        if size > _AT_ONCE or not self.connection.turns.free or size > self._window():
-            return False
-        prefix = struct.pack(">BL", 0, size - PREFIX)
-        self._send_frame(collections.deque(memoryview(piece) for piece in (prefix, *pieces)), size, end=end)
-        self.rpc.sent += 1
-        return True
 
     async def send_headers(self, headers: Any, end_stream: bool = False) -> None:
         if end_stream:
@@ -235,6 +226,25 @@ class H2Stream(base.Stream):
         size = sum(map(len, pieces))
         prefix = struct.pack(">BL", 0, size)
         await self._send_whole([prefix, *pieces], PREFIX + size, end=end)
+
+    def send_now(self, pieces: Sequence[bytes], *, end: bool = False) -> bool:
+        """As `send_message`, of one that has to wait for nothing; else False, and nothing was sent."""
+        turns, size = self.connection.turns, PREFIX + sum(map(len, pieces))
+        may = turns.free or (size <= SMALL and turns.has_credit and self.connection.has_room)
+        if not may or size > _AT_ONCE or size > self._window():
+            return False
+        prefix = struct.pack(">BL", 0, size - PREFIX)
+        self._send_frame(collections.deque(memoryview(piece) for piece in (prefix, *pieces)), size, end=end)
+        turns.next()
+        self.rpc.sent += 1
+        return True
+
+    def joined(self) -> contextlib.AbstractContextManager[None]:
+        """Have what is sent in the block go out in one write, where it can go out at all without a wait."""
+        connection = self.connection
+        if not connection.alive or not connection.write_ready.is_set():
+            return contextlib.nullcontext()
+        return connection.joined()
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
         """What grpclib's own stubs send by: a message with its prefix. Else as `send_message`."""

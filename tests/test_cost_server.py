@@ -1,0 +1,70 @@
+"""What a small job costs the server, counted: no time is taken, so any machine may be as busy as it likes.
+
+A guard against a regression by a half. What the files of one job are is in `test_spool_entry`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import aipod
+from tests.conftest import FIRST, ROOT, run
+
+JOBS = 60
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "tests.counted", "serve", "tests.counted:Counting", "--bind", "127.0.0.1:0"]
+    command += ["--spool", str(tmp_path / "spool"), "--data", str(tmp_path / "data"), "--reserve", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not FIRST, reason="the same on every Python")
+def test_what_a_small_job_costs_the_server(address: str) -> None:
+    """Counted over some jobs, one after the other, each of which has its answer released by the next.
+
+    Mutants seen: a hop of its own for each line of the journal; a task per heartbeat; every phase is told at once; the
+    outcome and the answer are two writes; the answer is made in a thread; the journal is opened for each line.
+    """
+    cost: dict[str, float] = {}
+
+    async def main() -> None:
+        async with aipod.Client(address) as client:
+            for _ in range(5):
+                assert await client.chaos(os.urandom(1024)) == 1024
+            counts = []
+            for _ in range(2):
+                counts.append(await client.chaos(metadata=[("x-func-name", "cost")]))
+                for _ in range(JOBS - 1):
+                    assert await client.chaos(os.urandom(1024)) == 1024
+            cost.update({name: (counts[1][name] - counts[0][name]) / JOBS for name in counts[0]})
+
+    run(main)
+    assert set(cost) == {"steps", "threads", "tasks", "messages", "lines", "files", "writes"}
+    # Steps on the disk: begin, start, end; those that release answers are shared, or one a job where it is slow.
+    assert 3 <= cost["steps"] <= 4.5
+    # And none by another way than these.
+    assert cost["threads"] <= cost["steps"] + 0.3
+    # The call's, the job's, the run's.
+    assert 3 <= cost["tasks"] <= 4.5
+    # First heartbeat, outcome, answer.
+    assert 3 <= cost["messages"] <= 4.5
+    # The same, but the status has a write of its own.
+    assert 3 <= cost["writes"] <= 3.5
+    # In line, running, done, released.
+    assert 3.5 <= cost["lines"] <= 5
+    assert cost["files"] <= 55

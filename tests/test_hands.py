@@ -1,0 +1,91 @@
+"""Short steps on the disk, and what is begun after a while."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from aipod import alarm, hands
+
+
+async def test_steps_that_come_while_one_is_under_way_share_its_thread() -> None:
+    """Mutant seen: a thread for each."""
+    go, names = threading.Event(), list[str]()
+
+    def step(name: str) -> int:
+        go.wait(10)
+        names.append(name)
+        return threading.get_ident()
+
+    found: dict[str, int] = {}
+
+    async def do(name: str) -> None:
+        found[name] = await hands.do(step, name)
+
+    async with trio.open_nursery() as nursery:
+        for name in "abc":
+            nursery.start_soon(do, name)
+        await trio.testing.wait_all_tasks_blocked()
+        go.set()
+    assert sorted(names) == ["a", "b", "c"]
+    assert len(set(found.values())) == 1
+
+
+async def test_a_step_that_stands_still_keeps_no_other_one() -> None:
+    """As on a disk that does. Mutants seen: nobody looks; one look and no more."""
+    go, stuck = threading.Event(), []
+
+    async def stand() -> None:
+        await hands.do(go.wait, 20)
+        stuck.append("went on")
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(stand)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(20):
+            assert await hands.do(lambda: 42) == 42
+        assert not stuck
+        go.set()
+    assert len(stuck) == 3
+
+
+async def test_a_step_that_raises_and_one_that_is_cancelled() -> None:
+    """Mutants seen: an error is lost; a step is begun for who was cancelled before; one that began is not awaited."""
+    with pytest.raises(ZeroDivisionError):
+        await hands.do(lambda: 1 // 0)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        assert await hands.finish(lambda: "done") == "done"
+        await hands.do(pytest.fail, "begun")
+    assert scope.cancelled_caught
+    go, done = threading.Event(), []
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hands.do, lambda: go.wait(20) and done.append("done"))
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            go.set()
+    assert done == ["done"]
+
+
+async def test_alarms_ring_in_time_and_in_order(autojump_clock: MockClock) -> None:
+    """Mutants seen: an earlier one does not wake; a cancelled one rings; it rings in the context of the clock."""
+    began, rung = trio.current_time(), list[tuple[str, float]]()
+    whose = contextvars.ContextVar[str]("whose")
+
+    def ring() -> None:
+        rung.append((whose.get(), trio.current_time() - began))
+
+    alarms = {}
+    for name, seconds in (("c", 3.0), ("a", 1.0), ("b", 2.0), ("d", 1.5)):
+        whose.set(name)
+        alarms[name] = alarm.at(began + seconds, ring)
+        await trio.testing.wait_all_tasks_blocked()
+    alarms["d"].cancel()
+    await trio.sleep(10)
+    assert rung == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
