@@ -2,10 +2,9 @@
 
 A sender makes batches of chunks and sends them, one thing beside the other, so it takes as long as the slower of the
 two. What packing and sending a byte would take at another level is estimated: from what was seen of that level, else
-from the level that is used and how levels compare usually. The level with the least of it is used from then on. What
-it really brought is compared with what there was before: a level that has disappointed is left, and not tried again
-for a while, twice as long each time. That bounds what guesses cost, whatever they overlook (a receiver that is slower
-than the wire, cores that both stages want).
+from the level that is used and how levels compare usually. The level with the least of it is used from then on. Where
+it takes longer than estimated, that is remembered for a while: it makes up for what the estimate overlooks (a receiver
+that is slower than the wire, cores that both stages want), and bounds what guesses cost.
 
 Data that does not shrink is no matter of levels: it is found chunk by chunk (`packing`), and stored at any of them.
 """
@@ -14,31 +13,31 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import statistics
 
 # None is stored, as it is. Above 9 levels of zstd cost several times as much for a percent or two.
-LADDER: tuple[int | None, ...] = (None, -10, -1, 1, 3, 6, 9)
+LADDER: tuple[int | None, ...] = (None, -5, 1, 3, 6, 9)
 # Where to begin: it tells soon whether data shrinks at all (below it zstd leaves the entropy of literals as it is), and
 # a wire of 1 Gbit/s is slower.
 START = 1
 # Seconds for a byte, and bytes saved, beside level 1: chunks of shared libraries, Python sources, JSON lines.
-_COSTS = dict(zip(LADDER, (0.05, 0.6, 0.85, 1.0, 1.4, 4.0, 7.0), strict=True))
-_SAVES = dict(zip(LADDER, (0.0, 0.7, 0.92, 1.0, 1.03, 1.06, 1.07), strict=True))
+_COSTS = dict(zip(LADDER, (0.05, 0.75, 1.0, 1.4, 4.0, 7.0), strict=True))
+_SAVES = dict(zip(LADDER, (0.0, 0.8, 1.0, 1.03, 1.06, 1.07), strict=True))
 
 # Another level must promise at least so much less time: below it guesses are no better than noise.
 _GAIN = 0.03
-# A level is judged by so many batches; the first one still waits for those before it, and does not count.
-_SETTLE = 4
-# Batches that are looked at.
-_RECENT = 5
-# How much the newest one counts in the means.
+# Batches that are looked at together: of a level that is tried (the one before them still waits for others, and does
+# not count), and of one that has proved good. What they say must be said twice then, for machines stand still at times.
+_TRIAL, _WINDOW = 3, 4
+# How much the newest batch counts in the means.
 _WEIGHT = 0.4
 # A stage may be what the other waits for where it takes so much of the time. (Packing waits for threads besides.)
 _PACKS, _SENDS = 0.35, 0.7
-# For each batch that the wire has waited for, it is taken to be so much faster than it was.
-_HOPE = 0.98
-# Batches for which a level that has disappointed is not tried again: first, and at most.
-_REST, _LONGEST_REST = 24, 768
+# While the wire waits, it may have become faster: after each look it is taken to be so much faster. Where it proves to
+# be slower than hoped, there is half as much hope; and less than that is none.
+_HOPE, _LITTLE_HOPE, _SLOWER = 0.7, 0.98, 1.3
+# So much longer than estimated is no surprise while a level is tried, by small batches. What goes beyond is remembered,
+# and forgotten look by look.
+_TOLERANCE, _MEMORY = 1.25, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +59,7 @@ class _Rung:
         self.packing = 0.0  # seconds
         self.wire = 0.0  # bytes
         self.known = False
-        self.seen = 0  # batches since it was chosen last
-        self.took = 0.0  # seconds, all in all, when it was used last
-        self.rest = _REST  # batches
-        self.rests_until = 0
+        self.surprise = 1.0  # how many times longer than estimated it took
 
 
 class Levels:
@@ -71,64 +67,67 @@ class Levels:
 
     def __init__(self) -> None:
         self.level: int | None = START
+        self.is_settled = False  # until then batches had better be small: what is in the making is lost
         self._rungs: dict[int | None, _Rung] = collections.defaultdict(_Rung)
-        self._count = 0
-        self._before: int | None = START  # the level that was left for this one
-        self._newest: collections.deque[Batch] = collections.deque(maxlen=_RECENT)  # of this level, without the first
+        self._begun = False  # a batch of this level was sent
+        self._newest: list[Batch] = []  # of this level, after that
+        self._wish: int | None = START  # what the last look was for
         self._wire = 0.0  # seconds for a byte on the wire
-
-    @property
-    def is_settled(self) -> bool:
-        """The level is known to be good. Until then batches had better be small: what is in the making is lost."""
-        return self._rungs[self.level].seen >= _SETTLE
+        self._is_sure = False  # the wire was what everything waited for
+        self._is_hoped = False  # it was taken to be faster since then
+        self._hope = _HOPE
 
     def sent(self, batch: Batch) -> None:
         """Take note of a batch, and decide where enough is known."""
-        self._count += 1
         rung = self._rungs[batch.level]
         rung.packing = _mean(rung.packing, batch.packing / batch.data, rung.known)
         rung.wire = _mean(rung.wire, batch.wire / batch.data, rung.known)
         rung.known = True
         if batch.level != self.level:
             return  # it was on its way when another one was chosen
-        rung.seen += 1
-        if rung.seen == 1 and self._count > 1:
+        if not self._begun:
+            self._begun = True
             return
         self._newest.append(batch)
-        if rung.seen >= _SETTLE or self._count == 2:
-            self._decide(rung)
-
-    def _decide(self, rung: _Rung) -> None:
-        # Medians: a machine that stands still for a moment is no reason to do anything.
-        rung.took = statistics.median((batch.sending + batch.waiting) / batch.data for batch in self._newest)
-        sending = statistics.median(batch.sending / batch.data for batch in self._newest)
-        packs, sends = rung.packing > _PACKS * rung.took, sending > _SENDS * rung.took
-        if sends or not self._wire:
-            self._wire = statistics.median(batch.sending / batch.wire for batch in self._newest)
-        else:
-            # The wire has waited: it may be faster than it was, and is at least as fast as it is used now.
-            self._wire = min(self._wire * _HOPE, rung.took / rung.wire)
-        before = self._rungs[self._before]
-        if rung.seen == _SETTLE and before is not rung and rung.took > before.took:
-            rung.rests_until = self._count + rung.rest
-            rung.rest = min(rung.rest * 2, _LONGEST_REST)
-            self._use(self._before)
+        if len(self._newest) < (_WINDOW if self.is_settled else _TRIAL):
             return
+        best = self._look(self._newest)
+        self._newest = []
+        if best != self.level and (best == self._wish or not self.is_settled):
+            self.level, self._begun, self.is_settled = best, False, False
+        else:
+            self.is_settled = True
+        self._wish = best
+
+    def _look(self, newest: list[Batch]) -> int | None:
+        """The best level, as it seems from these batches."""
+        data = sum(batch.data for batch in newest)
+        sending = sum(batch.sending for batch in newest) / data
+        took = sending + sum(batch.waiting for batch in newest) / data
+        rung = self._rungs[self.level]
+        packs, sends = rung.packing > _PACKS * took, sending > _SENDS * took
+        wire = sending * data / sum(batch.wire for batch in newest)
+        if sends or not self._wire:
+            if self._is_hoped:
+                self._hope = min(_LITTLE_HOPE, self._hope**0.5) if wire > _SLOWER * self._wire else _HOPE
+            self._wire, self._is_sure, self._is_hoped = wire, sends, False
+        elif self._is_sure:
+            self._wire, self._is_hoped = self._wire * self._hope, True
+        else:
+            self._wire = min(self._wire, wire)
+        for one in self._rungs.values():
+            one.surprise = 1 + (one.surprise - 1) * _MEMORY
+        rung.surprise = 1.0
+        expected = self._estimate(self.level) * (1 if self.is_settled else _TOLERANCE)
+        rung.surprise = max(1.0, took / expected)
         best, least = self.level, self._estimate(self.level) * (1 - _GAIN)
         place = LADDER.index(self.level)
         for at, level in enumerate(LADDER):
-            rests = self._rungs[level].rests_until > self._count
-            if not rests and ((at < place and packs) or (at > place and sends)):
+            if (at < place and packs) or (at > place and sends):
                 estimate = self._estimate(level)
                 if estimate < least:
                     best, least = level, estimate
-        if best != self.level:
-            self._use(best)
-
-    def _use(self, level: int | None) -> None:
-        self._before, self.level = self.level, level
-        self._rungs[level].seen = 0
-        self._newest.clear()
+        return best
 
     def _estimate(self, level: int | None) -> float:
         """Seconds for a byte at `level`."""
@@ -140,7 +139,7 @@ class Levels:
             used = LADDER[min(known, key=lambda at: abs(at - place))]
             packing = self._rungs[used].packing * _COSTS[level] / _COSTS[used]
             wire = 1 - (1 - self._rungs[used].wire) * _SAVES[level] / _SAVES[used]
-        return max(packing, self._wire * wire)
+        return max(packing, self._wire * wire) * rung.surprise
 
 
 def _mean(mean: float, value: float, known: bool) -> float:
