@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from typing import NamedTuple
 
 # None is stored, as it is. Above 9 levels of zstd cost several times as much for a percent or two.
 LADDER: tuple[int | None, ...] = (None, -5, 1, 3, 6, 9)
@@ -28,6 +29,8 @@ _GAIN = 0.03
 # Batches that are looked at together: of a level that is tried (the one before them still waits for others, and does
 # not count), and of one that has proved good. What they say must be said twice then, for machines stand still at times.
 _TRIAL, _WINDOW = 3, 4
+# At the beginning the windows grow, and the receiver has other things to do.
+_FIRST = 3
 # How much the newest batch counts in the means.
 _WEIGHT = 0.4
 # A stage may be what the other waits for where it takes so much of the time. (Packing waits for threads besides.)
@@ -62,6 +65,14 @@ class _Rung:
         self.surprise = 1.0  # how many times longer than estimated it took
 
 
+class _Left(NamedTuple):
+    """A level that was left for another one, and seconds for a byte of data and on the wire, at the end."""
+
+    level: int | None
+    took: float
+    wire: float
+
+
 class Levels:
     """The level for the next batch, `level`; `sent` hears of each that was sent, in order."""
 
@@ -69,9 +80,10 @@ class Levels:
         self.level: int | None = START
         self.is_settled = False  # until then batches had better be small: what is in the making is lost
         self._rungs: dict[int | None, _Rung] = collections.defaultdict(_Rung)
-        self._begun = False  # a batch of this level was sent
-        self._newest: list[Batch] = []  # of this level, after that
+        self._skip = _FIRST  # batches of this level that say nothing
+        self._newest: list[Batch] = []  # of this level, after those
         self._wish: int | None = START  # what the last look was for
+        self._left = _Left(START, 0.0, 0.0)
         self._wire = 0.0  # seconds for a byte on the wire
         self._is_sure = False  # the wire was what everything waited for
         self._is_hoped = False  # it was taken to be faster since then
@@ -85,28 +97,50 @@ class Levels:
         rung.known = True
         if batch.level != self.level:
             return  # it was on its way when another one was chosen
-        if not self._begun:
-            self._begun = True
+        if self._skip:
+            self._skip -= 1
             return
         self._newest.append(batch)
         if len(self._newest) < (_WINDOW if self.is_settled else _TRIAL):
             return
-        best = self._look(self._newest)
-        self._newest = []
+        newest, self._newest = self._newest, []
+        data = sum(batch.data for batch in newest)
+        sending = sum(batch.sending for batch in newest)
+        took = (sending + sum(batch.waiting for batch in newest)) / data
+        best = self._look(took, sending / data, sending / sum(batch.wire for batch in newest))
         if best != self.level and (best == self._wish or not self.is_settled):
-            self.level, self._begun, self.is_settled = best, False, False
+            self._left = _Left(self.level, took, self._wire)
+            self.level, self._skip, self.is_settled = best, 1, False
         else:
             self.is_settled = True
         self._wish = best
 
-    def _look(self, newest: list[Batch]) -> int | None:
-        """The best level, as it seems from these batches."""
-        data = sum(batch.data for batch in newest)
-        sending = sum(batch.sending for batch in newest) / data
-        took = sending + sum(batch.waiting for batch in newest) / data
-        rung = self._rungs[self.level]
+    def _look(self, took: float, sending: float, wire: float) -> int | None:
+        """The best level, after seconds for a byte of data, all in all and of sending, and for one on the wire."""
+        rung, left = self._rungs[self.level], self._left
+        for one in self._rungs.values():
+            one.surprise = 1 + (one.surprise - 1) * _MEMORY
+        rung.surprise = 1.0
+        if not self.is_settled and _packs_more(self.level, left.level) and took > left.took:
+            # The wire seems to be slower as well, where both stages want the same cores.
+            self._wire = left.wire
+            rung.surprise = max(1.0, took / left.took * self._estimate(left.level) / self._estimate(self.level))
+            return left.level
         packs, sends = rung.packing > _PACKS * took, sending > _SENDS * took
-        wire = sending * data / sum(batch.wire for batch in newest)
+        if not packs and not sends:
+            return self.level  # a slow source: no level helps
+        self._note_wire(wire, sends=sends)
+        expected = self._estimate(self.level) * (1 if self.is_settled else _TOLERANCE)
+        rung.surprise = max(1.0, took / expected)
+        best, least = self.level, self._estimate(self.level) * (1 - _GAIN)
+        for level in LADDER:
+            estimate = self._estimate(level)
+            if estimate < least and (packs or _packs_more(level, self.level)):
+                best, least = level, estimate
+        return best
+
+    def _note_wire(self, wire: float, *, sends: bool) -> None:
+        """What a byte on the wire has taken now; `sends`: everything has waited for that."""
         if sends or not self._wire:
             if self._is_hoped:
                 self._hope = min(_LITTLE_HOPE, self._hope**0.5) if wire > _SLOWER * self._wire else _HOPE
@@ -115,19 +149,6 @@ class Levels:
             self._wire, self._is_hoped = self._wire * self._hope, True
         else:
             self._wire = min(self._wire, wire)
-        for one in self._rungs.values():
-            one.surprise = 1 + (one.surprise - 1) * _MEMORY
-        rung.surprise = 1.0
-        expected = self._estimate(self.level) * (1 if self.is_settled else _TOLERANCE)
-        rung.surprise = max(1.0, took / expected)
-        best, least = self.level, self._estimate(self.level) * (1 - _GAIN)
-        place = LADDER.index(self.level)
-        for at, level in enumerate(LADDER):
-            if (at < place and packs) or (at > place and sends):
-                estimate = self._estimate(level)
-                if estimate < least:
-                    best, least = level, estimate
-        return best
 
     def _estimate(self, level: int | None) -> float:
         """Seconds for a byte at `level`."""
@@ -140,6 +161,10 @@ class Levels:
             packing = self._rungs[used].packing * _COSTS[level] / _COSTS[used]
             wire = 1 - (1 - self._rungs[used].wire) * _SAVES[level] / _SAVES[used]
         return max(packing, self._wire * wire) * rung.surprise
+
+
+def _packs_more(level: int | None, other: int | None) -> bool:
+    return LADDER.index(level) > LADDER.index(other)
 
 
 def _mean(mean: float, value: float, known: bool) -> float:

@@ -8,11 +8,12 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aipod.config import MIB
-from aipod.levels import LADDER, Batch, Levels
+from aipod.levels import LADDER, START, Batch, Levels
 
 # Nanoseconds to pack a byte, and bytes that it becomes, by level: measured with chunks of 1 MiB.
 Data = dict[int | None, tuple[float, float]]
@@ -49,7 +50,9 @@ class Machine:
     data: Callable[[int], Data]
     wire: Callable[[int], float]
     receiving: float = 0.5  # of payload, whatever it was on the wire
+    reading: float = 0.1
     starved: float = 1.0  # how many times longer packing takes than it should
+    shared: float = 0.0  # of packing, which sending and receiving wait for: there are not cores enough
     noise: float = 0.0
     pauses: tuple[int, ...] = ()  # batches behind which everything stands still for 50 ms
     buffer: int = MIB // 4  # bytes on the wire that nobody waits for
@@ -73,7 +76,8 @@ class Machine:
             chosen.append(level)
             packing, ratio = self.data(at)[level]
             packing *= self.starved * length * self._noise(dice)
-            packed = max(packed + packing + 0.1 * length, taken[-1])
+            packed = max(packed + packing + self.reading * length, taken[-1])
+            arrived += packing * self.shared
             waited, began = max(0.0, packed - sent), max(packed, sent)
             taken.append(began)
             wire, speed = int(length * ratio), self.wire(at) * self._noise(dice)
@@ -88,8 +92,8 @@ class Machine:
         return 1 + self.noise * (2 * dice.random() - 1)
 
 
-def machine(data: Data, wire: float, **others: float) -> Machine:
-    return Machine(lambda _: data, lambda _: wire, **others)  # type: ignore[arg-type]
+def machine(data: Data, wire: float, **others: Any) -> Machine:
+    return Machine(lambda _: data, lambda _: wire, **others)
 
 
 def changes(chosen: list[int | None]) -> int:
@@ -156,6 +160,28 @@ def test_a_machine_without_time_packs_less() -> None:
     took, chosen = busy.send(Levels(), 256 * MIB)
     assert took < 1.15 * min(busy.send(Always(level), 256 * MIB)[0] for level in LADDER)
     assert set(chosen[len(chosen) // 2 :]) <= {None, -5}
+
+
+def test_cores_that_both_stages_want() -> None:
+    """Level -5 would be worth it if it took nothing from the rest. Mutant seen: nothing is a surprise."""
+    busy = machine(TAR, 1.2, shared=0.5)
+    took, chosen = busy.send(Levels(), 512 * MIB)
+    assert took < 1.1 * min(busy.send(Always(level), 512 * MIB)[0] for level in LADDER)
+    assert chosen[-1] is None
+
+
+def test_a_slow_source_is_no_reason_to_pack_less() -> None:
+    """Others may want the wire. Mutant seen: stored, though packing waits too."""
+    _, chosen = machine(TAR, LOOPBACK, reading=20.0).send(Levels(), 256 * MIB)
+    assert set(chosen) == {START}
+
+
+def test_the_first_batch_of_a_level_says_nothing() -> None:
+    """It has waited for those before it, or for the call to begin. Mutant seen: it counts, and makes a slow wire."""
+    levels = Levels()
+    for sending in (10.0, 10.0, 10.0, *[0.005] * 10):
+        levels.sent(Batch(levels.level, MIB, MIB // 4, 0.002, sending, 0.0))
+    assert levels.level in (1, 3)
 
 
 def test_one_pause_changes_nothing() -> None:
