@@ -2,9 +2,9 @@
 
 A sender makes batches of chunks and sends them, one thing beside the other, so it takes as long as the slower of the
 two. What packing and sending a byte would take at another level is estimated: from what was seen of that level, else
-from the level that is used and how levels compare usually. The level with the least of it is used from then on. Where
-it takes longer than estimated, that is remembered for a while: it makes up for what the estimate overlooks (a receiver
-that is slower than the wire, cores that both stages want), and bounds what guesses cost.
+from the level that is used and how levels compare usually. The level with the least of it is used from then on. One
+that packs more and is slower for it, because both stages want the same cores or the receiver is what is slow, is left
+again, and that is remembered for a while.
 
 Data that does not shrink is no matter of levels: it is found chunk by chunk (`packing`), and stored at any of them.
 """
@@ -38,9 +38,8 @@ _PACKS, _SENDS = 0.35, 0.7
 # While the wire waits, it may have become faster: after each look it is taken to be so much faster. Where it proves to
 # be slower than hoped, there is half as much hope; and less than that is none.
 _HOPE, _LITTLE_HOPE, _SLOWER = 0.7, 0.98, 1.3
-# So much longer than estimated is no surprise while a level is tried, by small batches. What goes beyond is remembered,
-# and forgotten look by look.
-_TOLERANCE, _MEMORY = 1.25, 0.9
+# By how much a level was worse than estimated is forgotten like that, look by look.
+_MEMORY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class _Rung:
         self.packing = 0.0  # seconds
         self.wire = 0.0  # bytes
         self.known = False
-        self.surprise = 1.0  # how many times longer than estimated it took
+        self.surprise = 1.0  # how many times longer than estimated it took, where it was left for that
 
 
 class _Left(NamedTuple):
@@ -130,8 +129,6 @@ class Levels:
         if not packs and not sends:
             return self.level  # a slow source: no level helps
         self._note_wire(wire, sends=sends)
-        expected = self._estimate(self.level) * (1 if self.is_settled else _TOLERANCE)
-        rung.surprise = max(1.0, took / expected)
         best, least = self.level, self._estimate(self.level) * (1 - _GAIN)
         for level in LADDER:
             estimate = self._estimate(level)

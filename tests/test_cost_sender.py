@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import mmap
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 
+from aipod.client.reader import File
 from aipod.client.source import Source
 from aipod.codec import decode_chunk, stored
 from aipod.config import CHUNK, MIB
@@ -80,6 +83,47 @@ def test_an_upload_holds_two_batches_beside_those_that_were_taken(file: Path) ->
         tracemalloc.stop()
     assert max(ahead) <= 2 * BATCH * CHUNK + CHUNK
     assert peak < 5 * BATCH * CHUNK
+
+
+def cached(path: Path) -> float:
+    """How much of a file is in the system's cache, of 1."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        pages = (ctypes.c_ubyte * (len(view) // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(view)
+        assert libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(view)), pages) == 0
+        del start
+    return sum(page & 1 for page in pages) / len(pages)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_huge_file_leaves_the_cache_as_it_was(file: Path, is_used: bool) -> None:
+    """Mutants seen: it stays; what others use is thrown out."""
+    with file.open("rb") as own:
+        os.fsync(own.fileno())
+        os.posix_fadvise(own.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached(file) > 0.1:
+            pytest.skip("a file system whose files are in memory")
+        if is_used:
+            while own.read(16 * MIB):
+                pass
+    reader, size = File(file, huge=SIZE - 1), 0
+    while pieces := reader.fresh():
+        size += sum(map(len, pieces))
+    reader.close()
+    assert size == SIZE
+    assert cached(file) == 1 if is_used else cached(file) < 0.5
+
+
+def test_a_file_that_is_not_huge_stays_in_the_cache(file: Path) -> None:
+    with file.open("rb") as own:
+        os.fsync(own.fileno())
+        os.posix_fadvise(own.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    reader = File(file, huge=SIZE)
+    while reader.fresh():
+        pass
+    reader.close()
+    assert cached(file) == 1
 
 
 def test_what_is_stored_is_copied_once() -> None:
