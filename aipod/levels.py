@@ -157,6 +157,10 @@ class Levels:
             used = LADDER[min(known, key=lambda at: abs(at - place))]
             packing = self._rungs[used].packing * _COSTS[level] / _COSTS[used]
             wire = 1 - (1 - self._rungs[used].wire) * _SAVES[level] / _SAVES[used]
+            if level is None:
+                # Packing takes cores from sending, so the wire may be faster without. The less is saved, the less is
+                # lost where it is not.
+                wire *= 1 - self._rungs[used].wire / 2
         return max(packing, self._wire * wire) * rung.surprise
 
 
