@@ -2,10 +2,9 @@
 
 A sender makes batches of chunks and sends them, one thing beside the other, so it takes as long as the slower of the
 two. What packing and sending a byte would take at another level is estimated: from what was seen of that level, else
-from the level that is used and how levels compare usually. The level with the least of it is used from then on. What
-it really brought is compared with what there was before: a level that has disappointed is left, and not tried again
-for a while, twice as long each time. That bounds what guesses cost, whatever they overlook (a receiver that is slower
-than the wire, cores that both stages want).
+from the level that is used and how levels compare usually. The level with the least of it is used from then on. One
+that packs more and is slower for it, because both stages want the same cores or the receiver is what is slow, is left
+again, and that is remembered for a while.
 
 Data that does not shrink is no matter of levels: it is found chunk by chunk (`packing`), and stored at any of them.
 """
@@ -14,31 +13,33 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import statistics
+from typing import NamedTuple
 
 # None is stored, as it is. Above 9 levels of zstd cost several times as much for a percent or two.
-LADDER: tuple[int | None, ...] = (None, -10, -1, 1, 3, 6, 9)
+LADDER: tuple[int | None, ...] = (None, -5, 1, 3, 6, 9)
 # Where to begin: it tells soon whether data shrinks at all (below it zstd leaves the entropy of literals as it is), and
 # a wire of 1 Gbit/s is slower.
 START = 1
 # Seconds for a byte, and bytes saved, beside level 1: chunks of shared libraries, Python sources, JSON lines.
-_COSTS = dict(zip(LADDER, (0.05, 0.6, 0.85, 1.0, 1.4, 4.0, 7.0), strict=True))
-_SAVES = dict(zip(LADDER, (0.0, 0.7, 0.92, 1.0, 1.03, 1.06, 1.07), strict=True))
+_COSTS = dict(zip(LADDER, (0.05, 0.75, 1.0, 1.4, 4.0, 7.0), strict=True))
+_SAVES = dict(zip(LADDER, (0.0, 0.8, 1.0, 1.03, 1.06, 1.07), strict=True))
 
 # Another level must promise at least so much less time: below it guesses are no better than noise.
 _GAIN = 0.03
-# A level is judged by so many batches; the first one still waits for those before it, and does not count.
-_SETTLE = 4
-# Batches that are looked at.
-_RECENT = 5
-# How much the newest one counts in the means.
+# Batches that are looked at together: of a level that is tried (the one before them still waits for others, and does
+# not count), and of one that has proved good. What they say must be said twice then, for machines stand still at times.
+_TRIAL, _WINDOW = 3, 4
+# At the beginning the windows grow, and the receiver has other things to do.
+_FIRST = 3
+# How much the newest batch counts in the means.
 _WEIGHT = 0.4
 # A stage may be what the other waits for where it takes so much of the time. (Packing waits for threads besides.)
 _PACKS, _SENDS = 0.35, 0.7
-# For each batch that the wire has waited for, it is taken to be so much faster than it was.
-_HOPE = 0.98
-# Batches for which a level that has disappointed is not tried again: first, and at most.
-_REST, _LONGEST_REST = 24, 768
+# While the wire waits, it may have become faster: after each look it is taken to be so much faster. Where it proves to
+# be slower than hoped, there is half as much hope; and less than that is none.
+_HOPE, _LITTLE_HOPE, _SLOWER = 0.7, 0.98, 1.3
+# By how much a level was worse than estimated is forgotten like that, look by look.
+_MEMORY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,15 @@ class _Rung:
         self.packing = 0.0  # seconds
         self.wire = 0.0  # bytes
         self.known = False
-        self.seen = 0  # batches since it was chosen last
-        self.took = 0.0  # seconds, all in all, when it was used last
-        self.rest = _REST  # batches
-        self.rests_until = 0
+        self.surprise = 1.0  # how many times longer than estimated it took, where it was left for that
+
+
+class _Left(NamedTuple):
+    """A level that was left for another one, and seconds for a byte of data and on the wire, at the end."""
+
+    level: int | None
+    took: float
+    wire: float
 
 
 class Levels:
@@ -71,64 +77,75 @@ class Levels:
 
     def __init__(self) -> None:
         self.level: int | None = START
+        self.is_settled = False  # until then batches had better be small: what is in the making is lost
         self._rungs: dict[int | None, _Rung] = collections.defaultdict(_Rung)
-        self._count = 0
-        self._before: int | None = START  # the level that was left for this one
-        self._newest: collections.deque[Batch] = collections.deque(maxlen=_RECENT)  # of this level, without the first
+        self._skip = _FIRST  # batches of this level that say nothing
+        self._newest: list[Batch] = []  # of this level, after those
+        self._wish: int | None = START  # what the last look was for
+        self._left = _Left(START, 0.0, 0.0)
         self._wire = 0.0  # seconds for a byte on the wire
-
-    @property
-    def is_settled(self) -> bool:
-        """The level is known to be good. Until then batches had better be small: what is in the making is lost."""
-        return self._rungs[self.level].seen >= _SETTLE
+        self._is_sure = False  # the wire was what everything waited for
+        self._is_hoped = False  # it was taken to be faster since then
+        self._hope = _HOPE
 
     def sent(self, batch: Batch) -> None:
         """Take note of a batch, and decide where enough is known."""
-        self._count += 1
         rung = self._rungs[batch.level]
         rung.packing = _mean(rung.packing, batch.packing / batch.data, rung.known)
         rung.wire = _mean(rung.wire, batch.wire / batch.data, rung.known)
         rung.known = True
         if batch.level != self.level:
             return  # it was on its way when another one was chosen
-        rung.seen += 1
-        if rung.seen == 1 and self._count > 1:
+        if self._skip:
+            self._skip -= 1
             return
         self._newest.append(batch)
-        if rung.seen >= _SETTLE or self._count == 2:
-            self._decide(rung)
-
-    def _decide(self, rung: _Rung) -> None:
-        # Medians: a machine that stands still for a moment is no reason to do anything.
-        rung.took = statistics.median((batch.sending + batch.waiting) / batch.data for batch in self._newest)
-        sending = statistics.median(batch.sending / batch.data for batch in self._newest)
-        packs, sends = rung.packing > _PACKS * rung.took, sending > _SENDS * rung.took
-        if sends or not self._wire:
-            self._wire = statistics.median(batch.sending / batch.wire for batch in self._newest)
-        else:
-            # The wire has waited: it may be faster than it was, and is at least as fast as it is used now.
-            self._wire = min(self._wire * _HOPE, rung.took / rung.wire)
-        before = self._rungs[self._before]
-        if rung.seen == _SETTLE and before is not rung and rung.took > before.took:
-            rung.rests_until = self._count + rung.rest
-            rung.rest = min(rung.rest * 2, _LONGEST_REST)
-            self._use(self._before)
+        if len(self._newest) < (_WINDOW if self.is_settled else _TRIAL):
             return
-        best, least = self.level, self._estimate(self.level) * (1 - _GAIN)
-        place = LADDER.index(self.level)
-        for at, level in enumerate(LADDER):
-            rests = self._rungs[level].rests_until > self._count
-            if not rests and ((at < place and packs) or (at > place and sends)):
-                estimate = self._estimate(level)
-                if estimate < least:
-                    best, least = level, estimate
-        if best != self.level:
-            self._use(best)
+        newest, self._newest = self._newest, []
+        data = sum(batch.data for batch in newest)
+        sending = sum(batch.sending for batch in newest)
+        took = (sending + sum(batch.waiting for batch in newest)) / data
+        best = self._look(took, sending / data, sending / sum(batch.wire for batch in newest))
+        if best != self.level and (best == self._wish or not self.is_settled):
+            self._left = _Left(self.level, took, self._wire)
+            self.level, self._skip, self.is_settled = best, 1, False
+        else:
+            self.is_settled = True
+        self._wish = best
 
-    def _use(self, level: int | None) -> None:
-        self._before, self.level = self.level, level
-        self._rungs[level].seen = 0
-        self._newest.clear()
+    def _look(self, took: float, sending: float, wire: float) -> int | None:
+        """The best level, after seconds for a byte of data, all in all and of sending, and for one on the wire."""
+        rung, left = self._rungs[self.level], self._left
+        for one in self._rungs.values():
+            one.surprise = 1 + (one.surprise - 1) * _MEMORY
+        rung.surprise = 1.0
+        if not self.is_settled and _packs_more(self.level, left.level) and took > left.took:
+            # The wire seems to be slower as well, where both stages want the same cores.
+            self._wire = left.wire
+            rung.surprise = max(1.0, took / left.took * self._estimate(left.level) / self._estimate(self.level))
+            return left.level
+        packs, sends = rung.packing > _PACKS * took, sending > _SENDS * took
+        if not packs and not sends:
+            return self.level  # a slow source: no level helps
+        self._note_wire(wire, sends=sends)
+        best, least = self.level, self._estimate(self.level) * (1 - _GAIN)
+        for level in LADDER:
+            estimate = self._estimate(level)
+            if estimate < least and (packs or _packs_more(level, self.level)):
+                best, least = level, estimate
+        return best
+
+    def _note_wire(self, wire: float, *, sends: bool) -> None:
+        """What a byte on the wire has taken now; `sends`: everything has waited for that."""
+        if sends or not self._wire:
+            if self._is_hoped:
+                self._hope = min(_LITTLE_HOPE, self._hope**0.5) if wire > _SLOWER * self._wire else _HOPE
+            self._wire, self._is_sure, self._is_hoped = wire, sends, False
+        elif self._is_sure:
+            self._wire, self._is_hoped = self._wire * self._hope, True
+        else:
+            self._wire = min(self._wire, wire)
 
     def _estimate(self, level: int | None) -> float:
         """Seconds for a byte at `level`."""
@@ -140,7 +157,15 @@ class Levels:
             used = LADDER[min(known, key=lambda at: abs(at - place))]
             packing = self._rungs[used].packing * _COSTS[level] / _COSTS[used]
             wire = 1 - (1 - self._rungs[used].wire) * _SAVES[level] / _SAVES[used]
-        return max(packing, self._wire * wire)
+            if level is None:
+                # Packing takes cores from sending, so the wire may be faster without. The less is saved, the less is
+                # lost where it is not.
+                wire *= 1 - self._rungs[used].wire / 2
+        return max(packing, self._wire * wire) * rung.surprise
+
+
+def _packs_more(level: int | None, other: int | None) -> bool:
+    return LADDER.index(level) > LADDER.index(other)
 
 
 def _mean(mean: float, value: float, known: bool) -> float:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from aipod.codec import frame, stored
 from aipod.config import KIB
-from aipod.levels import START, Batch, Levels
+from aipod.levels import Batch, Levels
 from aipod.wire.ai import Raw
 
 # Chunks that are made together: a hop into a thread costs as much as reading 100 KiB. As long as the level is not known
@@ -121,7 +121,7 @@ class Packer:
             return frame(piece, level)
         if not self._shrinks:
             sample = _sample(piece)
-            self._shrinks = len(frame(sample, min(level, START))) < _SHRUNK * len(sample)
+            self._shrinks = len(frame(sample, level)) < _SHRUNK * len(sample)
         if not self._shrinks:
             return stored(piece)
         data = frame(piece, level)

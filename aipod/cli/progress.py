@@ -117,6 +117,8 @@ class Progress:
         took, before = time.monotonic() - self._since[0], self._since[1]
         rate = (done - before) / took if took > 0.2 else 0
         text = amount(done, total)
+        if event.ratio >= 1.05:
+            text += f"  {event.ratio:.1f}:1"  # compressed
         if rate:
             text += f"  {rate / 1e6:.1f} MB/s"
             if total:

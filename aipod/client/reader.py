@@ -14,9 +14,15 @@ from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, 
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from aipod.config import CHUNK
+from aipod.config import CHUNK, MIB
 from aipod.errors import UsageError
 from aipod.packing import BATCH, Piece
+
+# A file above it that is not in the system's cache does not stay there: sent once, it would have taken the place of
+# what others need.
+HUGE = 256 * MIB
+# Places at which a file is looked at for that.
+_LOOKS = 16
 
 Payload = bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes] | Iterable[bytes] | AsyncIterable[bytes]
 
@@ -84,13 +90,15 @@ class Memory:
 class File:
     """A file with a size, opened when it is first read. It must not change: a half-written one is no whole one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, huge: int = HUGE) -> None:
         self._path = path
+        self._huge = huge
         self._stamp = _stamp(path.stat())
         self.size = self._stamp[0]
         name = f"{os.path.abspath(path)}\0{self._stamp[0]}\0{self._stamp[1]}"
         self.tag = hashlib.sha256(os.fsencode(name)).digest()[:16]
         self._file: IO[bytes] | None = None
+        self._passes = False  # what was read leaves the system's cache again
         self._read = 0
         self._closed = False
         self._lock = threading.Lock()  # a thread may still read when the caller has gone
@@ -101,8 +109,11 @@ class File:
                 return []
             if self._file is None:
                 self._file = self._path.open("rb", buffering=0)
+                self._passes = self.size > self._huge and not _is_cached(self._file.fileno(), self.size)
             # Not only up to `size`: a file that has grown is noticed.
             pieces = self._take(self._read, self._read + BATCH * CHUNK)
+            if self._passes:
+                os.posix_fadvise(self._file.fileno(), 0, self._read, os.POSIX_FADV_DONTNEED)
             self._read += sum(map(len, pieces))
             if self._read > self.size or (not pieces and self._read < self.size):
                 raise self._changed()
@@ -233,6 +244,19 @@ class Stream:
         if isinstance(self._pieces, Generator):
             with contextlib.suppress(ValueError):  # a thread is reading: the file is closed when it has
                 self._pieces.close()
+
+
+def _is_cached(fd: int, size: int) -> bool:
+    """Whether somebody has read, or written, of the file of late, as far as the system tells."""
+    for part in range(_LOOKS):
+        try:
+            if os.preadv(fd, [bytearray(1)], size * part // _LOOKS, os.RWF_NOWAIT):
+                return True
+        except BlockingIOError:
+            continue
+        except (OSError, AttributeError):  # no such thing on this file system, or on this system
+            return True
+    return False
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

@@ -122,6 +122,8 @@ class Source:
             at, pieces = self._newest
             if pieces and at == offset:
                 self._newest = (0, [])
+                if not inline:
+                    self._read_ahead()
                 return pieces
             if offset < self.read:
                 end = min(self.read, offset + BATCH * CHUNK)
@@ -135,7 +137,11 @@ class Source:
                 self._note(self._hash(self._reader.fresh()))
                 continue
             self._newest = (0, [])
-            self._reading = asyncio.create_task(self._read_on(), name="aipod-read")
+            self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Read on while what is here is packed and sent."""
+        self._reading = asyncio.create_task(self._read_on(), name="aipod-read")
 
     def _take(self) -> None:
         """What the finished reading brought. Raises what it raised."""

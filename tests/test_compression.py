@@ -1,0 +1,72 @@
+"""Compression from end to end: what callers are told of it, what a server counts, and levels that were asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+import aipod
+from aipod.cli.progress import Progress
+from aipod.client import Event
+from aipod.config import MIB
+from tests.conftest import Serve, run, wait_until
+from tests.scrape import Scrape, metrics_of, until
+
+TEXT = b"".join(b'{"number": %d, "text": "one of many"}\n' % number for number in range(400_000))[: 8 * MIB]
+ON = ("--metrics", "127.0.0.1:0")
+ECHO = [("x-func-name", "echo")]
+
+
+async def up_and_down(address: str, payload: Path, config: aipod.Config | None = None) -> list[Event]:
+    """The events of a call whose answer is its payload, checked."""
+    events: list[Event] = []
+    back = payload.with_suffix(".back")
+    async with aipod.Client(address, config=config) as client:
+        await client.chaos(payload, metadata=ECHO, save_to=back, on_event=events.append)
+    assert back.read_bytes() == payload.read_bytes()
+    return events
+
+
+def test_a_caller_is_told_what_it_brings(serve: Serve, tmp_path: Path) -> None:
+    """Mutant seen: the download does not tell, and shows what the upload had."""
+    served = serve("aipod.examples.basics:Echo", *ON, "--level", "1")
+    text, noise = tmp_path / "text", tmp_path / "noise"
+    text.write_bytes(TEXT)
+    noise.write_bytes(os.urandom(4 * MIB))
+
+    async def main() -> tuple[list[Event], list[Event]]:
+        level = aipod.Config(level=-100)
+        return await up_and_down(served.address, text, level), await up_and_down(served.address, noise)
+
+    packed, random = run(main)
+    up = [event for event in packed if event.phase == "RECEIVING" and event.sent]
+    down = [event for event in packed if event.phase == "DONE" and event.received]
+    assert {event.level for event in up} == {-100}
+    assert 1.2 < up[-1].ratio < down[-1].ratio
+    assert 0.99 < random[-1].ratio < 1
+    until(metrics_of(served), aipod_answer_chunks_total={"1": (len(TEXT) + 4 * MIB) / MIB})
+
+
+def test_a_server_chooses_by_itself(serve: Serve, tmp_path: Path) -> None:
+    """Where nothing else is said. Whatever it chose, it counts each chunk once."""
+    served = serve("aipod.examples.basics:Echo", *ON)
+    text = tmp_path / "text"
+    text.write_bytes(TEXT)
+    run(lambda: up_and_down(served.address, text))
+    address = metrics_of(served)
+    wait_until(lambda: sum(Scrape(address).counted("aipod_answer_chunks_total").values()) == len(TEXT) / MIB)
+    moved = Scrape(address).counted("aipod_payload_bytes_total")
+    assert moved["up identity"] == moved["down identity"] == len(TEXT)
+    assert max(moved["up zstd"], moved["down zstd"]) < len(TEXT), "it begins with packed chunks"
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.99, 3.14])
+def test_the_bar_shows_what_it_brings(ratio: float) -> None:
+    event = Event("RECEIVING", sent=5, payload_size=10)
+    shown = Progress(io.StringIO())._detail(dataclasses.replace(event, ratio=ratio), 5, 10)
+    assert ("3.1:1" in shown) == (ratio > 3)
+    assert ":1" not in shown or ratio > 3

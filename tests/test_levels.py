@@ -1,0 +1,209 @@
+"""Which level is chosen: on pipelines in virtual time, and on what real ones have told."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aipod.config import MIB
+from aipod.levels import LADDER, START, Batch, Levels
+
+# Nanoseconds to pack a byte, and bytes that it becomes, by level: measured with chunks of 1 MiB.
+Data = dict[int | None, tuple[float, float]]
+TAR: Data = {
+    None: (0.05, 1.0), -5: (1.31, 0.456), 1: (1.84, 0.314), 3: (2.54, 0.284), 6: (7.2, 0.265), 9: (12.3, 0.262),
+}  # fmt: skip
+JSON: Data = {
+    None: (0.05, 1.0), -5: (1.78, 0.388), 1: (2.17, 0.265), 3: (3.0, 0.269), 6: (9.9, 0.257), 9: (16.6, 0.25),
+}  # fmt: skip
+FLOATS: Data = {
+    None: (0.05, 1.0), -5: (0.16, 1.0), 1: (0.83, 0.926), 3: (1.1, 0.926), 6: (1.15, 0.926), 9: (1.44, 0.926),
+}  # fmt: skip
+RANDOM: Data = dict.fromkeys(LADDER, (0.14, 1.0))
+
+# Nanoseconds for a byte on the wire.
+LOOPBACK, GBIT, MBIT_500, MBIT_100, MBIT_10 = 0.35, 8.0, 16.0, 80.0, 800.0
+
+
+class Always:
+    """One level for all."""
+
+    is_settled = True
+
+    def __init__(self, level: int | None) -> None:
+        self.level = level
+
+    def sent(self, batch: Batch) -> None: ...
+
+
+@dataclasses.dataclass
+class Machine:
+    """A sender and its receiver. What takes time takes nanoseconds for a byte; `now` is the byte of payload."""
+
+    data: Callable[[int], Data]
+    wire: Callable[[int], float]
+    receiving: float = 0.5  # of payload, whatever it was on the wire
+    reading: float = 0.1
+    starved: float = 1.0  # how many times longer packing takes than it should
+    shared: float = 0.0  # of packing, which sending and receiving wait for: there are not cores enough
+    noise: float = 0.0
+    pauses: tuple[int, ...] = ()  # batches behind which everything stands still for 50 ms
+    buffer: int = MIB // 4  # bytes on the wire that nobody waits for
+
+    def send(self, levels: Levels | Always, size: int) -> tuple[float, list[int | None]]:
+        """Nanoseconds for a byte of all that was sent, and the level of each batch.
+
+        One batch is packed while one is ready and one is sent, as in `client.call` and `job.reply`.
+        """
+        dice = random.Random(size)
+        packed = sent = arrived = 0.0  # when each stage is free
+        taken = [0.0]  # when the sender has begun with each batch
+        told: list[tuple[float, Batch]] = []
+        chosen: list[int | None] = []
+        at = 0
+        while at < size:
+            length = min((4 if levels.is_settled else 1) * MIB, size - at)
+            while told and told[0][0] <= packed:
+                levels.sent(told.pop(0)[1])
+            level = levels.level
+            chosen.append(level)
+            packing, ratio = self.data(at)[level]
+            packing *= self.starved * length * self._noise(dice)
+            packed = max(packed + packing + self.reading * length, taken[-1])
+            arrived += packing * self.shared
+            waited, began = max(0.0, packed - sent), max(packed, sent)
+            taken.append(began)
+            wire, speed = int(length * ratio), self.wire(at) * self._noise(dice)
+            arrived = max(max(arrived, began) + wire * speed, arrived + self.receiving * length)
+            arrived += 50e6 * (len(chosen) in self.pauses)
+            sent = max(began + 0.1 * length, arrived - self.buffer * speed)
+            told.append((sent, Batch(level, length, wire, packing * 1e-9, (sent - began) * 1e-9, waited * 1e-9)))
+            at += length
+        return arrived / size, chosen
+
+    def _noise(self, dice: random.Random) -> float:
+        return 1 + self.noise * (2 * dice.random() - 1)
+
+
+def machine(data: Data, wire: float, **others: Any) -> Machine:
+    return Machine(lambda _: data, lambda _: wire, **others)
+
+
+def changes(chosen: list[int | None]) -> int:
+    return sum(one != other for one, other in itertools.pairwise(chosen))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("wire", [LOOPBACK, GBIT, MBIT_500, MBIT_100, MBIT_10])
+@pytest.mark.parametrize("data", [TAR, JSON, FLOATS, RANDOM], ids=["tar", "json", "floats", "random"])
+def test_it_is_nearly_as_fast_as_the_best_level(data: Data, wire: float, noise: float) -> None:
+    """Of 128 MiB, what was spent on finding out included. Mutant seen: it begins with level 9."""
+    sender = machine(data, wire, noise=noise)
+    best = min(sender.send(Always(level), 128 * MIB)[0] for level in (-5, 1, 3, 6, 9))
+    assert sender.send(Levels(), 128 * MIB)[0] < 1.16 * best
+
+
+@pytest.mark.parametrize(
+    ("data", "wire", "level"),
+    [
+        (TAR, LOOPBACK, {None}),
+        (JSON, LOOPBACK, {None}),
+        (TAR, GBIT, {1, 3}),
+        (TAR, MBIT_100, {6, 9}),
+        (JSON, MBIT_10, {9}),
+        (FLOATS, MBIT_100, {1}),  # more brings nothing
+    ],
+    ids=["tar at once", "json at once", "tar 1 Gbit/s", "tar 100 Mbit/s", "json 10 Mbit/s", "floats 100 Mbit/s"],
+)
+def test_what_it_comes_to(data: Data, wire: float, level: set[int | None]) -> None:
+    _, chosen = machine(data, wire).send(Levels(), 512 * MIB)
+    assert set(chosen[len(chosen) // 2 :]) <= level
+
+
+@pytest.mark.parametrize("wire", [LOOPBACK, 3.2, GBIT, MBIT_500, MBIT_100, MBIT_10])
+@pytest.mark.parametrize("data", [TAR, JSON, FLOATS, RANDOM], ids=["tar", "json", "floats", "random"])
+def test_it_does_not_go_to_and_fro(data: Data, wire: float) -> None:
+    """2 GiB are some 500 batches, on a machine with some noise. Mutant seen: what was said once is done at once."""
+    _, chosen = machine(data, wire, noise=0.2).send(Levels(), 2048 * MIB)
+    assert changes(chosen) <= len(chosen) / 20
+
+
+@pytest.mark.parametrize(("before", "after"), [(MBIT_100, LOOPBACK), (LOOPBACK, MBIT_100), (GBIT, MBIT_10)])
+def test_a_wire_that_becomes_another_one(before: float, after: float) -> None:
+    """From the middle on it does as well as one that has never known another wire. Mutant seen: no hope."""
+    size = 1024 * MIB
+    changed = Machine(lambda _: TAR, lambda now: before if now < size // 2 else after)
+    _, chosen = changed.send(Levels(), size)
+    _, wanted = machine(TAR, after).send(Levels(), size)
+    assert chosen[-1] == wanted[-1]
+
+
+@pytest.mark.parametrize("wire", [LOOPBACK, GBIT])
+def test_data_that_becomes_other_data(wire: float) -> None:
+    size = 512 * MIB
+    for first, second in ((RANDOM, TAR), (TAR, RANDOM), (FLOATS, JSON)):
+        mixed = Machine(lambda now, first=first, second=second: first if now < size // 2 else second, lambda _: wire)  # type: ignore[misc]
+        best = min(mixed.send(Always(level), size)[0] for level in (-5, 1, 3, 6, 9))
+        assert mixed.send(Levels(), size)[0] < 1.15 * best
+
+
+def test_a_machine_without_time_packs_less() -> None:
+    """At 1 Gbit/s level 1 keeps up, unless packing takes four times as long."""
+    busy = machine(TAR, GBIT, starved=4.0)
+    took, chosen = busy.send(Levels(), 256 * MIB)
+    assert took < 1.15 * min(busy.send(Always(level), 256 * MIB)[0] for level in LADDER)
+    assert set(chosen[len(chosen) // 2 :]) <= {None, -5}
+
+
+def test_cores_that_both_stages_want() -> None:
+    """Level -5 would be worth it if it took nothing from the rest. Mutant seen: nothing is a surprise."""
+    busy = machine(TAR, 1.2, shared=0.5)
+    took, chosen = busy.send(Levels(), 512 * MIB)
+    assert took < 1.1 * min(busy.send(Always(level), 512 * MIB)[0] for level in LADDER)
+    assert chosen[-1] is None
+
+
+def test_a_slow_source_is_no_reason_to_pack_less() -> None:
+    """Others may want the wire. Mutant seen: stored, though packing waits too."""
+    _, chosen = machine(TAR, LOOPBACK, reading=20.0).send(Levels(), 256 * MIB)
+    assert set(chosen) == {START}
+
+
+def test_the_first_batch_of_a_level_says_nothing() -> None:
+    """It has waited for those before it, or for the call to begin. Mutant seen: it counts, and makes a slow wire."""
+    levels = Levels()
+    for sending in (10.0, 10.0, 10.0, *[0.005] * 10):
+        levels.sent(Batch(levels.level, MIB, MIB // 4, 0.002, sending, 0.0))
+    assert levels.level in (1, 3)
+
+
+def test_one_pause_changes_nothing() -> None:
+    """Mutant seen: it is done at once what was said once."""
+    quiet = machine(JSON, LOOPBACK)
+    quiet.pauses = (40, 60, 80)
+    _, chosen = quiet.send(Levels(), 512 * MIB)
+    assert set(chosen[30:]) == {None}
+
+
+TRACES = json.loads((Path(__file__).parent / "levels_traces.json").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(TRACES))
+def test_what_real_transfers_have_told(name: str) -> None:
+    """128 MiB each, recorded on two cores: the batches as [level, bytes, bytes on the wire, us packing, sending,
+    waiting].
+    """
+    levels, used = Levels(), []
+    for level, data, wire, *microseconds in TRACES[name]["batches"]:
+        packing, sending, waiting = (each * 1e-6 for each in microseconds)
+        levels.sent(Batch(level, data, wire, packing, sending, waiting))
+        used.append(levels.level)
+    assert levels.level in TRACES[name]["ends"]
+    assert changes(used) <= TRACES[name]["changes"]
