@@ -27,6 +27,7 @@ import functools
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in OWN:
         return importlib.import_module(OWN[arguments[0]]).main(list(arguments[1:])) or 0
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # peers end, and what they wrote goes
     console, notes = Console(), Console(stderr=True)
     if not console.is_terminal:
         console = Console(width=140)
