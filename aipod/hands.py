@@ -21,7 +21,7 @@ import trio
 # Seconds that a step may take before those behind it get another thread, and how many threads there are at most: as
 # many as trio has for everything else.
 PATIENCE = 0.05
-THREADS = 40
+MOST_HANDS = 40
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -90,7 +90,7 @@ class Hands:
             while self._todo:
                 await trio.sleep(PATIENCE)
                 late = time.monotonic() - PATIENCE
-                if self._todo and len(self._begun) < THREADS and all(begun < late for begun in self._begun.values()):
+                if self._todo and len(self._begun) < MOST_HANDS and all(begun < late for begun in self._begun.values()):
                     self._start()
 
     def _start(self) -> None:

@@ -30,7 +30,7 @@ _GAIN = 0.03
 # not count), and of one that has proved good. What they say must be said twice then, for machines stand still at times.
 _TRIAL, _WINDOW = 3, 4
 # At the beginning the windows grow, and the receiver has other things to do.
-_FIRST = 3
+_HUSHED = 3
 # How much the newest batch counts in the means.
 _WEIGHT = 0.4
 # A stage may be what the other waits for where it takes so much of the time. (Packing waits for threads besides.)
@@ -79,7 +79,7 @@ class Levels:
         self.level: int | None = START
         self.is_settled = False  # until then batches had better be small: what is in the making is lost
         self._rungs: dict[int | None, _Rung] = collections.defaultdict(_Rung)
-        self._skip = _FIRST  # batches of this level that say nothing
+        self._skip = _HUSHED  # batches of this level that say nothing
         self._newest: list[Batch] = []  # of this level, after those
         self._wish: int | None = START  # what the last look was for
         self._left = _Left(START, 0.0, 0.0)

@@ -291,9 +291,9 @@ def test_a_level_is_told_to_client_and_server(tmp_path: Path) -> None:
         (up, *_), (down, *_) = levels.comparisons(options), levels.comparisons(options, down=True)
         assert f"--level={level}" in up.ways[number].client_options
         assert f"--level={level}" in down.ways[number].server_options
-    with pytest.raises(Failed, match="level = 99 is too large"):
+    with pytest.raises(Failed, match="level = 99 is not auto"):
         run_client("product", ["file", "1", "/dev/null", "--level=99"])
-    with pytest.raises(Failed, match=r"(?s)product does not start.*level = 99 is too large"):
+    with pytest.raises(Failed, match=r"(?s)product does not start.*level = 99 is not auto"):
         Server("product", ["--model=OnLoop", f"--directory={tmp_path}", "--level=99"])
 
 

@@ -38,7 +38,7 @@ def serve(model: str, directory: str, **options: Any) -> None:
 
 
 def settings(level: int | str | None) -> Config:
-    return Config() if level is None else Config(level=level)  # type: ignore[arg-type]
+    return Config() if level is None else Config(level=level)
 
 
 def calls(port: int, count: int, at_once: int) -> common.Report:
