@@ -139,13 +139,13 @@ class H2Connection(base.Connection):
         """A small message may be written at once."""
         return not self.alive or self._transport.get_write_buffer_size() < WRITE_BUFFER
 
+    def joined(self) -> contextlib.AbstractContextManager[None]:
+        """As `Socket.joined`."""
+        return self._socket.joined()
+
     def flush(self) -> None:
         if not self.is_closing():
             super().flush()
-
-    def together(self) -> contextlib.AbstractContextManager[None]:
-        """What is written in the body, in which nothing may wait, goes to the socket at once."""
-        return self._socket.together()
 
     def write(self, buffers: list[memoryview]) -> None:
         """Hand `buffers` to the socket as they are; they must not change any more."""

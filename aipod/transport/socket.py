@@ -26,7 +26,7 @@ class Socket:
         self._lingers = lingers
         self._closed = False
         self._written = 0  # bytes
-        self._held: list[Any] | None = None  # what is to be written at once, while that is collected
+        self._joined: list[bytes] | None = None  # what is to be written as one
         self.abort = transport.abort
         self.get_extra_info = transport.get_extra_info
         self.get_write_buffer_size = transport.get_write_buffer_size
@@ -50,32 +50,35 @@ class Socket:
             queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
         return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Write as one what is written in the block, which waits for nothing, and is small."""
+        if self._joined is not None:
+            yield
+            return
+        self._joined = []
+        try:
+            yield
+        finally:
+            pieces, self._joined = self._joined, None
+            if pieces and not self._closed:
+                self._transport.write(b"".join(pieces))
+
     def write(self, data: Any) -> None:
         if not self._closed:
             self._written += len(data)
-            if self._held is not None:
-                self._held.append(data)
-                return
-            self._transport.write(data)
+            if self._joined is not None:
+                self._joined.append(bytes(data))
+            else:
+                self._transport.write(data)
 
     def writelines(self, buffers: list[memoryview]) -> None:
         if not self._closed:
             self._written += sum(map(len, buffers))
-            if self._held is not None:
-                self._held += buffers
-                return
-            self._transport.writelines(buffers)
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What is written in the body goes out as one piece, at its end."""
-        held: list[Any] = []
-        self._held = held
-        try:
-            yield
-        finally:
-            self._held = None
-            self._transport.write(b"".join(held))
+            if self._joined is not None:
+                self._joined += map(bytes, buffers)
+            else:
+                self._transport.writelines(buffers)
 
     def is_closing(self) -> bool:
         return self._closed or self._transport.is_closing()

@@ -164,7 +164,7 @@ class H2Stream(base.Stream):
             release()
             raise StreamTerminatedError("the connection ended before the call began")
         try:
-            with self.connection.together():
+            with self.connection.joined():
                 self._transport.write(frames)
                 self.connection.headers_send_process()
                 self._begin(*begin())
