@@ -46,7 +46,7 @@ def test_what_was_written_last_goes_out_before_the_end(lingers: bool) -> None:
     run(main)
 
 
-def test_what_is_written_together_is_one_piece() -> None:
+def test_what_is_joined_is_one_piece() -> None:
     """Also where the body fails: the streams have counted what they have written. Mutants seen: each by itself; all of
     it is lost.
     """
@@ -59,7 +59,7 @@ def test_what_is_written_together_is_one_piece() -> None:
         sock = Socket(transport, lingers=False)
 
         def fail() -> None:
-            with sock.together():
+            with sock.joined():
                 sock.write(b"a")
                 sock.writelines([memoryview(b"b"), memoryview(b"c")])
                 with pytest.raises(BlockingIOError):
