@@ -25,12 +25,14 @@ _COSTS = dict(zip(LADDER, (0.05, 0.75, 1.0, 1.4, 4.0, 7.0), strict=True))
 _SAVES = dict(zip(LADDER, (0.0, 0.8, 1.0, 1.03, 1.06, 1.07), strict=True))
 
 # Another level must promise at least so much less time: below it guesses are no better than noise.
-_GAIN = 0.03
-# Batches that are looked at together: of a level that is tried (the one before them still waits for others, and does
-# not count), and of one that has proved good. What they say must be said twice then, for machines stand still at times.
+_GAIN = 0.05
+# Batches that are looked at together: of a level that is tried, and of one that has proved good. What they say must be
+# said twice then, for machines stand still at times.
 _TRIAL, _WINDOW = 3, 4
-# At the beginning the windows grow, and the receiver has other things to do.
-_HUSHED = 3
+# So many before them say nothing: they wait for what is in buffers, or fill them, and at the beginning windows grow.
+_SKIP = 3
+# What packs more must be so much better than what packs less, or it is not worth its heat.
+_TIE = 0.01
 # How much the newest batch counts in the means.
 _WEIGHT = 0.4
 # A stage may be what the other waits for where it takes so much of the time. (Packing waits for threads besides.)
@@ -79,7 +81,7 @@ class Levels:
         self.level: int | None = START
         self.is_settled = False  # until then batches had better be small: what is in the making is lost
         self._rungs: dict[int | None, _Rung] = collections.defaultdict(_Rung)
-        self._skip = _HUSHED  # batches of this level that say nothing
+        self._skip = _SKIP  # batches of this level that say nothing
         self._newest: list[Batch] = []  # of this level, after those
         self._wish: int | None = START  # what the last look was for
         self._left = _Left(START, 0.0, 0.0)
@@ -109,7 +111,7 @@ class Levels:
         best = self._look(took, sending / data, sending / sum(batch.wire for batch in newest))
         if best != self.level and (best == self._wish or not self.is_settled):
             self._left = _Left(self.level, took, self._wire)
-            self.level, self._skip, self.is_settled = best, 1, False
+            self.level, self._skip, self.is_settled = best, _SKIP, False
         else:
             self.is_settled = True
         self._wish = best
@@ -133,7 +135,7 @@ class Levels:
         for level in LADDER:
             estimate = self._estimate(level)
             if estimate < least and (packs or _packs_more(level, self.level)):
-                best, least = level, estimate
+                best, least = level, estimate * (1 - _TIE)
         return best
 
     def _note_wire(self, wire: float, *, sends: bool) -> None:

@@ -60,7 +60,7 @@ def test_an_upload_hops_twice_for_each_batch(file: Path) -> None:
 def test_an_upload_holds_two_batches_beside_those_that_were_taken(file: Path) -> None:
     """What is read ahead of a sender that stands still, and what all of it takes in memory at once.
 
-    Mutants seen: a copy more of each batch; reading goes on and on.
+    Mutant seen: two batches are read ahead.
     """
     ahead: list[int] = []
 

@@ -106,7 +106,7 @@ class Source:
                 packed = packer.pack(some) if inline else await self._in_thread(packer.pack, some)
                 held, packed.messages = [packed.messages[-1]], held + packed.messages[:-1]
                 yield packed
-            del some
+                del some, packed  # while the next ones are made
         last = held[0] if held else Raw(offset=packer.offset)
         last.last = True
         last.digest = self._hasher.digest()

@@ -128,8 +128,8 @@ def hold(port: int, count: int, seconds: float, server: int) -> common.Report:
             await asyncio.sleep(SETTLE)
             memory, watched, began = common.memory(server), Watched(count), time.monotonic()
             async with asyncio.TaskGroup() as group:
-                # Until all run: as long as so many have taken before, and half as much again.
-                until = time.time() + 1.5 * count * each + seconds
+                # Until all run: as long as so many have taken before, and half as much again; and a second for pauses.
+                until = time.time() + 1.5 * count * each + 1 + seconds
                 group.create_task(_hold(clients, count, until, watched))
                 await watched.all_run.wait()
                 ramp, cpu = time.monotonic() - began, sum(common.cpu_times(server))
