@@ -22,7 +22,7 @@ from aipod.client.source import HOP, InThread, Source
 from aipod.codec import digest, job_id
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
-from aipod.transport.channel import CALL_OVER, open_call, read_status, reset, send_message
+from aipod.transport.channel import CALL_OVER, expect, open_call, read_status, reset, send_message
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
@@ -329,6 +329,7 @@ class Attempt:
             course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to, course.part)
             course.part = None
         sink = course.sink
+        expect(self._stream, state.size - sink.received)
         filling = Filling(
             sink,
             functools.partial(_local, in_thread=self._link.in_thread),

@@ -16,7 +16,7 @@ from aipod.job.watched import Watched
 from aipod.metrics import LAG, Histogram
 from aipod.service.status import Ending
 from aipod.transport import bridge
-from aipod.transport.requests import peer_certificate, request_timeout, send_message, was_on_its_way
+from aipod.transport.requests import expect, peer_certificate, request_timeout, send_message, was_on_its_way
 from aipod.wire.ai import Raw, State, StreamInput
 
 log = logging.getLogger("aipod.service")
@@ -58,6 +58,10 @@ class Call:
     async def receive_first(self) -> Any:
         """The first message, a Raw or a StreamInput; None after the half-close. Raises GRPCError for a bad one."""
         return await bridge.inline(self._stream.recv_message)
+
+    def expect(self, size: int) -> None:
+        """So many bytes of payload are about to come."""
+        expect(self._stream, size)
 
     async def receive(self) -> Raw | None:
         """The next piece of the payload, None after the half-close. Raises GRPCError for what cannot be parsed."""
