@@ -20,7 +20,7 @@ from aipod.client.source import HOP, InThread, Source
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
 from aipod.packing import BATCH, Packed, Packer
-from aipod.transport.channel import CALL_OVER, read_status, reset, send_message
+from aipod.transport.channel import CALL_OVER, expect, read_status, reset, send_message
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
@@ -376,6 +376,7 @@ class Attempt:
             course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to, course.part)
             course.part = None
         sink = course.sink
+        expect(self._call, state.size - sink.received)
         before = sink.received
 
         def tell() -> None:

@@ -216,6 +216,8 @@ class Filling:
         self._filling: asyncio.Task[None] | None = None
         self._arrival = asyncio.Event()
         self._room = asyncio.Event()
+        self._is_full = False  # somebody waits for room
+        self._loop = asyncio.get_running_loop()
         self._ended = False
 
     async def add(self, message: Raw, *, inline: bool) -> None:
@@ -236,6 +238,7 @@ class Filling:
             self._filling = asyncio.create_task(self._fill(), name="aipod-fill")
         while self._put - self.wire > AHEAD and not self._filling.done():
             self._room.clear()
+            self._is_full = True
             await self._room.wait()
         if self._filling.done():
             await self.settle()
@@ -279,3 +282,6 @@ class Filling:
             self._sink.add(message)
             recycle(message.data)
             self.wire += size
+            if self._is_full and self._put - self.wire <= AHEAD:
+                self._is_full = False
+                self._loop.call_soon_threadsafe(self._room.set)

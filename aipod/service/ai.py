@@ -355,6 +355,7 @@ class AI:
             raise Refusals.draining()
 
     async def _receive(self, job: Job, call: Call) -> None:
+        call.expect((job.request.size or 0) - job.entry.written)
         await receive_payload(
             job.request,
             job.entry,

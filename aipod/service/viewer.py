@@ -21,6 +21,7 @@ from aipod.service.status import Ending
 from aipod.transport import bridge
 from aipod.transport.requests import (
     PEER_GONE,
+    expect,
     has_message,
     joined,
     message_arrived,
@@ -76,6 +77,10 @@ class Call:
     async def receive_first(self) -> Any:
         """The first message, a Raw or a StreamInput; None after the half-close. Raises GRPCError for a bad one."""
         return await bridge.inline(self._stream.recv_message)
+
+    def expect(self, size: int) -> None:
+        """So many bytes of payload are about to come."""
+        expect(self._stream, size)
 
     async def receive(self) -> Raw | None:
         """The next piece of the payload, None after the half-close. Raises GRPCError for what cannot be parsed."""

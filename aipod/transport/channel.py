@@ -194,6 +194,11 @@ async def send_message(stream: grpclib.client.Stream[Any, Any], message: Any, *,
         stream._end_done = end
 
 
+def expect(stream: grpclib.client.Stream[Any, Any], size: int) -> None:
+    """So many bytes are about to come on a call: as many of them may come at once as one call may have."""
+    cast(H2Stream, stream._stream).inbox.window.widen(size)
+
+
 def reset(stream: grpclib.client.Stream[Any, Any]) -> None:
     """Send RST_STREAM(CANCEL) for a call that nobody wants; grpclib would say NO_ERROR, or wait for trailers."""
     if stream._send_request_done and stream._stream.closable:

@@ -248,6 +248,11 @@ def end_request(stream: grpclib.server.Stream[Any, Any]) -> None:
     cast(H2Stream, stream._stream).inbox.close()
 
 
+def expect(stream: grpclib.server.Stream[Any, Any], size: int) -> None:
+    """So many bytes are about to come on a call: as many of them may come at once as one call may have."""
+    cast(H2Stream, stream._stream).inbox.window.widen(size)
+
+
 def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] | None:
     """The verified certificate of the caller, as `ssl.SSLSocket.getpeercert` gives it; None without mTLS."""
     return stream.peer.cert() or None
