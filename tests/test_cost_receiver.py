@@ -121,7 +121,7 @@ def test_an_answer_is_written_by_few_hops_and_all_of_it_is_told(tmp_path: Path) 
         for chunk in chunks(count):
             heavy = Raw(data=FRAME, offset=chunk.offset, last=chunk.last)
             await filling.add(heavy, inline=False)
-            assert filling._put - filling._taken <= AHEAD + len(FRAME)
+            assert filling._put - filling.wire <= AHEAD + len(FRAME)
         await filling.settle()
         assert sink.finish() == tmp_path / "answer"
         return hops
