@@ -36,7 +36,7 @@ class Fields(TypedDict, total=False):
     offset: int  # bytes of the payload that are durable: at each checkpoint; all of it, when the job is queued
     settled: bool  # the entry's files have their names on disk, and from now on every line is synced
     lost: bool  # the disk has failed to keep a part of an entry that had not settled: it never will
-    phase: str  # name of a wire.ai.Phase; RECEIVING where it is missing
+    phase: str  # name of a wire.ai.Phase; RECEIVING where it is missing. In the first line: its payload came with it
     worker: str  # with RUNNING: name of the lock that is held until this run is over; empty where the server runs it
     adopted: int  # with QUEUED: how many processes in a row have taken it up from one that had died
     attempt: int  # with RUNNING: how often the method was started, this time included
