@@ -704,7 +704,7 @@ def test_a_flood_of_empty_messages_beside_good_calls(served: Served, peer: Peer)
     with Beside(served) as beside:
         stream = peer.open(data=REQUEST, end=False)
         began = len(beside.times)
-        upload(peer, stream, bytes(5) * 100_000 * LONG)
+        upload(peer, stream, bytes(5) * 250_000 * LONG)
         assert peer.answer(stream).status == 0
         assert len(beside.times) - began > 2 * LONG, "it is not one call that waits for the flood's end"
     assert beside.longest < LATE
