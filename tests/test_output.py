@@ -19,7 +19,7 @@ import aipod
 from aipod.client import Event
 from aipod.runner.capture import Capture, captured
 from aipod.runner.output import LINE, LINES, Excerpt, Lines, ServerLog
-from aipod.spool.entry import MAX_LOG
+from aipod.spool import MAX_LOG
 from tests.calls import calls, own
 from tests.conftest import FIRST, Serve, Served, peak_memory, wait_until
 from tests.models_output import BOTH, SAID
