@@ -31,6 +31,8 @@ _GAIN = 0.05
 _TRIAL, _WINDOW = 3, 4
 # So many before them say nothing: they wait for what is in buffers, or fill them, and at the beginning windows grow.
 _SKIP = 3
+# So many batches that take so much longer than before it are enough to know that a level that packs less is none.
+_BAD, _FAR = 2, 2.0
 # What packs more must be so much better than what packs less, or it is not worth its heat.
 _TIE = 0.01
 # How much the newest batch counts in the means.
@@ -83,6 +85,7 @@ class Levels:
         self._rungs: dict[int | None, _Rung] = collections.defaultdict(_Rung)
         self._skip = _SKIP  # batches of this level that say nothing
         self._newest: list[Batch] = []  # of this level, after those
+        self._bad: list[Batch] = []  # of this level, far worse than the one before
         self._wish: int | None = START  # what the last look was for
         self._left = _Left(START, 0.0, 0.0)
         self._wire = 0.0  # seconds for a byte on the wire
@@ -98,13 +101,17 @@ class Levels:
         rung.known = True
         if batch.level != self.level:
             return  # it was on its way when another one was chosen
-        if self._skip:
+        if self._is_far_worse(batch):
+            self._bad.append(batch)
+        elif self._skip:
             self._skip -= 1
             return
-        self._newest.append(batch)
-        if len(self._newest) < (_WINDOW if self.is_settled else _TRIAL):
+        else:
+            self._newest.append(batch)
+        enough = len(self._bad) == _BAD or len(self._newest) == (_WINDOW if self.is_settled else _TRIAL)
+        if not enough:
             return
-        newest, self._newest = self._newest, []
+        newest, self._newest, self._bad = self._newest + self._bad, [], []
         data = sum(batch.data for batch in newest)
         sending = sum(batch.sending for batch in newest)
         took = (sending + sum(batch.waiting for batch in newest)) / data
@@ -115,6 +122,11 @@ class Levels:
         else:
             self.is_settled = True
         self._wish = best
+
+    def _is_far_worse(self, batch: Batch) -> bool:
+        """Of a level that packs less than the one before, which was given up for it: that should have been better."""
+        is_trial = not self.is_settled and _packs_more(self._left.level, self.level)
+        return is_trial and batch.sending + batch.waiting > _FAR * self._left.took * batch.data
 
     def _look(self, took: float, sending: float, wire: float) -> int | None:
         """The best level, after seconds for a byte of data, all in all and of sending, and for one on the wire."""

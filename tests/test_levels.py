@@ -184,6 +184,20 @@ def test_the_first_batch_of_a_level_says_nothing() -> None:
     assert levels.level in (1, 3)
 
 
+def test_what_packs_less_and_is_far_worse_is_left_at_once() -> None:
+    """A fast beginning has filled buffers; two batches show it. Mutant seen: it is judged as any other."""
+    levels = Levels()
+    for _ in range(20):
+        levels.sent(Batch(levels.level, MIB, MIB // 4, 0.002, 0.0001, 0.002))
+        if levels.level is None:
+            break
+    slow = Batch(None, MIB, MIB, 0.0001, 0.008, 0.0)
+    levels.sent(slow)
+    assert levels.level is None
+    levels.sent(slow)
+    assert levels.level == 1
+
+
 def test_one_pause_changes_nothing() -> None:
     """Mutant seen: it is done at once what was said once."""
     quiet = machine(JSON, LOOPBACK)
