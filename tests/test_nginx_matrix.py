@@ -213,7 +213,7 @@ def test_a_header_that_is_too_long_ends_the_connection_and_jobs_go_on(served: Se
                 if event.phase == "RUNNING":
                     begun.set()
 
-            async with aipod.Client(nginx.address, config=Config(attempts=1, reconnect=1)) as client:
+            async with aipod.Client(nginx.address, config=Config(attempts=1, reconnect=4)) as client:
                 job = asyncio.create_task(client.chaos(metadata=to("classify"), seconds=2, on_event=seen))
                 await begun.wait()
                 with pytest.raises(aipod.AipodError):
