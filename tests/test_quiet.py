@@ -15,7 +15,7 @@ from aipod.client import Event
 from aipod.job.job import STOPPED
 from aipod.job.watched import Keep, Told
 from aipod.runner import GOES_ON, STOPPING
-from aipod.spool.entry import HEARD_EVERY
+from aipod.spool.report import HEARD_EVERY
 from aipod.wire.ai import Phase
 from tests import test_cli
 from tests.conftest import Serve, Served, children, run, wait_until
@@ -57,7 +57,7 @@ async def test_what_the_runner_says_goes_before_what_the_model_says_until_the_ru
 async def test_another_process_knows_it_from_the_files(tmp_path: Path) -> None:
     """Without any that is written for it. Mutants seen: the log does not count; the same progress does not."""
     entry = claimed(opened(tmp_path), A, TICKETED)
-    entry.note_progress(0.5, "half", 1.0)
+    entry.report.note(0.5, "half", 1.0)
     entry.append_log("a line")
     files = [entry.path / name for name in ("state", "live", "log")]
     for file in files:
@@ -68,9 +68,9 @@ async def test_another_process_knows_it_from_the_files(tmp_path: Path) -> None:
         assert entry.quiet() < 1000
         os.utime(file, (time.time() - 1000,) * 2)
     before = entry.path.stat().st_mtime_ns
-    entry.note_progress(0.5, "half", 1.0 + HEARD_EVERY - 0.1)
+    entry.report.note(0.5, "half", 1.0 + HEARD_EVERY - 0.1)
     assert entry.quiet() >= 1000
-    entry.note_progress(0.5, "half", 1.0 + HEARD_EVERY)
+    entry.report.note(0.5, "half", 1.0 + HEARD_EVERY)
     assert entry.quiet() < 1000
     assert entry.path.stat().st_mtime_ns == before, "by it lists are ordered"
     told = Told(entry, "", Keep())

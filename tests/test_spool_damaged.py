@@ -99,7 +99,7 @@ def test_what_a_job_can_do_without_is_as_if_it_were_not_there(
         put(entry, name)
     entry.append_log("a line")
     assert "could not be written" in caplog.text
-    entry.note_progress(0.5, "half")
+    entry.report.note(0.5, "half")
     entry.watch()
     entry.ask(8)
     assert (entry.read_log(0, 99), entry.live(), entry.words().wanted) == (b"", {}, 8)

@@ -21,6 +21,7 @@ from aipod.codec import digest
 from aipod.config import MIB
 from aipod.results import INLINE
 from aipod.spool import ENDED, MAX_LOG, SYNC_AFTER, SYNC_BYTES, Journal, Spool, Sweeper
+from aipod.spool.entry import SLOW
 from bench.disk import forget, small_job
 from tests.conftest import left_in
 from tests.spools import (
@@ -57,7 +58,7 @@ def test_an_entry_from_its_claim_to_its_end(spool: Spool) -> None:
     assert (state["method"], json.loads(state["kwargs"])) == ("predict", {"top": 5})
     entry.work.mkdir()
     (entry.work / "scratch").touch()
-    entry.note_progress(0.5, "half")
+    entry.report.note(0.5, "half")
     entry.ask_to_stop()
     entry.result.write_bytes(b"x" * (MIB + 1))
     assert [len(piece) for piece in entry.read_result(0)] == [MIB, 1]
@@ -68,15 +69,48 @@ def test_an_entry_from_its_claim_to_its_end(spool: Spool) -> None:
     entry.destroy()
 
 
+@pytest.mark.parametrize("end", ["let_go", "destroy"])
+def test_an_outcome_does_not_wait_for_the_room_of_a_long_payload(spool: Spool, end: str) -> None:
+    """It has no name, and its room comes back with the entry. Mutants seen: at once; never; a short one too."""
+    entry = claimed(spool, A)
+    assert entry._fd is not None
+    os.ftruncate(entry._fd, SLOW)
+    entry.written = SLOW
+    entry.store({"phase": "DONE"})
+    assert entry.has_rest
+    assert left_in(spool.path) == [A, f"{A}.lock", f"{A}/state"]
+    assert nameless() == 1
+    getattr(entry, end)()
+    assert nameless() == 0
+    short = claimed(spool, B)
+    short.write(b"abc")
+    short.store({"phase": "DONE"})
+    assert not short.has_rest
+    for job in (A, B):
+        short.let_go()
+        with spool.holding(job) as left:
+            if left is not None:
+                left.destroy()
+
+
+def nameless() -> int:
+    """Open files of a spool that have been removed."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sum(link.endswith("/in (deleted)") for link in links)
+
+
 def test_what_the_last_server_has_told_of_a_run_is_told_no_more_of_the_next(spool: Spool) -> None:
     """A job that a drain has cancelled, and that runs anew, is not called cancelled. Mutant seen: nobody looks."""
     with killed(spool, A, TICKETED | {"phase": "RUNNING"}) as entry:
-        entry.note_progress(0.5, "cancelled; waiting for it to stop")
+        entry.report.note(0.5, "cancelled; waiting for it to stop")
     with spool.holding(A) as again:
         assert again is not None
-        assert not again.is_noted(0.0, "", 1.0)
-        again.note_progress(0.0, "", 1.0)
-        assert again.is_noted(0.0, "", 1.0)
+        assert not again.report.is_noted(0.0, "", 1.0)
+        again.report.note(0.0, "", 1.0)
+        assert again.report.is_noted(0.0, "", 1.0)
         assert spool.look(A).live() == {"progress": 0.0, "message": ""}
         again.destroy()
 

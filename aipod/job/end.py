@@ -84,7 +84,7 @@ class End:
         with going_on(job):
             if self.outcome is not None:
                 self.outcome, self.why = _store(job, self.outcome)
-        if not self.why and not job.request.plain:
+        if not self.why and not job.request.plain and not entry.has_rest:
             with going_on(job):
                 entry.let_go()
                 self.over = True

@@ -256,7 +256,7 @@ async def _keep(job: Job, tick: float) -> None:
     while True:
         job.look_at_worker()
         await job.save_log()
-        done = job.entry.settled and job.entry.is_noted(job.progress, job.message, job.heard)
+        done = job.entry.settled and job.entry.report.is_noted(job.progress, job.message, job.heard)
         if not job.request.plain and not done:  # most ticks of most jobs: a thread has better things to do
             await trio.to_thread.run_sync(_note, job)
         await trio.sleep(tick)
@@ -267,4 +267,4 @@ def _note(job: Job) -> None:
         job.entry.settle()
     except (Refused, OSError) as exc:
         log.warning("job %s: it would not survive a power cut: %s", job.entry.id, exc, extra=job.named)
-    job.entry.note_progress(job.progress, job.message, job.heard)
+    job.entry.report.note(job.progress, job.message, job.heard)

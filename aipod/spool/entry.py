@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import threading
@@ -23,14 +22,15 @@ from aipod.spool.locks import Lock
 from aipod.spool.look import Look, sync, tombstone
 from aipod.spool.quota import Quota
 from aipod.spool.regular import NotKept, keep, not_kept, open_regular
+from aipod.spool.report import Report
 from aipod.trash import remove, remove_at_once
 
 logger = logging.getLogger("aipod.spool")
 
 SYNC_AFTER = 1.0  # seconds: the first tick
 SYNC_BYTES = 64 * MIB  # at most this much is ever sent again after a power cut
-HEARD_EVERY = 5.0  # seconds between two notes of a model that reports the same again and again
 PREALLOCATE = 1 * MIB  # smaller payloads are not worth the system call
+SLOW = 64 * MIB  # to free so much takes a disk 10 ms and more
 _KEPT = frozenset({"state", "seen", "in"})  # of an entry's files, when its job has ended
 
 
@@ -66,10 +66,12 @@ class Entry(Look):
         self._home = home
         self._lock = lock
         self._fd: int | None = None
+        self._rest: int | None = None  # the payload that has no name any more, and is not freed yet
         self._hasher: Any = new_hasher()  # None: it has not seen the payload from its beginning
         self.written = 0  # bytes in the payload file
         self.durable = 0  # bytes of it that have been synced
-        self._settled = False  # the entry's files have their names on disk; from now on the journal is synced
+        # It survives a power cut: its files have their names on disk, and what is recorded is there before it is told.
+        self.settled = False
         self._lost = False  # a sync has failed: none that comes later is believed; see `_note_loss`
         self._settling = threading.RLock()  # what is recorded meanwhile would count as on disk, and not be there
         self._synced_at = time.monotonic()
@@ -77,8 +79,7 @@ class Entry(Look):
         self.found: dict[str, Any] = {}  # what its journal told when it was taken
         self._recorded = False  # the last line was written, so there is a journal
         self._log_size = 0
-        self._progress: tuple[float, str] | None = None  # what `live` says; None where nobody has looked yet
-        self._heard = 0.0
+        self.report = Report(self.path / "live")
 
     # The beginning
 
@@ -105,7 +106,7 @@ class Entry(Look):
 
     def go_on_from(self, state: dict[str, Any]) -> None:
         """Somebody else has made this entry, and come so far."""
-        self._settled = bool(state.get("settled"))
+        self.settled = bool(state.get("settled"))
         self._lost = bool(state.get("lost"))
         self.found = state
         self.written = self.durable = state.get("offset", 0)
@@ -206,7 +207,7 @@ class Entry(Look):
         settled.
         """
         self._lost = True
-        if not self._settled and self._lock.is_locked:
+        if not self.settled and self._lock.is_locked:
             with contextlib.suppress(Refused, OSError):
                 self._journal.append({"lost": True})
 
@@ -225,7 +226,7 @@ class Entry(Look):
         if self._fd is not None:
             if os.fstat(self._fd).st_size != self.written:
                 os.ftruncate(self._fd, self.written)  # what was noise, or set aside for more
-            if self._settled:
+            if self.settled:
                 with self._noticing():
                     keep(os.fdatasync, self._fd)
             os.fchmod(self._fd, 0o400)
@@ -257,7 +258,7 @@ class Entry(Look):
         """
         self._recorded = False
         with self._settling, self._noticing():
-            self._journal.append(fields, sync=sync or self._settled)
+            self._journal.append(fields, sync=sync or self.settled)
         self._recorded = True
 
     def settle(self) -> None:
@@ -266,18 +267,13 @@ class Entry(Look):
         Raises `Refused` (SPOOL_FULL, OVERLOADED, BUSY).
         """
         with self._settling, self._noticing():
-            if self._settled or self._lost:
+            if self.settled or self._lost:
                 return
             for path in (self.payload, self.path / "kw", self.path / "state", self.path, self._home.path):
                 sync(path)
             # Only now: whoever reads it relies on the names above being on disk.
             self._journal.append({"settled": True}, sync=True)
-            self._settled = True
-
-    @property
-    def settled(self) -> bool:
-        """The entry survives a power cut, and whatever is recorded from now on is on disk before it is told."""
-        return self._settled
+            self.settled = True
 
     def settle_answer(self) -> bool:
         """Make an answer survive a power cut whose job had not settled when it ended; False where another holds it.
@@ -298,30 +294,6 @@ class Entry(Look):
             return entry is not None or not self.read()
 
     # The run
-
-    def is_noted(self, progress: float, message: str, heard: float) -> bool:
-        """Whether that is what `note_progress` has told last; nearly, of `heard`."""
-        return (progress, message) == self._progress and heard - self._heard < HEARD_EVERY
-
-    def note_progress(self, progress: float, message: str, heard: float = 0.0) -> None:
-        """Tell other processes what the model has reported, and that it has (`heard`: when). They may miss it."""
-        if self.is_noted(progress, message, heard):
-            return
-        self._heard = heard
-        if self._progress is None:  # an earlier process may have told something, which is no longer true
-            before = self.live()
-            self._progress = before.get("progress", 0.0), before.get("message", "")
-        if (progress, message) == self._progress:
-            with contextlib.suppress(OSError):
-                os.utime(self.path / "live")  # who does nothing but log needs none: the log tells
-            return
-        self._progress = progress, message
-        fresh = self.path / "live.tmp"
-        told = json.dumps({"progress": progress, "message": message}).encode()
-        with contextlib.suppress(Refused, OSError):
-            with os.fdopen(open_regular(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)[0], "wb") as file:
-                file.write(told)
-            fresh.replace(self.path / "live")
 
     @property
     def log_size(self) -> int:
@@ -349,12 +321,12 @@ class Entry(Look):
     # The end
 
     def store(self, fields: dict[str, Any]) -> None:
-        """Record the job's outcome and give back what it needed to get there.
+        """Record the job's outcome and give back what it needed to get there; a long payload's room with the entry.
 
         Raises `Refused` (SPOOL_FULL, OVERLOADED).
         """
         with self._settling:
-            if self._settled and self.result.exists():
+            if self.settled and self.result.exists():
                 with refused_when_exhausted():
                     sync(self.result)
                     sync(self.path)
@@ -362,6 +334,7 @@ class Entry(Look):
                 self.record(fields)
             except Refused:
                 self._drop_payload()  # it may be what the disk is full of
+                self._free()
                 self.record(fields)
         self.tidy(fields.get("phase", ""))
 
@@ -373,11 +346,11 @@ class Entry(Look):
         left = tombstone(self.read() | {"phase": "RELEASED"})
         with self._settling, refused_when_exhausted():
             try:
-                self._journal.replace(left, sync=self._settled)
+                self._journal.replace(left, sync=self.settled)
             except OSError:
                 # The answer may be what the disk is full of. A line takes no room of its own.
                 self.store({"phase": "RELEASED"})
-                self._journal.replace(left, sync=self._settled)
+                self._journal.replace(left, sync=self.settled)
         self.tidy("RELEASED")
 
     def release_short(self) -> None:
@@ -404,10 +377,23 @@ class Entry(Look):
 
     def _drop_payload(self) -> None:
         self._close()
+        if self.written >= SLOW and self._rest is None:
+            with contextlib.suppress(Refused, OSError):
+                self._rest = open_regular(self.payload, os.O_RDONLY)[0]
         try:
             self.payload.unlink(missing_ok=True)
         except OSError:
             remove(self.payload)  # never raises: the outcome is written down, and stays
+
+    @property
+    def has_rest(self) -> bool:
+        """To let go of it takes the disk a while: whoever wants the outcome had better be told first."""
+        return self._rest is not None
+
+    def _free(self) -> None:
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            os.close(rest)
 
     def let_go(self) -> None:
         """Make what there is durable, and let go of the entry: others may go on with it. Idempotent.
@@ -420,6 +406,7 @@ class Entry(Look):
             self.stop_writing()
         finally:
             self._journal.close()
+            self._free()
             if self._lock.is_locked:
                 self._home.quota.measure(self.id, held=False)
             self._lock.release()
@@ -436,6 +423,7 @@ class Entry(Look):
             return  # whatever has this name now is somebody else's
         try:
             self._close()
+            self._free()
             self._journal.close()
             # Most of those that have ended are a journal and nothing else. What stays is swept later.
             remove_at_once(self.path, "state", self._home.path / ".trash-")

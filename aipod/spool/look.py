@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import time
 from collections.abc import Generator
@@ -16,6 +15,7 @@ from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.spool.journal import Journal
 from aipod.spool.regular import keep, open_regular, read_regular
+from aipod.spool.report import read_report
 
 READ = 1 * MIB
 # Phases that a job never leaves, but for RELEASED.
@@ -97,11 +97,7 @@ class Look:
 
     def live(self) -> dict[str, Any]:
         """What the model has reported last; empty where it has reported nothing."""
-        try:
-            told = json.loads(read_regular(self.path / "live"))
-        except (Refused, OSError, ValueError, RecursionError):
-            return {}
-        return told if isinstance(told, dict) else {}
+        return read_report(self.path / "live")
 
     def quiet(self) -> int:
         """Seconds since a running method was last heard of, as the files tell: nearly what its own process knows."""
