@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.pages import WORTH, Filler
 from bench.processes import Failed, Run, Server, run_client
 
 Hop = tuple[str, tuple[str, ...]]  # a peer that is between, with its options
@@ -77,7 +78,7 @@ class Comparison:
     peers: tuple[Way, ...]
     figures: tuple[Figure, ...] = (RATE,)
     fresh: bool = False  # each round has new servers: what one holds on to would be counted in the next
-    files: bool = False  # it writes them: what was written before is on the disk when a run begins
+    writes: int = 0  # bytes, to files; then the disk has what was written before, and memory is full (`pages`)
     answers: tuple[Any, ...] = ()  # what every run must have been answered, one of them; none where nobody knows
 
     @property
@@ -147,6 +148,7 @@ class Bed:
         self._directory = directory
         self._stack = contextlib.ExitStack()
         self._servers: dict[Any, Server] = {}
+        self._filler = self._stack.enter_context(Filler(directory))
 
     def __enter__(self) -> Bed:
         return self
@@ -175,8 +177,10 @@ class Bed:
         if way.hop is not None:
             name, options = way.hop
             front = self._server((way.hop, *key), name, [f"--to={server.port}", *options])
-        if comparison.files:
+        if comparison.writes:
             os.sync()  # nobody pays for what another has written
+        if comparison.writes >= WORTH:
+            self._filler.fill()
         command = way.command or comparison.command
         arguments = comparison.arguments if way.arguments is None else way.arguments
         with tempfile.TemporaryDirectory(dir=self._directory) as own:

@@ -33,7 +33,9 @@ SMALLER = (("1 KiB", 1024), ("1 MiB", MIB), ("32 MiB", 32 * MIB))
 
 def send(row: str, path: Path, ours: Way, *peers: Way) -> Comparison:
     """One file; every model must say of it what `data` says."""
-    return Comparison(row, "file", (str(path),), ours, peers, files=True, answers=(data.described(path),))
+    return Comparison(
+        row, "file", (str(path),), ours, peers, writes=path.stat().st_size, answers=(data.described(path),)
+    )
 
 
 def behind_nginx(way: Way, kind: str) -> Way:

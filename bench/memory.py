@@ -33,5 +33,5 @@ def comparisons(options: Options) -> list[Comparison]:
     for row, command, rest in (("upload", "file", ()), ("result", "result", ("{dir}/answer",))):
         peer = dataclasses.replace(ours, name="256 MiB", arguments=(str(small), *rest))
         arguments = (str(large), *rest)
-        rows.append(Comparison(row, command, arguments, ours, (peer,), FIGURES, files=True, answers=answers))
+        rows.append(Comparison(row, command, arguments, ours, (peer,), FIGURES, writes=size, answers=answers))
     return rows

@@ -19,7 +19,9 @@ from bench.options import GIB, MIB, Options
 
 def fetch(row: str, path: Path, ours: Way, *peers: Way) -> Comparison:
     arguments = (str(path), "{dir}/answer")
-    return Comparison(row, "result", arguments, ours, peers, files=True, answers=(data.described(path),))
+    return Comparison(
+        row, "result", arguments, ours, peers, writes=path.stat().st_size, answers=(data.described(path),)
+    )
 
 
 def comparisons(options: Options) -> list[Comparison]:
