@@ -51,9 +51,10 @@ SWEEP = 30.0
 # Seconds that peers get to take the last trailers and GOAWAY, and to close: when nothing hurries, and when it does.
 LINGER = 2.0
 LINGER_AT_ONCE = 0.5
-# A connection takes one descriptor, a job one in line and three at most; the usual soft limit is 1024.
+# A connection takes one descriptor, a job two in line (its lock and its journal), three while it uploads, and one more
+# for a moment; the usual soft limit is 1024.
 MAX_FILES = 65536
-FILES_PER_CONNECTION = 4
+FILES_PER_CONNECTION = 5
 # What a server has open besides: its listeners, its loop, its workers.
 RESERVED_FILES = 32
 

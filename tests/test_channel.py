@@ -161,6 +161,24 @@ def test_a_call_that_waits_for_a_stream_moves_to_a_new_connection_when_its_own_i
     run(main)
 
 
+def test_a_call_that_waits_for_a_stream_waits_no_longer_than_its_deadline() -> None:
+    """Mutant seen: it waits until there is one."""
+
+    async def main() -> None:
+        async with peer(lambda h2, stream: None) as channel, new_call(channel) as call:
+            await open_call(call)
+            while channel._protocol.connection._connection.remote_settings.max_concurrent_streams != 1:
+                await asyncio.sleep(0.01)
+            late = channel.request("/ai.AI/chaos", Cardinality.STREAM_STREAM, Raw, Raw, timeout=0.2)
+            with pytest.raises(TimeoutError):
+                async with late:
+                    await open_call(late)
+            assert not channel._protocol.connection.places.awaited
+            reset(call)
+
+    run(main, timeout=20)
+
+
 def test_a_server_that_takes_no_calls_is_not_waited_for() -> None:
     async def main() -> None:
         served: list[asyncio.Task[None] | None] = []

@@ -145,8 +145,9 @@ def test_what_goes_wrong_in_the_thread_is_heard_of(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_dropped_is_not_added(tmp_path: Path) -> None:
-    """Mutant seen: what waits is added though its caller has gone."""
+@pytest.mark.parametrize("settling", [False, True])
+def test_what_is_dropped_is_not_added(tmp_path: Path, settling: bool) -> None:
+    """Mutants seen: what waits is added though its caller has gone; who goes while it settles leaves a task."""
 
     begun, go_on, over = threading.Event(), threading.Event(), threading.Event()
 
@@ -161,7 +162,15 @@ def test_what_is_dropped_is_not_added(tmp_path: Path) -> None:
         filling = Filling(sink, lambda fn: asyncio.to_thread(work, fn), lambda: None)
         await filling.add(Raw(data=FRAME, offset=0), inline=False)
         await asyncio.to_thread(begun.wait, 20)
-        await filling.drop()  # does not wait for the thread
+        if settling:
+            settle = asyncio.create_task(filling.settle())
+            await asyncio.sleep(0)
+            settle.cancel()
+            await asyncio.wait([settle])
+            assert settle.cancelled()
+        else:
+            await filling.drop()  # does not wait for the thread
+        assert asyncio.all_tasks() == {asyncio.current_task()}
         go_on.set()
         assert await asyncio.to_thread(over.wait, 20)
         assert sink.received == 0

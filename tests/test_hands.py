@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import trio
@@ -52,6 +55,67 @@ async def test_a_step_that_stands_still_keeps_no_other_one() -> None:
         assert not stuck
         go.set()
     assert len(stuck) == 3
+
+
+async def test_short_steps_that_make_a_long_line_get_more_threads() -> None:
+    """As on a disk behind a network, where each takes a while. Mutant seen: only a step that stands still counts."""
+    busy, most, threads = set[int](), 0, set[int]()
+
+    def step() -> None:
+        nonlocal most
+        busy.add(threading.get_ident())
+        most = max(most, len(busy))
+        time.sleep(hands.PATIENCE / 2)
+        threads.add(threading.get_ident())
+        busy.discard(threading.get_ident())
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(60):
+            nursery.start_soon(hands.do, step)
+    assert len(threads) > 1
+    assert most <= hands.SOME_HANDS
+
+
+# A thread wants more memory for its stack than there is, until there is more: the system has none to give, as where
+# `ulimit -u` or a container's bound is reached. In a process of its own, which is left with little.
+NO_THREADS = """
+import resource, threading, trio
+from aipod import hands
+
+GIB = 1 << 30
+
+async def main():
+    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    threading.stack_size(2 * GIB)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + GIB, resource.RLIM_INFINITY))
+    try:
+        threading.Thread(target=int).start()
+    except RuntimeError as exc:
+        print(exc)
+    done = 0
+
+    async def do():
+        nonlocal done
+        await hands.do(int)
+        done += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(do)
+        await trio.sleep(4 * hands.PATIENCE)
+        print(done)
+        threading.stack_size(0)
+    print(done)
+
+trio.run(main)
+"""
+
+
+def test_steps_wait_while_the_system_has_no_thread_to_give() -> None:
+    """Mutants seen: the step raises, and its entry stays; who gives more threads does, and ends the server."""
+    found = subprocess.run([sys.executable, "-c", NO_THREADS], capture_output=True, text=True, timeout=60)
+    assert found.stderr == ""
+    assert found.stdout.splitlines() == ["can't start new thread", "0", "3"]
 
 
 async def test_a_step_that_raises_and_one_that_is_cancelled() -> None:

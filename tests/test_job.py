@@ -17,6 +17,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from aipod import alarm
 from aipod.client.failure import of_state
 from aipod.codec import PONG, digest
 from aipod.config import Config
@@ -154,6 +155,19 @@ async def test_an_own_client_hears_the_phases_at_once_and_a_state_every_second(a
         (4, Phase.RUNNING),
         (5, Phase.RUNNING),
     ]
+
+
+async def test_heartbeats_begin_once_though_the_job_comes_as_they_do(autojump_clock: MockClock) -> None:
+    """Twice, each piece of the log would be told twice and the next one not at all. Mutant seen: they do."""
+    call = FakeCall()
+    async with trio.open_nursery() as nursery:
+        viewer = Viewer(Writer(cast(Call, call), nursery), nursery, 1.0)
+        viewer.begin()
+        job = fake_job(Open(ticket=b"t" * 16))
+        alarm.at(trio.current_time() + 1.0, lambda: viewer.watch(job, 0))  # behind the heartbeats' own
+        await trio.sleep(3.5)
+        nursery.cancel_scope.cancel()
+    assert call.phases == [(0, None), (1, Phase.RECEIVING), (2, Phase.RECEIVING), (3, Phase.RECEIVING)]
 
 
 async def test_heartbeats_do_not_pile_up_before_a_peer_that_does_not_read(autojump_clock: MockClock) -> None:

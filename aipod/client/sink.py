@@ -201,7 +201,7 @@ class Filling:
     """Fills a sink while more is received: a thread takes what has come, and what comes meanwhile.
 
     asyncio-flavored. `run` has a function run in a thread and raises what it raises; `tell` is called when more is in
-    the sink. Who leaves calls `settle`, or, cancelled, `drop`.
+    the sink. Who leaves calls `settle`, or, cancelled, `drop`; cancelled, `settle` does that.
     """
 
     def __init__(
@@ -248,7 +248,11 @@ class Filling:
         if self._filling is not None:
             self._ended = True
             self._arrival.set()
-            await asyncio.wait([self._filling])
+            try:
+                await asyncio.wait([self._filling])
+            except asyncio.CancelledError:
+                await self.drop()
+                raise
             filling, self._filling = self._filling, None
             filling.result()
 

@@ -224,7 +224,11 @@ class Viewer:
     def _begin_at(self, when: float) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
-        self._alarm = alarm.at(when, lambda: self._nursery.start_soon(self._beat, when))
+        self._alarm = alarm.at(when, lambda: self._ring(when))
+
+    def _ring(self, when: float) -> None:
+        self._alarm = None  # now: until the task runs `watch` may come, and would have them begin twice
+        self._nursery.start_soon(self._beat, when)
 
     def watch(self, job: Watched, log_have: int | None = None, *, patient: bool = False) -> None:
         """From now on heartbeats are about `job`. `log_have`: bytes of its log that were seen; None: a plain client.
@@ -254,7 +258,6 @@ class Viewer:
         self._beating.cancel()
 
     async def _beat(self, due: float) -> None:
-        self._alarm = None
         with self._beating:
             await self._go_on(due)
 

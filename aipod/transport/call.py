@@ -91,10 +91,13 @@ class Call(grpclib.client.Stream[Any, Any]):
         if self._send_request_done:
             raise ProtocolError("Request is already sent")
 
+        # Who waits for a connection, or for a place on it, is no stream yet that the guard could wake.
+        left = None if self._deadline is None else self._deadline.time_remaining()
         with self._wrapper:
-            protocol = cast(H2Protocol, await self._channel.__connect__())
-            stream = self._guard.stream = protocol.connection.create_stream(wrapper=self._wrapper)
-            release = await stream.send_request(self._headers(), end, _processor=protocol.processor, begin=begin)
+            async with asyncio.timeout(left):
+                protocol = cast(H2Protocol, await self._channel.__connect__())
+                stream = self._guard.stream = protocol.connection.create_stream(wrapper=self._wrapper)
+                release = await stream.send_request(self._headers(), end, _processor=protocol.processor, begin=begin)
             self._stream, self._release_stream = stream, release
             self.peer = protocol.connection.get_peer()
             self._send_request_done, self._end_done = True, end or stream.ended_at_once

@@ -154,8 +154,8 @@ class H2(BaseH2):
         frame.settings = said
         received = super()._receive_settings_frame(frame)
         changes = self.encoder.table_size_changes
-        if len(changes) > 2:  # the smallest and the last are what has to be said (RFC 7541 section 4.2)
-            changes[:] = [min(changes), changes[-1]]
+        if len(changes) > 1:  # the smallest and the last have to be said, and no more may (RFC 7541 section 4.2)
+            changes[:] = sorted({min(changes), changes[-1]})
         return received
 
     @staticmethod
