@@ -124,7 +124,8 @@ def stated_size(data: bytes) -> int | None:
 
 
 class _Contexts(threading.local):
-    """A thread's own: to make one takes longer than a short message does, and no two threads may use one at once.
+    """A thread's own: to make one takes longer than a short message does, or a tenth of a chunk; and no two threads may
+    use one at once.
 
     Not for frames that do not state their size: a window would be kept for them.
     """
@@ -184,10 +185,10 @@ def _unframe_unsized(context: zstandard.ZstdDecompressor, data: bytes, limit: in
     return out
 
 
-def decode_chunk(data: bytes | memoryview, context: zstandard.ZstdDecompressor | None = None) -> bytes:
+def decode_chunk(data: bytes | memoryview) -> bytes:
     """Decode an own client's chunk: exactly one frame that states a size of 1 byte to `CHUNK`. Raises `Refused`.
 
-    `context`: of `chunk_context`, for one chunk after the other. Blocks that are raw cost one copy and their checksum.
+    Blocks that are raw cost one copy and their checksum.
     """
     try:
         params = zstandard.get_frame_parameters(data)
@@ -199,15 +200,11 @@ def decode_chunk(data: bytes | memoryview, context: zstandard.ZstdDecompressor |
         raise Refused("BAD_CHUNK", f"a chunk of {params.content_size} bytes; it must have 1 to {CHUNK}")
     _check_window(params, CHUNK, "BAD_CHUNK")
     try:
-        whole: bytes = (context or chunk_context()).decompress(data, max_output_size=CHUNK, allow_extra_data=False)
+        context = _contexts.decompressor(MAX_WINDOW)
+        whole: bytes = context.decompress(data, max_output_size=CHUNK, allow_extra_data=False)
     except (zstandard.ZstdError, ValueError, MemoryError) as exc:
         raise _no_frame("BAD_CHUNK", exc) from None
     return whole
-
-
-def chunk_context() -> zstandard.ZstdDecompressor:
-    """What `decode_chunk` can use again and again, in one thread at a time: to make one takes a tenth of its time."""
-    return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
 
 
 # Behind a whole stream this comes out as the one byte that it holds, and behind anything else not.

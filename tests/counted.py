@@ -12,12 +12,13 @@ import aipod
 # Functions of Python's, by qualified name and the end of their file; no coroutines, each of whose turns is a call.
 FUNCTIONS = {
     ("_Step.__init__", "hands.py"): "steps",
+    ("Forgetter._release_some", "forget.py"): "releases",
     ("ThreadCache.start_thread_soon", "_thread_cache.py"): "threads",
     ("Runner.spawn_impl", "_run.py"): "tasks",
     ("encode_pieces", "codec.py"): "messages",
     ("_line", "journal.py"): "lines",
 }
-calls: Counter[str] = Counter()
+calls: Counter[str] = Counter(dict.fromkeys((*FUNCTIONS.values(), "files", "writes"), 0))
 
 
 def _count(frame: Any, event: str, function: Any) -> None:

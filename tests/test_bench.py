@@ -285,16 +285,21 @@ def test_what_hangs_or_fails_is_ended_and_told() -> None:
 
 @pytest.mark.slow
 def test_a_level_is_told_to_client_and_server(tmp_path: Path) -> None:
-    """By what both say of one that cannot be meant."""
+    """By what both say of one that cannot be meant. Mutants seen: the harness passes no options on, of either; a client
+    that does not heed it.
+    """
     options = Options(tmp_path, tmp_path / "data", size=5000)
     for number, level in enumerate(FIXED, 1):
         (up, *_), (down, *_) = levels.comparisons(options), levels.comparisons(options, down=True)
         assert f"--level={level}" in up.ways[number].client_options
         assert f"--level={level}" in down.ways[number].server_options
+    path, wrong = data.make("json", 5000, tmp_path / "data"), ("--level=99",)
+    to_client = dataclasses.replace(file.PRODUCT, client_options=wrong)
+    to_server = dataclasses.replace(file.PRODUCT, server_options=(*file.PRODUCT.server_options, *wrong))
     with pytest.raises(Failed, match="level = 99 is not auto"):
-        run_client("product", ["file", "1", "/dev/null", "--level=99"])
+        list(measure("levels", [file.send("up", path, to_client)], 1, tmp_path))
     with pytest.raises(Failed, match=r"(?s)product does not start.*level = 99 is not auto"):
-        Server("product", ["--model=OnLoop", f"--directory={tmp_path}", "--level=99"])
+        list(measure("levels", [file.send("down", path, to_server)], 1, tmp_path))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import aipod
 from aipod.cli.progress import Progress
 from aipod.client import Event
 from aipod.config import MIB
+from tests import stranger
 from tests.conftest import Serve, run, wait_until
 from tests.scrape import Scrape, metrics_of, until
 
@@ -52,7 +53,10 @@ def test_a_caller_is_told_what_it_brings(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_server_chooses_by_itself(serve: Serve, tmp_path: Path) -> None:
-    """Where nothing else is said. Whatever it chose, it counts each chunk once."""
+    """Where nothing else is said. Whatever it chose, it counts each chunk once, and none of a plain client's stream.
+
+    Mutant seen: that counts as stored.
+    """
     served = serve("aipod.examples.basics:Echo", *ON)
     text = tmp_path / "text"
     text.write_bytes(TEXT)
@@ -62,6 +66,10 @@ def test_a_server_chooses_by_itself(serve: Serve, tmp_path: Path) -> None:
     moved = Scrape(address).counted("aipod_payload_bytes_total")
     assert moved["up identity"] == moved["down identity"] == len(TEXT)
     assert max(moved["up zstd"], moved["down zstd"]) < len(TEXT), "it begins with packed chunks"
+    chunks = Scrape(address).counted("aipod_answer_chunks_total")
+    stranger.ask(served.address, "echo", {}, stranger.shaped(TEXT, "frame"))
+    wait_until(lambda: Scrape(address).counted("aipod_payload_bytes_total")["down identity"] == 2 * len(TEXT))
+    assert Scrape(address).counted("aipod_answer_chunks_total") == chunks
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.99, 3.14])

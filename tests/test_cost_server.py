@@ -38,7 +38,7 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
     """Counted over some jobs, one after the other, each of which has its answer released by the next.
 
     Mutants seen: a hop of its own for each line of the journal; a task per heartbeat; every phase is told at once; the
-    outcome and the answer are two writes; the answer is made in a thread; the journal is opened for each line.
+    outcome and the answer are two writes; the answer is made in a thread; the entry is let go of in a step of its own.
     """
     cost: dict[str, float] = {}
 
@@ -54,17 +54,18 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
             cost.update({name: (counts[1][name] - counts[0][name]) / JOBS for name in counts[0]})
 
     run(main)
-    assert set(cost) == {"steps", "threads", "tasks", "messages", "lines", "files", "writes"}
+    assert set(cost) == {"steps", "releases", "threads", "tasks", "messages", "lines", "files", "writes"}
     # Steps on the disk: begin, start, end; those that release answers are shared, or one a job where it is slow.
-    assert 3 <= cost["steps"] <= 4.5
+    assert cost["steps"] - cost["releases"] == pytest.approx(3, abs=0.2)
+    assert cost["releases"] <= 1.2
     # And none by another way than these.
     assert cost["threads"] <= cost["steps"] + 0.3
     # The call's, the job's, the run's.
     assert 3 <= cost["tasks"] <= 4.5
     # First heartbeat, outcome, answer.
     assert 3 <= cost["messages"] <= 4.5
-    # The same, but the status has a write of its own.
-    assert 3 <= cost["writes"] <= 3.5
+    # The same, but the status has a write of its own; now and then one has more than this call's.
+    assert 2 <= cost["writes"] <= 3.5
     # In line, running, done, released.
     assert 3.5 <= cost["lines"] <= 5
     assert cost["files"] <= 55

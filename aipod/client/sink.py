@@ -18,7 +18,7 @@ from typing import Any
 
 from aipod.client.failure import BadAnswer
 from aipod.client.part import Part, followed, is_special
-from aipod.codec import chunk_context, decode_chunk, new_hasher
+from aipod.codec import decode_chunk, new_hasher
 from aipod.config import MIB
 from aipod.errors import AipodError, Refused, UsageError
 from aipod.transport.inbox import recycle
@@ -78,7 +78,6 @@ class Sink:
         self._target = None if save_to is None else Path(save_to)
         self.received = 0
         self._hasher = new_hasher()
-        self._context = chunk_context()
         self._memory = bytearray()
         self._lock = threading.Lock()  # a caller who gives up calls `discard` while a thread may still write
         self._discarded = threading.Event()
@@ -110,7 +109,7 @@ class Sink:
         if not message.data:
             return
         try:
-            data = decode_chunk(message.data, self._context)
+            data = decode_chunk(message.data)
         except Refused as exc:
             raise BadAnswer(f"it cannot be read: {exc}") from None
         if self._target is None:

@@ -111,7 +111,7 @@ async def send_all(
                         await send(message)
                         if download is not None:
                             download.sent(len(message.data))
-                if download is not None:
+                if download is not None and packer is not None:
                     download.packed(batch.level, len(batch.messages))
     if download is not None:
         download.end()

@@ -87,7 +87,7 @@ class Download:
         self._told = read
 
     def packed(self, level: int | None, chunks: int) -> None:
-        """So many chunks with this zstd level were sent."""
+        """So many chunks, for which this zstd level was chosen, were sent."""
         self._levels[level] = self._levels.get(level, 0) + chunks
 
     def end(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 from trio.from_thread import check_cancelled
 
-from aipod.codec import StreamDecoder, chunk_context, decode_chunk, new_hasher
+from aipod.codec import StreamDecoder, decode_chunk, new_hasher
 from aipod.config import MIB
 from aipod.errors import Refused
 from aipod.job.request import Request
@@ -133,7 +133,6 @@ class ChunkSink:
         self._entry = entry
         self._size = size
         self._limit = limit
-        self._context = chunk_context()
         self._digest = b""
         self._total = 0
         self.complete = False
@@ -150,7 +149,7 @@ class ChunkSink:
         have = self._entry.written
         if message.offset > have:
             raise Refused("OFFSET_MISMATCH", f"a chunk at {message.offset}, where {have} bytes have arrived")
-        data = decode_chunk(message.data, self._context)
+        data = decode_chunk(message.data)
         end = message.offset + len(data)
         if self._size is not None and end > self._size:
             raise Refused("SIZE_MISMATCH", f"the payload is longer than the {self._size} bytes that were declared")

@@ -325,10 +325,11 @@ class AI:
         else:
             try:
                 download = Download(self._metrics, job.method, job.answer.size, open_.have)
-                packer = Packer(self._config.level, open_.have)
+                is_short = job.answer.inline is not None
+                packer = Packer(self._config.small_level if is_short else self._config.level, open_.have)
                 messages = own_messages(job.look, job.answer, packer, download)
                 with Trace("download", call.headers, job_id=job_id):
-                    if job.answer.inline is not None:
+                    if is_short:
                         await send_short([end], messages, writer.send, download)
                     else:
                         await writer.send(end)
