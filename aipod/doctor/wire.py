@@ -120,7 +120,7 @@ class Probe:
     async def open(self, asked: dict[str, Any], *, end: bool) -> None:
         """Send the request. `end`: nothing follows. This is an asyncio-flavored function."""
         await open_call(self._stream)
-        data = codec.Compressor(3).frame(json.dumps(asked).encode())
+        data = codec.frame(json.dumps(asked).encode(), 3)
         await self.send(Raw(data=data), end=end)
 
     async def send(self, message: Raw, *, end: bool = False) -> bool:

@@ -17,6 +17,7 @@ no job begins, and no method runs. A drain ends it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from typing import Any
 import trio
 
 from aipod import __version__
-from aipod.codec import Compressor, parse_kwargs
+from aipod.codec import frame, parse_kwargs
 from aipod.config import CHUNK, KIB, MIB, MINUTES, Config
 from aipod.errors import Refused
 from aipod.job.upload import check_limit
@@ -113,13 +114,13 @@ class Probes:
             raise Refused("PROBE", "x" * MAX_TEXT, {"trace": "y" * MAX_TRACE})
 
     async def _do(self, asked: Asked, call: Call, writer: Writer) -> None:
-        frame = Compressor(self._config.small_level).frame
+        pack = functools.partial(frame, level=self._config.small_level)
         about = {"version": __version__, "limits": {name: getattr(self._config, name) for name in _LIMITS}}
-        await writer.send(Raw(data=frame(json.dumps(about).encode())))
+        await writer.send(Raw(data=pack(json.dumps(about).encode())))
         await trio.sleep(asked.silent)
         if asked.take:
             took = await self._take(asked.take, call)
-            await writer.send(Raw(data=frame(json.dumps({"took": took}).encode())))
+            await writer.send(Raw(data=pack(json.dumps({"took": took}).encode())))
         noise = os.urandom(min(CHUNK, asked.give))
         for start in range(0, asked.give, CHUNK):
             await writer.send(Raw(data=noise[: asked.give - start], offset=start))

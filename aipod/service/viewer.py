@@ -35,6 +35,9 @@ from aipod.wire.ai import Phase, Raw, State, StreamInput
 
 log = logging.getLogger("aipod.service")
 
+# Seconds in which most small jobs end, on a busy server too: what becomes of them meanwhile is then told with the end.
+MOMENT = 0.1
+
 
 class Call:
     """A grpclib server stream with trio-flavored methods. One task may receive, one may send.
@@ -193,10 +196,6 @@ class Writer:
         self._send.close()
         if not self._runs:
             self.done.set()
-
-
-# Seconds in which most small jobs end, on a busy server too: what becomes of them meanwhile is then told with the end.
-MOMENT = 0.1
 
 
 class Viewer:

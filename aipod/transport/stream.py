@@ -65,7 +65,7 @@ class StreamRefused(StreamTerminatedError):
 
 
 class _Lazy:
-    """An event that is made when it is first asked for: most are not waited for, on the server none."""
+    """An event that is made when it is first asked for: most never are."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
