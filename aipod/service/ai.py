@@ -303,6 +303,8 @@ class AI:
                     else self._jobs.find(request, request.drop_kwargs, ongoing.scope.deadline)
                 )
             job, found = found, None
+            if request is not None and not (isinstance(job, Job) and job.request is request):
+                request.take_first()  # who only watches must not hold a message's worth of memory
             # Who wants something else than the answer says that it has more of it than there is.
             viewer.watch(job, open_.log_have, patient=open_.have < _NO_ANSWER)
             if not isinstance(job, Job):

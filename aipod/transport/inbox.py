@@ -30,6 +30,7 @@ _READY = 64
 # that come out of them do, and some have nothing in them (1 MiB of empty blocks takes 0.1 s).
 _STEP = 4 * KIB
 _PER_COMPRESSED = 8
+_NOTHING = memoryview(b"")
 
 
 async def let_others_run() -> None:
@@ -108,7 +109,7 @@ class Inbox:
         self._flag = 0
         self._missing = 0  # bytes of it still to come
         self._size = 0  # bytes of it that are in `_body`
-        self._body = memoryview(b"")
+        self._body = _NOTHING
         self._ready: collections.deque[tuple[int, memoryview]] = collections.deque()
         self._count = [0, 0]  # messages begun, messages taken
         self._backlog = bytearray()  # payload that is not looked at yet: short messages cost more than their bytes
@@ -181,6 +182,7 @@ class Inbox:
 
     def _complete(self) -> None:
         self._ready.append((self._flag, self._body))
+        self._body = _NOTHING  # whoever has the message may be done with it long before the stream is over
         self._begun = False
         self._wake()
 
@@ -206,7 +208,7 @@ class Inbox:
         self._deaf = True
         self._ready.clear()
         self._backlog.clear()
-        self._body = memoryview(b"")
+        self._body = _NOTHING
         self.window.close()
 
     def _wake(self) -> None:
