@@ -403,6 +403,7 @@ def test_ctrl_c_is_status_130_and_cancels_the_job(
             wait_until(mark.exists)
         else:
             wait_until(lambda: any("workers" not in name for name in left_in(served.spool)))
+            time.sleep(1)  # until then the client need not have heard of its job
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert process.stderr is not None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aipod.client.failure import BadAnswer
-from aipod.client.sink import AHEAD, STRETCH, Filling, Sink
+from aipod.client.sink import AHEAD, Filling, Sink
 from aipod.codec import Compressor, digest, new_hasher
 from aipod.config import KIB, MIB, Config
 from aipod.job import upload
@@ -126,7 +126,8 @@ def test_an_answer_is_written_by_few_hops_and_all_of_it_is_told(tmp_path: Path) 
         assert sink.finish() == tmp_path / "answer"
         return hops
 
-    assert run(main) <= count * MIB // STRETCH + 6
+    # As many as stretches, and more where the thread is quicker than what comes.
+    assert run(main) <= count // 2
     assert told == sorted(told)
     assert told[-1] == len(whole)
     assert (tmp_path / "answer").read_bytes() == whole

@@ -335,7 +335,8 @@ def test_custom_metadata(pair: Pair) -> None:
 
 def test_metadata_of_several_kilobytes(pair: Pair) -> None:
     long = "0123456789" * 300
-    reply = pair.call(metadata=[("x-initial", long), ("x-trailing", long)])
+    # With a message: of a call that ends at once grpcio's asyncio face may lose the initial metadata.
+    reply = pair.call([Ask(1, 1)], metadata=[("x-initial", long), ("x-trailing", long)])
     assert ("x-initial", long) in reply.initial
     assert ("x-trailing", long) in reply.trailers
 

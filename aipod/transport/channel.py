@@ -200,9 +200,13 @@ def expect(stream: grpclib.client.Stream[Any, Any], size: int) -> None:
 
 
 def reset(stream: grpclib.client.Stream[Any, Any]) -> None:
-    """Send RST_STREAM(CANCEL) for a call that nobody wants; grpclib would say NO_ERROR, or wait for trailers."""
-    if stream._send_request_done and stream._stream.closable:
-        stream._stream.reset_nowait(ErrorCodes.CANCEL)
+    """Send RST_STREAM(CANCEL) for a call that nobody wants; grpclib would say NO_ERROR, or wait for trailers.
+
+    Also where the server has ended it meanwhile: grpclib would want this side ended too, and raise.
+    """
+    if stream._send_request_done:
+        if stream._stream.closable:
+            stream._stream.reset_nowait(ErrorCodes.CANCEL)
         stream._cancel_done = True
 
 
