@@ -315,6 +315,25 @@ def test_who_is_cancelled_when_the_call_has_ended_is_cancelled() -> None:
     run(main)
 
 
+def test_a_call_that_is_given_up_when_the_server_has_ended_it_is_over() -> None:
+    """Its status was not read, and this side not ended. Mutant seen: only what can be reset is given up."""
+
+    def end(h2: H2Connection, stream: int) -> None:
+        h2.send_headers(stream, HEADERS)
+        h2.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+        h2.reset_stream(stream, ErrorCodes.NO_ERROR)
+
+    async def main() -> None:
+        async with silent(end) as channel, new_call(channel) as call:
+            await open_call(call)
+            assert await call.recv_message() is None
+            while call._stream.closable:
+                await asyncio.sleep(0)
+            reset(call)
+
+    run(main)
+
+
 @contextlib.asynccontextmanager
 async def silent(behave: Behave) -> AsyncIterator[Channel]:
     """A channel to a server that begins each call as `behave` says, gives no window, and says no more."""
