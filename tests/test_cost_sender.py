@@ -82,7 +82,7 @@ def test_an_upload_holds_two_batches_beside_those_that_were_taken(file: Path) ->
     finally:
         tracemalloc.stop()
     assert max(ahead) <= 2 * BATCH * CHUNK + CHUNK
-    # Read ahead, being packed, packed, and of each of the last two what a thread that had no turn since has not let go of.
+    # Read ahead, in packing, packed; and what a thread that had no turn since has not let go of, of the last two.
     assert peak < 6 * BATCH * CHUNK
 
 
