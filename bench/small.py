@@ -32,5 +32,5 @@ def comparisons(options: Options) -> list[Comparison]:
         for row, at_once in ((SMALL_1, 1), ("8 at once", 8), (SMALL_64, 64))
     ]
     rows.append(Comparison("worker", "calls", (str(count), "1"), WORKER, (LOOP, GRPCIO), FIGURES))
-    rows.append(Comparison("worker, 64 at once", "calls", (str(count), "64"), WORKER, (LOOP, GRPCIO), FIGURES))
+    rows.append(Comparison("worker 64 at once", "calls", (str(count), "64"), WORKER, (LOOP, GRPCIO), FIGURES))
     return rows
