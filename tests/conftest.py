@@ -33,6 +33,12 @@ T = TypeVar("T")
 # What costs much and is the same on every Python is done in full by the first of those that are supported.
 FIRST = sys.version_info < (3, 12)
 
+
+def first_only(reason: str) -> pytest.MarkDecorator:
+    """For a test whose outcome is not Python's to change; what else it walks through, another test does on each."""
+    return pytest.mark.skipif(not FIRST, reason=f"{reason}: Python 3.11 runs it")
+
+
 # `--dist loadfile` hands files out in the order in which they were collected. By itself xdist takes those with the
 # fewest tests last, which are some of the longest: then three of four workers have nothing to do at the end.
 LONGEST = (

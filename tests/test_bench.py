@@ -31,7 +31,7 @@ from bench.peers import common
 from bench.processes import Failed, Server, run_client
 from bench.report import verdict
 from bench.required import EVERY, FIXED, REQUIRED, Bound, Required, judge
-from tests.conftest import FIRST, ROOT, alive, children, missing, wait_until
+from tests.conftest import ROOT, alive, children, first_only, missing, wait_until
 
 LONG = int(os.environ.get("AIPOD_TEST_LONG", "1"))
 
@@ -39,7 +39,7 @@ MIB = 1 << 20
 # One row of each kind, and all where there is time: each command of each peer, directly and through each hop.
 ROWS = {
     "small": ("worker",),
-    "wire": ("up", *(("stock 16 KiB", "calls") if FIRST else ())),
+    "wire": ("up", "stock 16 KiB", "calls"),
     "file": ("random", "nginx tar", "fair copy"),
     "result": ("nginx random",),
     "links": ("50 ms",),
@@ -49,7 +49,9 @@ ROWS = {
     "memory": ("result",),
 }
 SIZE = 70_000
-TRANSFERS = ["result", *(["links", "levels"] if FIRST else []), *(["levels-down"] if LONG > 1 else [])]
+TRANSFERS = ["result", "links", "levels", *(["levels-down"] if LONG > 1 else [])]
+# Of the harness one benchmark on every Python; what a server lives through, other tests tell.
+harness = first_only("the harness's own ways")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,7 @@ def runs(result: dict[str, Any], row: str) -> dict[str, Any]:
     return found
 
 
+@harness
 @pytest.mark.slow
 def test_the_wire_is_measured(place: Path) -> None:
     # More than the 16 blocks and one whole 64th message, and a last message that is not full.
@@ -125,6 +128,7 @@ def test_small_jobs_are_measured(place: Path) -> None:
     assert runs(result, "worker")["worker"]["server_worker_peak_mb"] > 0
 
 
+@harness
 @pytest.mark.slow
 def test_files_are_measured_and_drawn(place: Path) -> None:
     """The first version's design waits a second for whatever it is given: no small file makes it a fair copy."""
@@ -143,6 +147,7 @@ def test_files_are_measured_and_drawn(place: Path) -> None:
     assert "first version" in (place / "plots" / "ratios.svg").read_text()
 
 
+@harness
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFERS)
 def test_transfers_are_measured(name: str, place: Path) -> None:
@@ -156,6 +161,7 @@ def test_transfers_are_measured(name: str, place: Path) -> None:
         )
 
 
+@harness
 @pytest.mark.slow
 def test_many_jobs_are_measured(place: Path) -> None:
     result, _ = measured("jobs", place, "--jobs", "20", "--seconds", "2.5")
@@ -165,6 +171,7 @@ def test_many_jobs_are_measured(place: Path) -> None:
     assert 0 <= run["gaps_in_time"] <= 1
 
 
+@harness
 @pytest.mark.slow
 def test_memory_is_measured(place: Path) -> None:
     result, _ = measured("memory", place, "--size", str(SIZE))
@@ -259,6 +266,7 @@ def test_every_required_figure_names_what_is_measured(place: Path) -> None:
 # Peers
 
 
+@harness
 @pytest.mark.slow
 def test_a_wrong_answer_is_no_measurement(tmp_path: Path) -> None:
     require_peers()
@@ -271,6 +279,7 @@ def test_a_wrong_answer_is_no_measurement(tmp_path: Path) -> None:
         list(measure("file", [wrong], 1, tmp_path))
 
 
+@harness
 @pytest.mark.slow
 def test_what_hangs_or_fails_is_ended_and_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -283,6 +292,7 @@ def test_what_hangs_or_fails_is_ended_and_told() -> None:
         run_client("raw", ["send", port, "1000", "1000"])
 
 
+@harness
 @pytest.mark.slow
 def test_a_level_is_told_to_client_and_server(tmp_path: Path) -> None:
     """By what both say of one that cannot be meant. Mutants seen: the harness passes no options on, of either; a client
@@ -302,6 +312,7 @@ def test_a_level_is_told_to_client_and_server(tmp_path: Path) -> None:
         list(measure("levels", [file.send("down", path, to_server)], 1, tmp_path))
 
 
+@harness
 @pytest.mark.slow
 def test_no_peer_outlives_a_harness_that_is_killed(tmp_path: Path) -> None:
     require_peers()
@@ -381,6 +392,7 @@ def drain(sock: socket.socket) -> bytes:
     return bytes(got)
 
 
+@harness
 @pytest.mark.slow
 def test_a_link_delays_both_ways_and_passes_the_end_on() -> None:
     with link("--rtt=0.5") as (near, far):
@@ -396,6 +408,7 @@ def test_a_link_delays_both_ways_and_passes_the_end_on() -> None:
         assert time.monotonic() - began >= 0.5
 
 
+@harness
 @pytest.mark.slow
 def test_a_link_limits_the_rate_of_each_direction() -> None:
     size = 2 * MIB
@@ -422,6 +435,7 @@ def give(sock: socket.socket, data: bytes) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
+@harness
 @pytest.mark.slow
 def test_a_link_holds_what_is_under_way_and_no_more() -> None:
     """Nobody reads at the far end: the line has its 1 MB, the four buffers of sockets what they may."""
@@ -457,6 +471,7 @@ def test_a_receipt_tells_what_was_lost_or_changed() -> None:
             common.check(receipt(wrong), size, 1000)
 
 
+@harness
 @pytest.mark.slow
 def test_jobs_survive_random_faults() -> None:
     command = [sys.executable, "-m", "bench", "faults", "--seconds", "10"]

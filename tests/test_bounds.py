@@ -12,7 +12,7 @@ from h2.settings import SettingCodes
 
 from aipod.codec import Compressor
 from aipod.wire.ai import Raw
-from tests.conftest import Served, wait_until
+from tests.conftest import Served, first_only, wait_until
 from tests.test_hardening import DATA, GOAWAY, PING, Bare, reset
 from tests.test_transport import HEADERS, Peer, descriptors, honest, prefixed, raw_frame
 
@@ -108,6 +108,7 @@ def test_resets_in_the_long_run(bounded: tuple[Served, bool]) -> None:
         assert bare.ending() == CALM
 
 
+@first_only("it waits for half a minute, and computes nothing")
 def test_frames_that_are_no_payload(bounded: tuple[Served, bool]) -> None:
     """Too many are read later, as the rate says; never sooner. Mutants seen: another rate; more at once."""
     served, low = bounded

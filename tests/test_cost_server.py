@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import aipod
-from tests.conftest import FIRST, ROOT, run
+from tests.conftest import ROOT, first_only, run
 
 JOBS = 60
 
@@ -33,7 +33,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     assert process.returncode == 0
 
 
-@pytest.mark.skipif(not FIRST, reason="the same on every Python")
+@first_only("the same on every Python")
 def test_what_a_small_job_costs_the_server(address: str) -> None:
     """Counted over some jobs, one after the other, each of which has its answer released by the next.
 

@@ -29,10 +29,11 @@ from aipod.cli.serve import OPTIONS
 from aipod.config import Config
 from aipod.identity import add_token
 from aipod.transport.listeners import BACKLOG
-from tests.conftest import ROOT, Serve, children, free_port, left_in, missing, require, wait_until
+from tests.conftest import ROOT, Serve, children, first_only, free_port, left_in, missing, require, wait_until
 from tests.test_cli import aipod
 from tests.test_nginx_conf import made_by
 
+pytestmark = first_only("what is in deploy/ is read by systemd, Kubernetes and Docker")
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 CARELESS = "tests.models_deploy:Careless"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.calls import Pulse, calls, own
-from tests.conftest import Serve
+from tests.conftest import FIRST, Serve
 
-SECONDS = 10
+SECONDS = 10 if FIRST else 4
 
 
 @pytest.mark.slow

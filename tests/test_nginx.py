@@ -29,11 +29,13 @@ from aipod.config import Config
 from aipod.errors import UsageError
 from aipod.wire.ai import Raw
 from tests.conftest import (
+    FIRST,
     ROOT,
     Serve,
     Served,
     alive,
     children,
+    first_only,
     free_port,
     left_in,
     peak_memory,
@@ -42,6 +44,7 @@ from tests.conftest import (
     wait_until,
 )
 
+of_nginx_alone = first_only("it is nginx's, whatever Python is behind it")
 MODELS = ("Segment", "Classify", "Report")
 LIMIT = 3  # seconds: every timeout in the configuration of the tests that are about timeouts
 
@@ -343,6 +346,7 @@ def test_other_paths_are_unimplemented(proxied: Nginx) -> None:
 # ---- what does not cut a call
 
 
+@of_nginx_alone
 def test_a_job_three_times_as_long_as_every_timeout_is_not_cut(proxied: Nginx) -> None:
     """Long jobs and slow uploads, by aipod's own client and by grpcio, all at the same time."""
     pieces, pause = [os.urandom(1000)] * 2, 1.5 * LIMIT
@@ -400,6 +404,7 @@ def test_a_reload_cuts_no_job_and_the_next_call_works(proxied: Nginx, tmp_path: 
     run(main)
 
 
+@of_nginx_alone
 def test_a_large_file_up_and_back_bit_for_bit_in_little_memory(servers: Group, proxied: Nginx, tmp_path: Path) -> None:
     """Large enough for what could pile up somewhere to be seen."""
     sent, back = tmp_path / "sent", tmp_path / "back"
@@ -432,6 +437,7 @@ def test_a_large_file_up_and_back_bit_for_bit_in_little_memory(servers: Group, p
     assert peaks["nginx"] < 50
 
 
+@of_nginx_alone
 def test_64_jobs_at_once(servers: Group, proxied: Nginx, tmp_path: Path) -> None:
     """None ends before all are there; both servers have some of them."""
     payload = tmp_path / "payload"
@@ -480,6 +486,7 @@ def test_a_dead_upstream_is_told_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - started < 20
 
 
+@of_nginx_alone
 def test_an_upstream_that_comes_back_between_two_attempts(serve: Serve, tmp_path: Path) -> None:
     large = tmp_path / "large"
     large.write_bytes(os.urandom(16 << 20))
@@ -510,7 +517,7 @@ def test_the_other_server_of_a_group_takes_over_from_a_dead_one(serve: Serve, tm
         run(main)
 
 
-@pytest.mark.parametrize("stock", [False, True], ids=["own client", "grpcio"])
+@pytest.mark.parametrize("stock", [False, *([True] if FIRST else [])], ids={False: "own client", True: "grpcio"}.get)
 def test_a_server_that_is_killed_while_a_job_runs(serve: Serve, tmp_path: Path, stock: bool) -> None:
     served = serve("tests.models_proxied:Classify")
     with proxy(tmp_path, everywhere(served.address)) as nginx:
@@ -549,6 +556,7 @@ async def killed_under_aipod(nginx: Nginx, served: Served) -> float:
         return time.monotonic() - started
 
 
+@of_nginx_alone
 def test_a_server_that_hangs_is_given_up_by_both_clients(serve: Serve, tmp_path: Path) -> None:
     """Stopped, not killed: only its silence tells."""
     served = serve("tests.models_proxied:Classify")
@@ -596,6 +604,7 @@ def test_a_client_that_leaves_cancels_its_job(serve: Serve, tmp_path: Path) -> N
         wait_until((tmp_path / "mark").exists)
 
 
+@of_nginx_alone
 def test_a_server_that_is_marked_down_first_drains_unnoticed(serve: Serve, tmp_path: Path) -> None:
     """Its job finishes, also though nginx reloads and the server leaves; every new call goes to the other one."""
     leaving = serve("tests.models_proxied:Segment", "--drain", "20", directory=home(tmp_path / "leaving"))
@@ -663,6 +672,7 @@ def test_a_draining_server_that_is_alone_refuses_with_its_reason(serve: Serve, t
     assert served.process.returncode == 0, served.log_text()
 
 
+@of_nginx_alone
 @pytest.mark.parametrize(
     "values",
     [

@@ -11,9 +11,9 @@ import pytest
 
 import aipod
 from aipod.client import Event
-from tests.conftest import Served, free_port, left_in, require, run
+from tests.conftest import FIRST, Served, free_port, left_in, require, run
 from tests.phases import MODEL, PHASES, Stand, Trial, connected, holder, until
-from tests.test_nginx import everywhere, nobody, proxy, to
+from tests.test_nginx import everywhere, nobody, of_nginx_alone, proxy, to
 
 OPTIONS = ("--tick", "0.2", "--instances", "1", "--drain", "5")
 REPORT = to("report")  # servers with a spool each, chosen by the job's id
@@ -131,15 +131,14 @@ def two_spools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
 two = pytest.fixture(two_spools, scope="module")
 
 
+# On every Python one of each kind: what waits for its server, what goes to another one, and what is lost.
 @pytest.mark.parametrize(
     ("phase", "again"),
     [
-        ("queued", True),
         ("running", True),
-        ("download", True),
         ("upload", False),
         ("running", False),
-        ("download", False),
+        *([("queued", True), ("download", True), ("download", False)] if FIRST else []),
     ],
     ids=lambda value: {True: "started again", False: "gone"}.get(value, value),
 )
@@ -189,6 +188,7 @@ def test_a_small_job_goes_where_its_id_leads(two: Two, tmp_path: Path) -> None:
         run(main)
 
 
+@of_nginx_alone
 def test_a_job_whose_server_is_gone_is_cancelled_when_it_is_back(two: Two, tmp_path: Path) -> None:
     """The other server knows no such job, which says nothing about it."""
     two.start_again()
@@ -214,6 +214,7 @@ def test_a_job_whose_server_is_gone_is_cancelled_when_it_is_back(two: Two, tmp_p
         run(main)
 
 
+@of_nginx_alone
 def test_a_job_that_another_server_had_to_take_is_found_there_when_its_own_is_back(two: Two, tmp_path: Path) -> None:
     """Mutant: without x-job-missed its own server says WRONG_SPOOL for as long as it is asked."""
     two.start_again()
@@ -237,6 +238,7 @@ def test_a_job_that_another_server_had_to_take_is_found_there_when_its_own_is_ba
         run(main)
 
 
+@of_nginx_alone
 def test_jobs_that_another_server_had_to_take_are_cancelled_there(two: Two, tmp_path: Path) -> None:
     two.start_again()
     two.kill(two.servers[0])
@@ -258,6 +260,7 @@ def test_jobs_that_another_server_had_to_take_are_cancelled_there(two: Two, tmp_
         run(main)
 
 
+@of_nginx_alone
 def test_a_new_job_goes_to_the_other_server_while_its_own_drains(tmp_path: Path) -> None:
     """For as long as that takes. Mutant seen: it is refused after five tries at its own."""
     require("nginx")

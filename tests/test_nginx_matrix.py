@@ -30,14 +30,11 @@ from aipod.codec import Compressor
 from aipod.config import Config
 from aipod.wire.ai import Raw
 from tests.conftest import FIRST, Serve, Served, left_in, require, run, wait_until
-from tests.test_nginx import Nginx, everywhere, home, proxy, to, unpacked, working
+from tests.test_nginx import Nginx, everywhere, home, of_nginx_alone, proxy, to, unpacked, working
 from tests.test_tls import Files, files  # noqa: F401  the fixture
 
 CLASSIFY = "tests.models_proxied:Classify"
 SEGMENT = "tests.models_proxied:Segment"
-of_nginx_alone = pytest.mark.skipif(
-    not FIRST, reason="it is nginx's, whatever Python is behind it: Python 3.11 runs it"
-)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from aipod.transport.protocol import H2Protocol
 from aipod.transport.wakes import Wakes
 from aipod.transport.window import Budget, ReceiveWindow
 from aipod.wire.ai import Raw
-from tests.conftest import Serve, Served, peak_memory, run
+from tests.conftest import FIRST, Serve, Served, peak_memory, run
 from tests.proxy import open_proxy
 from tests.test_transport import HEADERS, REQUEST, Peer, honest, memory, prefixed, raw_frame
 
@@ -290,7 +290,7 @@ def test_bombs_that_go_off_together_cost_one_limit(serve: Serve) -> None:
     """A hundred streams of a connection: 16 MiB in 16 kB each. Mutants seen: 1.6 GiB with all at once; and as much with
     what an error's traceback refers to.
     """
-    limit, number = 16 * MIB, 100
+    limit, number = 16 * MIB, 100 if FIRST else 20
     served = serve("Async", "--max-message", str(limit))
     data = prefixed(gzip.compress(bytes(limit), mtime=0), flag=1)
     with Peer(served) as peer:
