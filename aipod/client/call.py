@@ -14,6 +14,7 @@ from grpclib.const import Cardinality
 from aipod.client.course import Course, Request, Until
 from aipod.client.event import Event as Event  # also known from here
 from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
+from aipod.client.flow import Flow, Pour
 from aipod.client.link import Link
 from aipod.client.sink import Filling, Sink
 from aipod.client.source import HOP, InThread, Source
@@ -364,9 +365,21 @@ class Attempt:
             quiet=state.quiet,
         )
 
+    async def _hand_on(self, state: State, message: Raw | None, pour: Pour) -> None:
+        """The answer, chunk by chunk, to who takes it at a pace of its own."""
+        course = self._course
+        flow = course.sink = course.sink if isinstance(course.sink, Flow) else Flow(state, pour)
+        expect(self._call, state.size - flow.received)
+        tell = functools.partial(course.tell, self._request, phase="DONE", answer_size=state.size)
+        if not await flow.carry(state, message, self._receive, self._link.in_thread, tell):
+            await read_status(self._call)
+            raise NoAnswer("the answer ended before its last byte")
+
     async def _download(self, state: State, message: Raw | None) -> Any:
+        if self._request.pour is not None:
+            return await self._hand_on(state, message, self._request.pour)
         course, save_to = self._course, self._request.save_to
-        if course.sink is not None and not course.sink.matches(state):
+        if isinstance(course.sink, Sink) and not course.sink.matches(state):
             await _local(course.discard)
             raise BadAnswer("the server has another answer than before")
         if course.part is not None and course.part.size > state.size:
@@ -376,6 +389,7 @@ class Attempt:
             course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to, course.part)
             course.part = None
         sink = course.sink
+        assert isinstance(sink, Sink)
         expect(self._call, state.size - sink.received)
         before = sink.received
 

@@ -56,7 +56,7 @@ class Link:
         self._released: collections.deque[Had] = collections.deque(maxlen=_RELEASED)
         self.errands: set[asyncio.Task[None]] = set()
         self._waiting: collections.deque[Errand] = collections.deque()
-        self._calls: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those under way, and their ends
+        self._calls: dict[asyncio.Future[None], asyncio.Task[Any]] = {}  # the ends of those under way, and whose
         self._leaving = False  # in `aclose`: no more patience with a server that does not answer
         self._watches: set[asyncio.Task[None]] = set()
         self._threads: ThreadPoolExecutor | None = None
@@ -119,17 +119,17 @@ class Link:
             spool = self._released[0].spool
             yield self.take_released(Open(), spool)
 
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """The body is a call of this task's."""
+    def begin(self) -> asyncio.Future[None]:
+        """A call of this task's has begun; what is returned goes to `end`."""
         task, over = asyncio.current_task(), asyncio.get_running_loop().create_future()
         assert task is not None
-        self._calls[task] = over
-        try:
-            yield
-        finally:
-            del self._calls[task]
-            over.set_result(None)
+        self._calls[over] = task
+        return over
+
+    def end(self, over: asyncio.Future[None]) -> None:
+        """That call has told the server what it has to tell it."""
+        del self._calls[over]
+        over.set_result(None)
 
     # What goes on behind the caller's back
 
@@ -183,7 +183,7 @@ class Link:
         All errands for as long as they are answered; where nobody answers, that takes `ERRAND` seconds.
         """
         # Calls that were cancelled and have not learnt it yet: they too have something to tell the server.
-        if left := [over for task, over in self._calls.items() if task.cancelling()]:
+        if left := [over for over, task in self._calls.items() if task.cancelling()]:
             await asyncio.wait(left, timeout=ERRAND)
         self.closes += 1
         watches = list(self._watches)

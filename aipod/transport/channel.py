@@ -66,6 +66,7 @@ class Channel(grpclib.client.Channel):
         )
         self._settings = config
         self._closed = False
+        self._pid = os.getpid()
         self._latest: H2Protocol | None = None  # the newest connection, closed or not
 
     def request(
@@ -158,6 +159,10 @@ class Channel(grpclib.client.Channel):
         """Close the connection; calls under way raise StreamTerminatedError. For good, unlike grpclib's."""
         self._closed = True
         super().close()
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():  # in a forked child it is the parent's
+            super().__del__()
 
     async def aclose(self) -> None:
         """`close`, and wait until the socket is closed, which with TLS takes an answer: for a second at most.
