@@ -18,8 +18,6 @@ from aipod.client.sink import check_target
 from aipod.client.stream import Call
 from aipod.client.ticket import parse_ticket
 from aipod.config import Config
-from aipod.errors import UsageError
-from aipod.transport.channel import split_target
 
 
 class Client:
@@ -32,15 +30,14 @@ class Client:
             ...
             answer = await job.wait()
 
-    `target` is HOST:PORT, [::1]:PORT or unix:PATH. The connection is made at the first call and again where it was
-    lost. Raises `UsageError` for a target that is none.
+    `target` is HOST:PORT, [::1]:PORT or unix:PATH, several of them with commas, or a list. The connection is made at
+    the first call and again where it was lost: of several addresses, a name's among them, to the first that answers, in
+    their order, and when that is lost to the next one (gRPC's pick_first). What cannot be reached is passed over. A job
+    stays where it is: it is asked for there, and at the others in turns where that is away. Raises `UsageError` for a
+    target that is none.
     """
 
-    def __init__(self, target: str = "127.0.0.1:50051", *, config: Config | None = None) -> None:
-        try:
-            split_target(target)
-        except ValueError as exc:
-            raise UsageError(str(exc)) from None
+    def __init__(self, target: str | Sequence[str] = "127.0.0.1:50051", *, config: Config | None = None) -> None:
         self._config = config or Config()
         self._link = Link(target, self._config)
 

@@ -7,6 +7,7 @@ import collections
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from aipod.client.aside import end
 from aipod.client.event import Event, Listener, merged
 
 T = TypeVar("T")
@@ -53,10 +54,7 @@ class Handed(Generic[T]):
                 await self._arrived.wait()
             await making
         finally:
-            making.cancel()
-            await asyncio.wait([making])
-            if not making.cancelled():
-                making.exception()
+            await end(making)
 
 
 class Events(Handed[Event], Listener):

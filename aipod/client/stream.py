@@ -190,7 +190,7 @@ class Call:
         absent = absent or (isinstance(error, Refused) and not course.answered)
         if course.file is None and not absent and link.closes == self._closes:
             op = Op.RELEASE if course.phase == Phase.DONE else Op.CANCEL
-            link.errand(end_left, link, self._request.metadata, course.ticket, op, course.misses)
+            link.errand(end_left, link, self._request.metadata, course.ticket, op, course.misses, course.spool)
 
     def _delivered(self) -> None:
         """The caller has the answer: nobody will ask for it again."""
@@ -206,7 +206,7 @@ class Call:
             # Another process may have begun with the same file, and ask when it is in reach again. A job that is
             # released by a word of its own is known for its whole time, so the method is not run for that one.
             if is_open:
-                link.errand(ask, link, had.metadata, had.ticket, Op.RELEASE, had.misses)
+                link.errand(ask, link, had.metadata, had.ticket, Op.RELEASE, had.misses, had.spool)
         elif not (is_open and course.told.get("answer_size", 0) > INLINE and link.errand(release, link, had)):
             link.release(had)
 

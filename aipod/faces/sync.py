@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -157,7 +157,7 @@ class SyncClient(Face):
 
     _client: Client
 
-    def __init__(self, target: str = "127.0.0.1:50051", *, config: Config | None = None) -> None:
+    def __init__(self, target: str | Sequence[str] = "127.0.0.1:50051", *, config: Config | None = None) -> None:
         client = Client(target, config=config)
         super().__init__(Host(client.close), client)
 

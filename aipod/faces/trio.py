@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -215,7 +215,7 @@ class TrioClient(Face):
 
     _client: Client
 
-    def __init__(self, target: str = "127.0.0.1:50051", *, config: Config | None = None) -> None:
+    def __init__(self, target: str | Sequence[str] = "127.0.0.1:50051", *, config: Config | None = None) -> None:
         client = Client(target, config=config)
         super().__init__(Host(client.close), client)
 
