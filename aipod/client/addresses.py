@@ -82,7 +82,9 @@ class Addresses:
                 async with self._lock:
                     await self._resolve()
             home = self._home(spool) or self._had
-            if others := [channel for channel in self if channel is not home]:
+            others = [channel for channel in self if channel is not home]
+            if others:
+                others.sort(key=lambda channel: not channel.connected)  # before who may not be there
                 return others[misses // 2 % len(others)]
         return self.at_hand(spool, 0) or await self.pick()
 

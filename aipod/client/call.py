@@ -64,7 +64,7 @@ class Attempt:
         self._late = False  # the time is over, but this process may have been stopped meanwhile
         self._opening = Open()
         self._complete = False  # what the call begins with is all that it has to send
-        self._use(link.channel(course.spool, course.misses))
+        self._use(link.channel(course.where, course.misses))
 
     def _use(self, channel: Channel | None) -> None:
         """Go over `channel`; None: that is chosen later."""
@@ -96,7 +96,7 @@ class Attempt:
         This is an asyncio-flavored function; cancelled, it leaves the call.
         """
         if self._channel is None:
-            self._use(await self._link.choose(self._course.spool, self._course.misses))
+            self._use(await self._link.choose(self._course.where, self._course.misses))
         channel = self._channel
         assert channel is not None
         if (part := self._course.new_part(self._request)) is not None:

@@ -158,6 +158,11 @@ class Course:
         return lead_to(self.id, self.misses)
 
     @property
+    def where(self) -> str:
+        """The spool that it is in, or may be; empty where nobody has it."""
+        return self.sent_to or self.spool
+
+    @property
     def have(self) -> int:
         """Bytes of the answer that are here."""
         if self.sink is not None:
@@ -175,8 +180,8 @@ class Course:
         if self.sent_clock is not None and ago >= 0:
             ago = max(ago, time.monotonic() - self.sent_clock)
         left = ELSEWHERE - self.searched
-        spool = self.sent_to or self.spool
-        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left, spool, receiving)
+        phase, spool = self.phase, self.where
+        return Known(target, op, self.sent_to, ago, phase, self.may_outbid, self.damaged, left, spool, receiving)
 
     def next_epoch(self) -> int:
         self.epoch = max(self.epoch + 1, time.time_ns() // 1000)

@@ -126,8 +126,8 @@ class Job:
             async for chunk in job.chunks():
                 file.write(chunk)
 
-        While the caller is busy with one, the next ones wait at the server, but for a window (`Config.max_window`) and
-        two chunks. Where a connection is lost, it goes on at the byte where it was. `keep`, and what is raised, as for
+        While the caller is busy with one, the next ones wait at the server, but for what a stream's window holds (some
+        20 MiB). Where a connection is lost, it goes on at the byte where it was. `keep`, and what is raised, as for
         `wait`; and `AipodError` (BAD_ANSWER) where what has come is not what was stored: that is known at the end, so
         do not use what has come before that. Leave it early through `contextlib.aclosing`.
         """

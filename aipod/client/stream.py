@@ -118,8 +118,8 @@ class Call:
             async for chunk in call.chunks():
                 file.write(chunk)
 
-        While the caller is busy with one, the next ones wait at the server, but for a window (`Config.max_window`) and
-        two chunks. Where a connection is lost, it goes on at the byte where it was. Raises as `Client.predict`, and
+        While the caller is busy with one, the next ones wait at the server, but for what a stream's window holds (some
+        20 MiB). Where a connection is lost, it goes on at the byte where it was. Raises as `Client.predict`, and
         `AipodError` (BAD_ANSWER) where what has come is not what was stored: that is known at the end, so do not use
         what has come before that. Left early (through `contextlib.aclosing`), the next call begins at the first byte.
         """
@@ -190,7 +190,7 @@ class Call:
         absent = absent or (isinstance(error, Refused) and not course.answered)
         if course.file is None and not absent and link.closes == self._closes:
             op = Op.RELEASE if course.phase == Phase.DONE else Op.CANCEL
-            link.errand(end_left, link, self._request.metadata, course.ticket, op, course.misses, course.spool)
+            link.errand(end_left, link, self._request.metadata, course.ticket, op, course.misses, course.where)
 
     def _delivered(self) -> None:
         """The caller has the answer: nobody will ask for it again."""
