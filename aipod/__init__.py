@@ -2,6 +2,7 @@
 #
 #   __main__
 #   cli                          commands; the only print and argv
+#   faces                        the client for threads and for trio
 #   server  client  examples  doctor     lifecycles, models to start from, and what looks at the way there
 #   service                      gRPC method bodies: guard clauses, then a viewer of one job
 #   job  pool                    the story of one job: receive, queue, lease, run, store, reply; who runs it
@@ -29,7 +30,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aipod.client import Client, Job
+    from aipod.client import Call, Client, Job
     from aipod.config import Config
     from aipod.errors import (
         AipodError,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
         Unreachable,
         UsageError,
     )
+    from aipod.faces.sync import SyncClient
+    from aipod.faces.trio import TrioClient
     from aipod.models import Context, Model, method
     from aipod.server import serve
 
@@ -49,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AipodError",
+    "Call",
     "Client",
     "Config",
     "Context",
@@ -60,6 +64,8 @@ __all__ = [
     "Model",
     "ModelError",
     "Refused",
+    "SyncClient",
+    "TrioClient",
     "Unreachable",
     "UsageError",
     "method",
@@ -82,9 +88,12 @@ _HOME = {
         "errors",
     ),
     **dict.fromkeys(("Context", "Model", "method"), "models"),
+    "Call": "client",
     "Client": "client",
     "Config": "config",
     "Job": "client",
+    "SyncClient": "faces.sync",
+    "TrioClient": "faces.trio",
     "serve": "server",
 }
 

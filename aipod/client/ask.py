@@ -20,13 +20,17 @@ async def ask(
     ticket: bytes,
     op: Op,
     misses: int = 0,
+    spool: str = "",
     released: Sequence[bytes] = (),
 ) -> State:
     """Cancel or release a job: one message up, one state down. Raises what `decide` reads.
 
+    `spool`: the one that it is in, where that is known.
+
     This is an asyncio-flavored function.
     """
-    call = link.channel().request(
+    channel = await link.choose(spool, misses)
+    call = channel.request(
         "/ai.AI/chaos",
         Cardinality.STREAM_STREAM,
         Raw,

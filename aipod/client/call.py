@@ -6,21 +6,22 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from grpclib.const import Cardinality
 
+from aipod.client.aside import end, local
 from aipod.client.course import Course, Request, Until
 from aipod.client.event import Event as Event  # also known from here
 from aipod.client.failure import BadAnswer, Local, NoAnswer, of_state
+from aipod.client.flow import Flow, Pour
 from aipod.client.link import Link
 from aipod.client.sink import Filling, Sink
-from aipod.client.source import HOP, InThread, Source
+from aipod.client.source import HOP, Source
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
 from aipod.packing import BATCH, Packed, Packer
-from aipod.transport.channel import CALL_OVER, expect, read_status, reset, send_message
+from aipod.transport.channel import CALL_OVER, Channel, expect, read_status, reset, send_message
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
@@ -34,7 +35,6 @@ _NO_ANSWER = 2**64 - 1
 _CATCH_UP = 1.0
 # Seconds to wait for the trailers behind a complete answer.
 TRAILERS = 1.0
-T = TypeVar("T")
 TERMINAL = (Phase.DONE, Phase.FAILED, Phase.CANCELLED, Phase.RELEASED)
 
 Outcome = tuple[Any, JobFailed | None]  # the answer, or why there is none
@@ -48,10 +48,9 @@ class Attempt:
         self._config = link.config
         self._request = request
         self._course = course
-        self._channel = link.channel()
         self.op = Op.ATTACH if request.source is None else course.op
         self.spool = self._spool(request.source)  # that the request is meant for
-        self.idle = self._channel.connected  # it goes over a connection that may have ended without a word
+        self.unreached = False  # what the job is in could not be asked
         self.was_fresh = course.fresh
         self.heard = False  # a message came
         self.answered = False  # a state came
@@ -65,14 +64,22 @@ class Attempt:
         self._late = False  # the time is over, but this process may have been stopped meanwhile
         self._opening = Open()
         self._complete = False  # what the call begins with is all that it has to send
-        self._call = self._channel.request(
-            f"/ai.AI/{request.rpc}",
-            Cardinality.STREAM_STREAM,
-            Raw if request.rpc == "chaos" else StreamInput,
-            Raw,
-            deadline=request.deadline,
-            metadata=[*link.identity(request.metadata), *course.headers],
-        )
+        self._use(link.channel(course.where, course.misses))
+
+    def _use(self, channel: Channel | None) -> None:
+        """Go over `channel`; None: that is chosen later."""
+        request, course = self._request, self._course
+        self.idle = channel is not None and channel.connected  # over a connection that may have ended without a word
+        self._channel = channel
+        if channel is not None:
+            self._call = channel.request(
+                f"/ai.AI/{request.rpc}",
+                Cardinality.STREAM_STREAM,
+                Raw if request.rpc == "chaos" else StreamInput,
+                Raw,
+                deadline=request.deadline,
+                metadata=[*self._link.identity(request.metadata), *course.headers],
+            )
 
     def _spool(self, source: Source | None) -> str:
         course = self._course
@@ -88,23 +95,27 @@ class Attempt:
 
         This is an asyncio-flavored function; cancelled, it leaves the call.
         """
+        if self._channel is None:
+            self._use(await self._link.choose(self._course.where, self._course.misses))
+        channel = self._channel
+        assert channel is not None
         if (part := self._course.new_part(self._request)) is not None:
-            await _local(part.find)
+            await local(part.find)
         self._opening = self._make_opening()
         if self._course.file is not None and self._request.source is not None:
-            await _local(self._course.save, self._request)  # the epoch: whoever comes next must have a higher one
+            await local(self._course.save, self._request)  # the epoch: whoever comes next must have a higher one
         async with self._call as call:
             released = self._link.take_released(self._opening, self.spool or self._link.spool(self._request.upstream))
             try:
                 begun: list[Raw | StreamInput] = []
-                sent = await call.open(functools.partial(self._begin, begun))
+                sent = await self._open(begun)
                 uploader = self._start_upload(begun[sent:])
                 self._look()
                 try:
                     answer, error = await self._watch()
                 finally:
                     if uploader is not None:
-                        await _end(uploader)
+                        await end(uploader)
                 if self._request.until is Until.ANSWER:
                     # The outcome is whole and checked: what becomes of the call's last bytes changes nothing.
                     with contextlib.suppress(Exception):
@@ -120,7 +131,7 @@ class Attempt:
                 if not self.answered:
                     self._link.put_back(released)
                 if self.silent:
-                    self._channel.retire(call)
+                    channel.retire(call)
 
     def _make_opening(self) -> Open:
         course, source = self._course, self._request.source
@@ -134,6 +145,13 @@ class Attempt:
         return opening
 
     # Up
+
+    async def _open(self, begun: list[Raw | StreamInput]) -> int:
+        try:
+            return await self._call.open(functools.partial(self._begin, begun))
+        except OSError:
+            self.unreached = not begun
+            raise
 
     def _begin(self, begun: list[Raw | StreamInput]) -> tuple[list[Raw | StreamInput], bool]:
         """What the call begins with, at the moment in which it does: with a small payload all that there is to say."""
@@ -253,7 +271,7 @@ class Attempt:
         """
         self._note_commit(spool, whole)
         if self._course.file is not None:
-            await _local(self._course.save, self._request)
+            await local(self._course.save, self._request)
 
     def _note_commit(self, spool: str, whole: bytes) -> None:
         course = self._course
@@ -343,7 +361,7 @@ class Attempt:
         """Take note of a state, and tell."""
         course = self._course
         course.saw(state)
-        self._link.learn(self._request.upstream, state.spool)
+        self._link.learn(self._request.upstream, state.spool, self._channel)
         self.answered = True
         self.receiving = state.phase == Phase.RECEIVING
         self.ran = self.ran or state.phase in (Phase.QUEUED, Phase.RUNNING)
@@ -364,18 +382,31 @@ class Attempt:
             quiet=state.quiet,
         )
 
+    async def _hand_on(self, state: State, message: Raw | None, pour: Pour) -> None:
+        """The answer, chunk by chunk, to who takes it at a pace of its own."""
+        course = self._course
+        flow = course.sink = course.sink if isinstance(course.sink, Flow) else Flow(state, pour)
+        expect(self._call, state.size - flow.received)
+        tell = functools.partial(course.tell, self._request, phase="DONE", answer_size=state.size)
+        if not await flow.carry(state, message, self._receive, self._link.in_thread, tell):
+            await read_status(self._call)
+            raise NoAnswer("the answer ended before its last byte")
+
     async def _download(self, state: State, message: Raw | None) -> Any:
+        if self._request.pour is not None:
+            return await self._hand_on(state, message, self._request.pour)
         course, save_to = self._course, self._request.save_to
-        if course.sink is not None and not course.sink.matches(state):
-            await _local(course.discard)
+        if isinstance(course.sink, Sink) and not course.sink.matches(state):
+            await local(course.discard)
             raise BadAnswer("the server has another answer than before")
         if course.part is not None and course.part.size > state.size:
-            await _local(course.discard)
+            await local(course.discard)
             raise BadAnswer("there is more of it here than it has")
         if course.sink is None:
-            course.sink = Sink(state, None) if save_to is None else await _local(Sink, state, save_to, course.part)
+            course.sink = Sink(state, None) if save_to is None else await local(Sink, state, save_to, course.part)
             course.part = None
         sink = course.sink
+        assert isinstance(sink, Sink)
         expect(self._call, state.size - sink.received)
         before = sink.received
 
@@ -383,7 +414,7 @@ class Attempt:
             ratio = (sink.received - before) / filling.wire if filling.wire else 0.0
             course.tell(self._request, phase="DONE", received=sink.received, answer_size=state.size, ratio=ratio)
 
-        filling = Filling(sink, functools.partial(_local, in_thread=self._link.in_thread), tell)
+        filling = Filling(sink, functools.partial(local, in_thread=self._link.in_thread), tell)
         last = False
         try:
             while message is not None and not last:
@@ -405,30 +436,7 @@ class Attempt:
         try:
             if self._request.save_to is None and sink.received <= HOP:
                 return sink.finish()
-            return await _local(functools.partial(sink.finish, durable=self._request.durable))
+            return await local(functools.partial(sink.finish, durable=self._request.durable))
         except BadAnswer:
-            await _local(self._course.discard)  # it is not known which byte is wrong
+            await local(self._course.discard)  # it is not known which byte is wrong
             raise
-
-
-async def _end(task: asyncio.Future[Any]) -> None:
-    """Cancel `task` and wait for its end, whatever that is. This is an asyncio-flavored function."""
-    task.cancel()
-    task.add_done_callback(_ask)  # also where this wait is cancelled
-    await asyncio.wait([task])
-
-
-def _ask(task: asyncio.Future[Any]) -> None:
-    """asyncio logs an exception that nobody has asked for."""
-    if not task.cancelled():
-        task.exception()
-
-
-async def _local(fn: Callable[..., T], *args: Any, in_thread: InThread = asyncio.to_thread) -> T:
-    """Run `fn` in a thread; what it raises is no failure of the network's. This is an asyncio-flavored function."""
-    try:
-        return await in_thread(fn, *args)  # type: ignore[no-any-return]
-    except BadAnswer:
-        raise
-    except Exception as exc:
-        raise Local(exc) from exc

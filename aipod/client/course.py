@@ -15,8 +15,9 @@ from typing import Any
 
 from grpclib.metadata import Deadline
 
-from aipod.client.event import Event, OnEvent
+from aipod.client.event import Event, OnEvent, Rate
 from aipod.client.failure import ELSEWHERE, Known, Local
+from aipod.client.flow import Flow, Pour
 from aipod.client.part import Part
 from aipod.client.sink import Sink
 from aipod.client.source import Source
@@ -68,6 +69,7 @@ class Request:
     deadline: Deadline | None = None
     save_to: str | os.PathLike[str] | None = None
     on_event: OnEvent | None = None
+    pour: Pour | None = None  # takes the answer's chunks, which then are kept nowhere
     taken: Callable[[], Awaitable[None]] | None = None  # waits until the events so far were consumed
     goes_on: bool = False  # a later process may ask for the same answer: what was saved of it is left to that one
     durable: bool = False  # what is saved shall be on the disk: the ticket file, the only other way to it, goes then
@@ -115,7 +117,7 @@ class Course:
     offset: int = 0  # durable bytes of the payload
     log_have: int = 0
     part: Part | None = None  # of the answer, until `sink` has it
-    sink: Sink | None = None
+    sink: Sink | Flow | None = None
     may_outbid: bool = False
     damaged: int = 0
     spool: str = ""  # the one that spoke last
@@ -123,6 +125,7 @@ class Course:
     searched: int = 0  # of them, times elsewhere before anybody had told of it
     # The latest event; most callers listen to none.
     told: dict[str, Any] = dataclasses.field(default_factory=lambda: {"phase": "CONNECTING", "heartbeats": 0})
+    _rate: Rate = dataclasses.field(default_factory=Rate)
     _log: codecs.IncrementalDecoder = dataclasses.field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
@@ -155,6 +158,11 @@ class Course:
         return lead_to(self.id, self.misses)
 
     @property
+    def where(self) -> str:
+        """The spool that it is in, or may be; empty where nobody has it."""
+        return self.sent_to or self.spool
+
+    @property
     def have(self) -> int:
         """Bytes of the answer that are here."""
         if self.sink is not None:
@@ -172,8 +180,8 @@ class Course:
         if self.sent_clock is not None and ago >= 0:
             ago = max(ago, time.monotonic() - self.sent_clock)
         left = ELSEWHERE - self.searched
-        spool = self.sent_to or self.spool
-        return Known(target, op, self.sent_to, ago, self.phase, self.may_outbid, self.damaged, left, spool, receiving)
+        phase, spool = self.phase, self.where
+        return Known(target, op, self.sent_to, ago, phase, self.may_outbid, self.damaged, left, spool, receiving)
 
     def next_epoch(self) -> int:
         self.epoch = max(self.epoch + 1, time.time_ns() // 1000)
@@ -202,8 +210,13 @@ class Course:
         if request.trace is not None:
             request.trace.enter(_SPANS.get(self.told["phase"], ""))
         if request.on_event is not None:
+            told = self.told
+            done = told.get("received", 0) if told["phase"] == "DONE" else max(told.get("sent") or 0, self.offset)
+            rate = self._rate.note(told["phase"], done, time.monotonic())
+            if told["phase"] not in ("RECEIVING", "DONE"):
+                rate = 0.0
             try:
-                request.on_event(Event(**self.told))
+                request.on_event(Event(**told, rate=rate))
             except Exception as exc:
                 raise Local(exc) from exc
 
@@ -243,15 +256,16 @@ class Course:
 
     def leave(self) -> None:
         """What was received is of no more use to this process, perhaps to a later one. Blocks."""
-        self._end(Sink.leave, Part.leave)
+        if self.sink is not None:
+            self.sink.leave()
+        elif self.part is not None:
+            self.part.leave()
+        self.sink = self.part = None
 
     def discard(self) -> None:
         """Drop what was received. Blocks."""
-        self._end(Sink.discard, Part.remove)
-
-    def _end(self, end_sink: Callable[[Sink], None], end_part: Callable[[Part], None]) -> None:
         if self.sink is not None:
-            end_sink(self.sink)
+            self.sink.discard()
         elif self.part is not None:
-            end_part(self.part)
+            self.part.remove()
         self.sink = self.part = None

@@ -106,7 +106,8 @@ class Follower:
         if decision.action is Action.ELSEWHERE:
             course.misses, course.searched = elsewhere(course.misses), course.searched + 1
             return 0.0
-        missed = decision.missed
+        # Of several addresses the one that cannot be reached is asked in turns with the others, as one that has it not.
+        missed = decision.missed or (attempt.unreached and self._link.is_several)
         course.misses += missed
         if decision.draining:
             course.misses = elsewhere(course.misses)
@@ -146,11 +147,13 @@ async def ask_surely(
     phase = Phase.QUEUED if taken else Phase.NONE
     known = Known(link.target, Op.ATTACH, phase=phase, elsewhere=ELSEWHERE, spool=spool)
     while True:
-        idle = link.channel().connected
+        idle = link.is_connected(spool)
+        unreached = False
         try:
             async with asyncio.timeout(link.config.silence):
-                return await ask(link, metadata, ticket, op, misses), misses
+                return await ask(link, metadata, ticket, op, misses, spool), misses
         except (Exception, BaseExceptionGroup) as exc:
+            unreached = link.is_several and isinstance(exc, OSError)
             decision = decide(exc, known)
             if decision is None:
                 raise
@@ -158,11 +161,12 @@ async def ask_surely(
             misses = elsewhere(misses)
             known = dataclasses.replace(known, elsewhere=known.elsewhere - 1)
             continue
-        misses += decision.missed
+        missed = decision.missed or unreached
+        misses += missed
         pause = patience.pause(known=decision.missed, at_least=decision.retry_after, free=idle, within=decision.within)
         if decision.action is not Action.RETRY or pause is None:
             raise decision.error from decision.cause
-        await asyncio.sleep(0.0 if decision.missed and misses % 2 else pause)
+        await asyncio.sleep(0.0 if missed and misses % 2 else pause)
         if link.closes != closes:
             raise decision.error from decision.cause
 
@@ -173,7 +177,7 @@ async def release(link: Link, had: Had) -> None:
     This is an asyncio-flavored function.
     """
     try:
-        await ask(link, had.metadata, had.ticket, Op.RELEASE, had.misses)
+        await ask(link, had.metadata, had.ticket, Op.RELEASE, had.misses, had.spool)
     except BaseException:
         link.release(had)
         raise
@@ -184,13 +188,15 @@ async def release_all(link: Link, had: list[Had]) -> None:
     first = had[0]
     try:
         tickets = [one.ticket for one in had]
-        await ask(link, first.metadata, first.ticket, Op.RELEASE, first.misses, released=tickets)
+        await ask(link, first.metadata, first.ticket, Op.RELEASE, first.misses, first.spool, tickets)
     except BaseException:
         link.put_back(had)
         raise
 
 
-async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int) -> None:
+async def end_left(
+    link: Link, metadata: Sequence[tuple[str, str]], ticket: bytes, op: Op, misses: int, spool: str
+) -> None:
     """End a job that its caller has left, best effort: the errand of one who has gone.
 
     The call that brought the job may still be about to create it, or to let go of it, when this one arrives: then it is
@@ -198,7 +204,7 @@ async def end_left(link: Link, metadata: Sequence[tuple[str, str]], ticket: byte
     """
     for pause in ASK_AGAIN:
         with contextlib.suppress(GRPCError, NoAnswer):
-            state = await ask(link, metadata, ticket, op, misses)
+            state = await ask(link, metadata, ticket, op, misses, spool)
             if state.phase > Phase.RECEIVING:
                 return
         await asyncio.sleep(pause)

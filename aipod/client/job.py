@@ -7,13 +7,14 @@ import contextlib
 import itertools
 import os
 import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from aipod.client.course import Course, Request, Until
-from aipod.client.event import Event, OnEvent
+from aipod.client.event import Event, Listener, OnEvent
 from aipod.client.follow import ASK_AGAIN, Follower, ask_surely
+from aipod.client.handed import Events, Handed
 from aipod.client.link import Link
 from aipod.client.sink import check_target
 from aipod.client.ticket import TicketFile
@@ -94,23 +95,17 @@ class Job:
         request = Request(
             "chaos", self._metadata, save_to=save_to, on_event=on_event, goes_on=self._goes_on, durable=durable
         )
-        try:
-            async with asyncio.timeout(timeout):
-                answer = await self._follow(request, what="wait")
-        except JobFailed:
-            if not keep:
-                self._forget_file()  # it is the job's answer: asked again it would say the same
-            raise
-        if not keep:
-            self._forget_file()
-        return answer
+        if isinstance(on_event, Listener):
+            request.taken = on_event.taken
+        async with self._had(keep), asyncio.timeout(timeout):
+            return await self._follow(request, what="wait")
 
     async def save(self, path: str | os.PathLike[str]) -> Path:
         """Wait for the answer and write it to the file `path`. Raises as `wait`."""
         await self.wait(save_to=path)
         return Path(path)
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    def events(self) -> AsyncGenerator[Event, None]:
         """What the job is doing, until it has ended: phase, progress, message, the log from its beginning.
 
             async for event in job.events():
@@ -120,33 +115,43 @@ class Job:
         and `JobLost`. While the caller is busy with one event, the next ones wait at the server. Leave it early through
         `contextlib.aclosing`.
         """
-        events: asyncio.Queue[Event] = asyncio.Queue()  # a few at most: nothing is read before it is empty
-        taken = asyncio.Event()
+        events = Events()
+        request = Request("chaos", self._metadata, until=Until.END, on_event=events, taken=events.taken)
+        return events.each(lambda: self._follow(request))
 
-        async def emptied() -> None:
-            while not events.empty():
-                taken.clear()
-                await taken.wait()
+    def chunks(self, *, keep: bool = False) -> AsyncGenerator[bytes, None]:
+        """The bytes of the answer as they come, in pieces of at most 1 MiB: bytes or a file's as they are, what else
+        the method returned as JSON in UTF-8.
 
-        request = Request("chaos", self._metadata, until=Until.END, on_event=events.put_nowait, taken=emptied)
-        following = asyncio.create_task(self._follow(request), name="aipod-events")
+            async for chunk in job.chunks():
+                file.write(chunk)
+
+        While the caller is busy with one, the next ones wait at the server, but for what a stream's window holds (some
+        20 MiB). Where a connection is lost, it goes on at the byte where it was. `keep`, and what is raised, as for
+        `wait`; and `AipodError` (BAD_ANSWER) where what has come is not what was stored: that is known at the end, so
+        do not use what has come before that. Leave it early through `contextlib.aclosing`.
+        """
+        chunks = Handed[bytes]()
+        request = Request("chaos", self._metadata, pour=chunks.put)
+
+        async def pour() -> None:
+            async with self._had(keep):
+                await self._follow(request, what="chunks")
+                await chunks.taken()
+
+        return chunks.each(pour)
+
+    @contextlib.asynccontextmanager
+    async def _had(self, keep: bool) -> AsyncIterator[None]:
+        """The body has the answer when it ends: the ticket file is needed no more, but where it is to be kept."""
         try:
-            while not (following.done() and events.empty()):
-                waiting = asyncio.ensure_future(events.get())
-                try:
-                    await asyncio.wait({waiting, following}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    got = waiting.done()
-                    waiting.cancel()
-                if got:
-                    yield waiting.result()
-                    taken.set()
-            await following
-        finally:
-            following.cancel()
-            await asyncio.wait([following])
-            if not following.cancelled():
-                following.exception()
+            yield
+        except JobFailed:
+            if not keep:
+                self._forget_file()  # it is the job's answer: asked again it would say the same
+            raise
+        if not keep:
+            self._forget_file()
 
     async def cancel(self) -> None:
         """Ask the server to stop the job; harmless where it has ended. What it then answers is told by `wait`.

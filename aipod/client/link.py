@@ -9,9 +9,10 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from aipod.client.addresses import Addresses, parse_targets
 from aipod.codec import MAX_RELEASED
 from aipod.config import Config
-from aipod.transport.channel import Channel
+from aipod.transport.channel import Channel, is_literal, split_target
 from aipod.wire.ai import Open
 
 # Names of upstreams whose spool is remembered; a client that uses more pays a round trip more for a small job.
@@ -47,8 +48,13 @@ class Had(NamedTuple):
 class Link:
     """What the calls of one `Client` share. asyncio-flavored."""
 
-    def __init__(self, target: str, config: Config) -> None:
-        self.target = target
+    def __init__(self, targets: str | Sequence[str], config: Config) -> None:
+        self._targets = parse_targets(targets)
+        self.target = ", ".join(self._targets)
+        # One that needs no choice is spared it.
+        host = split_target(self._targets[0])[0]
+        is_one = len(self._targets) == 1 and (host is None or is_literal(host))
+        self._addresses = None if is_one else Addresses(self._targets, config)
         self.config = config
         self.closes = 0  # how often it was closed: a call does not outlive that by trying again
         self._channel: Channel | None = None
@@ -56,7 +62,7 @@ class Link:
         self._released: collections.deque[Had] = collections.deque(maxlen=_RELEASED)
         self.errands: set[asyncio.Task[None]] = set()
         self._waiting: collections.deque[Errand] = collections.deque()
-        self._calls: dict[asyncio.Task[Any], asyncio.Future[None]] = {}  # those under way, and their ends
+        self._calls: dict[asyncio.Future[None], asyncio.Task[Any]] = {}  # the ends of those under way, and whose
         self._leaving = False  # in `aclose`: no more patience with a server that does not answer
         self._watches: set[asyncio.Task[None]] = set()
         self._threads: ThreadPoolExecutor | None = None
@@ -67,10 +73,35 @@ class Link:
             self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="aipod")
         return await asyncio.get_running_loop().run_in_executor(self._threads, fn, *args)
 
-    def channel(self) -> Channel:
+    # The connections
+
+    def channel(self, spool: str = "", misses: int = 0) -> Channel | None:
+        """Where to ask for a job in `spool`, or a new one; None where `choose` has to find that out."""
+        if self._addresses is not None:
+            return self._addresses.at_hand(spool, misses)
         if self._channel is None:
             self._channel = Channel(self.target, self.config)
         return self._channel
+
+    async def choose(self, spool: str, misses: int) -> Channel:
+        """As `channel`, which may take a connection. Raises OSError where there is none."""
+        channel = self.channel(spool, misses)
+        if channel is None:
+            assert self._addresses is not None
+            channel = await self._addresses.choose(spool, misses)
+        return channel
+
+    @property
+    def is_several(self) -> bool:
+        """Whether what cannot be reached at one address is to be asked for at another."""
+        return self._addresses is not None
+
+    def is_connected(self, spool: str = "") -> bool:
+        """Whether there is a connection for a job in `spool`, or a new one."""
+        if self._addresses is None:
+            return self._channel is not None and self._channel.connected
+        channel = self._addresses.at_hand(spool, 0)
+        return channel is not None and channel.connected
 
     def identity(self, metadata: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """`metadata` with what says who calls; where it says so itself, as it is."""
@@ -85,9 +116,11 @@ class Link:
         """The spool that answered last for `upstream`; empty where none has."""
         return self._spools.get(upstream, "")
 
-    def learn(self, upstream: str, spool: str) -> None:
-        """`spool` has answered for `upstream`."""
+    def learn(self, upstream: str, spool: str, channel: Channel | None = None) -> None:
+        """`spool` has answered for `upstream`, over `channel` where that is known."""
         if spool:
+            if self._addresses is not None and channel is not None:
+                self._addresses.learn(spool, channel)
             self._spools[upstream] = spool
             self._spools.move_to_end(upstream)
             if len(self._spools) > _SPOOLS:
@@ -119,17 +152,17 @@ class Link:
             spool = self._released[0].spool
             yield self.take_released(Open(), spool)
 
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """The body is a call of this task's."""
+    def begin(self) -> asyncio.Future[None]:
+        """A call of this task's has begun; what is returned goes to `end`."""
         task, over = asyncio.current_task(), asyncio.get_running_loop().create_future()
         assert task is not None
-        self._calls[task] = over
-        try:
-            yield
-        finally:
-            del self._calls[task]
-            over.set_result(None)
+        self._calls[over] = task
+        return over
+
+    def end(self, over: asyncio.Future[None]) -> None:
+        """That call has told the server what it has to tell it."""
+        del self._calls[over]
+        over.set_result(None)
 
     # What goes on behind the caller's back
 
@@ -169,11 +202,11 @@ class Link:
 
     def close(self) -> None:
         """Close the connection at once; calls under way end as lost ones, errands and watches are cancelled."""
-        channel = self._let_go()
+        channels = self._let_go()
         self._waiting.clear()
         for task in (*self.errands, *self._watches):
             task.cancel()
-        if channel is not None:
+        for channel in channels:
             channel.close()
 
     async def aclose(self, release: Callable[[Link, list[Had]], Coroutine[Any, Any, None]]) -> None:
@@ -183,7 +216,7 @@ class Link:
         All errands for as long as they are answered; where nobody answers, that takes `ERRAND` seconds.
         """
         # Calls that were cancelled and have not learnt it yet: they too have something to tell the server.
-        if left := [over for task, over in self._calls.items() if task.cancelling()]:
+        if left := [over for over, task in self._calls.items() if task.cancelling()]:
             await asyncio.wait(left, timeout=ERRAND)
         self.closes += 1
         watches = list(self._watches)
@@ -191,12 +224,16 @@ class Link:
             task.cancel()
         if watches:
             await asyncio.wait(watches)
-        if self._channel is not None and self._channel.connected:
-            for had in self._take_groups():
+        for had in list(self._take_groups()):
+            if self.is_connected(had[0].spool):
                 self.errand(release, self, had)
+            else:
+                self.put_back(had)
         await self._finish_errands()
-        channel = self._let_go()
-        if channel is not None:
+        channels = self._let_go()
+        for channel in channels:
+            channel.close()
+        for channel in channels:
             await channel.aclose()
 
     async def _finish_errands(self) -> None:
@@ -206,10 +243,12 @@ class Link:
         self._waiting.clear()
         self._leaving = False
 
-    def _let_go(self) -> Channel | None:
+    def _let_go(self) -> list[Channel]:
         self.closes += 1
         threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown(wait=False)  # they end what they do
         channel, self._channel = self._channel, None
-        return channel
+        if self._addresses is not None:
+            return self._addresses.let_go()
+        return [] if channel is None else [channel]

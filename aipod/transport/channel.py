@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import ipaddress
 import logging
 import os
 import ssl
@@ -47,13 +48,19 @@ class _Details(ProtoStatusDetailsCodec):
 
 
 class Channel(grpclib.client.Channel):
-    """A connection to one address, made when it is first needed. asyncio-flavored. Raises TLSError."""
+    """A connection to one address, made when it is first needed. asyncio-flavored. Raises TLSError.
 
-    def __init__(self, target: str, config: Config) -> None:
+    `ip`: one of those that the host in `target` stands for, by whose name it is called all the same.
+    """
+
+    def __init__(self, target: str, config: Config, ip: str | None = None) -> None:
         host, port, path = split_target(target)
         grpc = configuration(config)
         if path is not None:  # with TLS the other end of a unix socket is "localhost", as for gRPC's C core
             grpc = dataclasses.replace(grpc, ssl_target_name_override="localhost")
+        elif ip is not None:
+            grpc = dataclasses.replace(grpc, ssl_target_name_override=host)
+        self.name = target if ip is None else f"{target} ({ip})"
         self._tls = Followed(client_context, config)
         super().__init__(
             host,
@@ -64,8 +71,11 @@ class Channel(grpclib.client.Channel):
             config=grpc,
             ssl=self._tls.context,
         )
+        if ip is not None:
+            self._host = ip
         self._settings = config
         self._closed = False
+        self._pid = os.getpid()
         self._latest: H2Protocol | None = None  # the newest connection, closed or not
 
     def request(
@@ -159,6 +169,10 @@ class Channel(grpclib.client.Channel):
         self._closed = True
         super().close()
 
+    def __del__(self) -> None:
+        if self._pid == os.getpid():  # in a forked child it is the parent's
+            super().__del__()
+
     async def aclose(self) -> None:
         """`close`, and wait until the socket is closed, which with TLS takes an answer: for a second at most.
 
@@ -217,6 +231,15 @@ async def read_status(stream: grpclib.client.Stream[Any, Any]) -> None:
         await stream.end()
     if not stream._recv_trailing_metadata_done:
         await stream.recv_trailing_metadata()
+
+
+def is_literal(host: str) -> bool:
+    """Whether `host` is an IP address, which nobody needs to resolve."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def split_target(target: str) -> tuple[str | None, int | None, str | None]:

@@ -1,0 +1,401 @@
+"""What is particular to the faces: threads and forks, Ctrl-C, the interpreter's end; trio's scopes and other loops."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import aipod
+from aipod.client import Event
+from aipod.client.event import Rate
+from aipod.client.flow import Flow
+from aipod.codec import frame
+from aipod.wire.ai import Raw, State
+from tests.conftest import FIRST, ROOT, Served, left_in, wait_until
+from tests.faces import said
+
+MODEL = "tests.models_faces:Faces"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(MODEL, tmp_path_factory.mktemp("faces"), (), "127.0.0.1:0", forked=True)
+    try:
+        yield served
+        assert served.stop() == 0, served.log_text()
+        assert left_in(served.spool, uploads=False) == []
+    finally:
+        served.process.kill()
+        served.process.communicate()
+
+
+def python(code: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(code), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=check, cwd=ROOT)
+
+
+def hosts() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "aipod-client"]
+
+
+# Threads
+
+
+def test_neither_face_loads_trio_asyncio_nor_the_sync_one_trio(served: Served) -> None:
+    code = """
+        import sys, asyncio, aipod
+        kind, address = sys.argv[1:]
+        if kind == "sync":
+            with aipod.SyncClient(address) as client:
+                client.predict(b"")
+        elif kind == "trio":
+            import trio
+            async def main():
+                async with aipod.TrioClient(address) as client:
+                    await client.predict(b"")
+            trio.run(main)
+        else:
+            async def main():
+                async with aipod.Client(address) as client:
+                    await client.predict(b"")
+            asyncio.run(main())
+        print(*sorted({"trio", "trio_asyncio"} & set(sys.modules)))
+    """
+    assert python(code, "sync", served.address).stdout == "\n"
+    assert python(code, "asyncio", served.address).stdout == "\n"
+    assert python(code, "trio", served.address).stdout == "trio\n"
+
+
+def test_it_works_where_a_loop_runs_as_in_a_notebook(served: Served) -> None:
+    async def cell() -> Any:
+        with aipod.SyncClient(served.address) as client:
+            return client.predict(b"x")
+
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        assert runner.run(cell())["size"] == 1
+    assert hosts() == []
+
+
+@pytest.mark.parametrize("how", ["idle", "under way", "in atexit"])
+def test_the_interpreter_ends_where_nobody_has_closed_the_client(served: Served, tmp_path: Path, how: str) -> None:
+    code = """
+        import atexit, sys, threading, time, aipod
+        address, mark, until, how = sys.argv[1:]
+        client = aipod.SyncClient(address)
+        print(client.predict(b"")["size"])
+        if how == "in atexit":
+            atexit.register(lambda: print(client.predict(b"x")["size"]))
+        if how == "under way":
+            def call():
+                try:
+                    client.chaos(b"", metadata=[("x-func-name", "forever")], mark=mark, until=until)
+                except aipod.JobLost:
+                    pass
+            threading.Thread(target=call, daemon=True).start()
+            while not __import__("os").path.exists(mark):
+                time.sleep(0.02)
+    """
+    ended = python(code, served.address, str(tmp_path / "mark"), str(tmp_path / "go"), how)
+    (tmp_path / "go").touch()
+    assert ended.stdout == ("0\n1\n" if how == "in atexit" else "0\n")
+    assert ended.stderr == ""
+
+
+def test_a_client_that_nobody_has_any_more_ends_its_thread(served: Served) -> None:
+    client = aipod.SyncClient(served.address)
+    client.predict(b"")
+    (thread,) = hosts()
+    del client
+    gc.collect()
+    thread.join(20)
+    assert hosts() == []
+
+
+def test_after_a_fork_it_says_so(served: Served) -> None:
+    """Mutant seen: no look at the process; the child waits for a thread that it has not."""
+    code = """
+        import os, sys, aipod
+        unused = aipod.SyncClient(sys.argv[1])
+        with aipod.SyncClient(sys.argv[1]) as client:
+            client.predict(b"")
+            if not os.fork():
+                try:
+                    client.predict(b"")
+                except aipod.UsageError as exc:
+                    print("child:", exc, flush=True)
+                print(unused.predict(b"x")["size"], flush=True)
+                unused.close()
+                sys.exit()
+            os.wait()
+            print("parent:", client.predict(b"")["size"])
+    """
+    ended = python(code, served.address)
+    said_by_child, size, parent = ended.stdout.splitlines()
+    assert "was forked" in said_by_child
+    assert (size, parent) == ("1", "parent: 0")
+    assert "Error" not in ended.stderr
+
+
+def test_ctrl_c_comes_back_at_once_and_the_client_goes_on(served: Served, tmp_path: Path) -> None:
+    """In a process of its own, by its own default handler. Mutant seen: the call is not cancelled."""
+    code = """
+        import os, signal, sys, threading, time, aipod
+        address, mark = sys.argv[1:]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def interrupt():
+            while not os.path.exists(mark):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt).start()
+        with aipod.SyncClient(address) as client:
+            try:
+                client.chaos(b"", metadata=[("x-func-name", "forever")], mark=mark)
+            except KeyboardInterrupt:
+                print("interrupted")
+            print(client.predict(b"")["size"])
+    """
+    mark = tmp_path / "mark"
+    assert python(code, served.address, str(mark)).stdout == "interrupted\n0\n"
+    wait_until(lambda: said(mark) == "cancelled")
+
+
+def test_what_would_wait_for_itself_is_refused(served: Served) -> None:
+    with aipod.SyncClient(served.address) as client:
+
+        async def items() -> AsyncIterator[bytes]:
+            client.predict(b"")
+            yield b""
+
+        def plain() -> Iterator[bytes]:
+            yield bytes(client.predict(b"abc")["size"])
+
+        with pytest.raises(aipod.UsageError, match="wait for itself"):
+            client.predict(items())
+        assert client.predict(plain())["size"] == 3  # in a thread of its own it may
+
+
+def test_calls_under_way_end_as_lost_ones_when_another_thread_closes(served: Served, tmp_path: Path) -> None:
+    client = aipod.SyncClient(served.address)
+    mark, raised = tmp_path / "mark", []
+
+    def call() -> None:
+        try:
+            client.chaos(b"", metadata=[("x-func-name", "forever")], mark=str(mark), until=str(tmp_path / "go"))
+        except aipod.AipodError as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait_until(lambda: said(mark))
+    client.close()
+    thread.join(20)
+    (tmp_path / "go").touch()
+    assert isinstance(raised[0], aipod.JobLost)
+    wait_until(lambda: not hosts())
+    assert client.predict(b"")["size"] == 0
+    client.close()
+
+
+# trio
+
+
+def test_trio_beside_a_server_and_an_outer_loop_in_one_process(tmp_path: Path) -> None:
+    """Both import trio-asyncio, which replaces asyncio's functions; two clients, one of them of the outer loop."""
+    code = """
+        import sys, trio, aipod
+        from pathlib import Path
+        here = Path(sys.argv[1])
+        async def main():
+            config = aipod.Config(
+                model="tests.models_faces:Faces", bind=("unix:" + str(here / "sock"),), spool=str(here / "spool"),
+                data=str(here / "data"), reserve=0,
+            )
+            async with trio.open_nursery() as nursery:
+                await nursery.start(aipod.serve, config)
+                import trio_asyncio
+                async with aipod.TrioClient(config.bind[0]) as one, trio_asyncio.open_loop():
+                    async with aipod.TrioClient(config.bind[0]) as two:
+                        print((await one.predict(b"1"))["size"], (await two.predict(b"22"))["size"])
+                        async def plain():
+                            async with aipod.Client(config.bind[0]) as three:
+                                return await three.predict(b"333")
+                        print((await trio_asyncio.aio_as_trio(plain)())["size"])
+                nursery.cancel_scope.cancel()
+        trio.run(main)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert (ended.stdout, ended.returncode) == ("1 2\n3\n", 0), ended.stderr
+
+
+async def test_what_trio_raises_is_in_no_group(served: Served) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"x"
+        raise KeyError("mine")
+
+    async with aipod.TrioClient(served.address) as client:
+        with pytest.raises(KeyError):
+            await client.predict(broken())
+        with pytest.raises(KeyError):
+            async with client.stream("predict", broken()) as call:
+                await call.wait()
+        with pytest.raises(LookupError, match="body"):
+            async with client.stream("predict", forever()) as call:
+                raise LookupError("body")
+
+
+async def forever() -> AsyncIterator[bytes]:
+    yield b"x"
+    await trio.sleep_forever()
+
+
+async def test_a_payload_that_does_not_end_is_let_go(served: Served) -> None:
+    """Mutants seen: the task that iterates outlives the call; it is not waited for."""
+    ended: list[str] = []
+
+    async def items() -> AsyncIterator[bytes]:
+        try:
+            async for item in forever():
+                yield item
+        finally:
+            ended.append("let go")
+
+    async with aipod.TrioClient(served.address) as client:
+        with trio.move_on_after(0.5) as scope:
+            await client.predict(items())
+        assert scope.cancelled_caught
+        assert ended == ["let go"]
+
+
+async def test_an_answer_that_is_here_is_given_although_the_scope_is_cancelled(served: Served) -> None:
+    async with aipod.TrioClient(served.address) as client:
+        with trio.CancelScope() as scope:
+
+            def leave(event: Event) -> None:
+                if event.phase == "DONE":
+                    scope.cancel()
+
+            answer = await client.predict(b"x", on_event=leave)
+            assert answer["size"] == 1
+            await trio.sleep(0)
+        assert scope.cancelled_caught
+
+
+def test_clients_of_several_trio_runs_one_after_the_other(served: Served) -> None:
+    client = aipod.TrioClient(served.address)
+
+    async def main() -> int:
+        size: int = (await client.predict(b"x"))["size"]
+        return size
+
+    assert [trio.run(main) for _ in range(2)] == [1, 1]
+
+    async def close() -> None:
+        client.close()
+
+    trio.run(close)
+    wait_until(lambda: not hosts())
+
+
+# One definition
+
+
+@pytest.mark.skipif(not FIRST, reason="the same on every Python, and takes mypy 15 s where it has no cache")
+def test_types_are_those_of_the_client(tmp_path: Path) -> None:
+    """What mypy, strictly, sees of the faces."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            """
+            import aipod
+
+            def sync(client: aipod.SyncClient) -> None:
+                reveal_type(client.predict(b"", version="1", timeout=3))
+                client.predict(b"", version=1)
+                client.submit()
+                reveal_type(client.submit("train"))
+                reveal_type(client.submit("train").save("x"))
+                for event in client.attach("").events():
+                    reveal_type(event.rate)
+                with client.stream("predict") as call:
+                    for chunk in call.chunks():
+                        reveal_type(chunk)
+
+            async def trio(client: aipod.TrioClient) -> None:
+                await client.predict(b"", on_event=3)
+                reveal_type(await client.submit("train"))
+                async with client.stream("predict", timeout=3) as call:
+                    async for event in call.events():
+                        reveal_type(event)
+            """
+        )
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", str(program)]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT, check=False).stdout
+    found = [line.partition(": ")[2] for line in lines.splitlines() if "program.py" in line]
+    notes = [line.partition('"')[2].rstrip('"') for line in found if line.startswith("note: Revealed")]
+    assert notes == [
+        "Any", "aipod.faces.sync.SyncJob", "pathlib.Path", "float", "bytes", "aipod.faces.trio.TrioJob",
+        "aipod.client.event.Event",
+    ]  # fmt: skip
+    errors = [line for line in found if line.startswith("error")]
+    assert len(errors) == 3, errors
+    assert 'Argument "version"' in errors[0]
+    assert "Too few arguments" in errors[1]
+    assert 'Argument "on_event"' in errors[2]
+
+
+def test_help_shows_real_signatures() -> None:
+    assert "version: 'str' = ''" in str(inspect.signature(aipod.SyncClient.predict))
+    assert inspect.signature(aipod.SyncClient.submit).return_annotation == "SyncJob"
+    assert inspect.signature(aipod.TrioClient.stream).return_annotation == "TrioCall"
+    assert "for event in job.events():" in (aipod.SyncClient.attach(aipod.SyncClient(), bytes(16)).events.__doc__ or "")
+
+
+# Parts
+
+
+def test_the_rate_of_a_transfer_is_smoothed_and_begins_with_its_phase() -> None:
+    """Mutants seen: no smoothing; a new connection's lower place counted as progress; the last phase's rate."""
+    rate = Rate()
+    assert rate.note("RECEIVING", 0, 0.0) == 0.0
+    assert rate.note("RECEIVING", 50, 0.05) == 0.0  # too soon
+    assert rate.note("RECEIVING", 1000, 1.0) == 1000.0
+    assert 1000 < rate.note("RECEIVING", 3000, 2.0) < 1500
+    before = rate.note("RECEIVING", 4000, 3.0)
+    assert rate.note("RECEIVING", 2000, 4.0) == before  # connected again
+    assert rate.note("RECEIVING", 2000, 10.0) < before / 2
+    assert rate.note("DONE", 10**9, 11.0) == 0.0
+
+
+async def test_a_flow_that_is_not_what_was_stored_says_so_at_its_end() -> None:
+    """Mutants seen: the digest is not compared; nor is what a later connection tells of."""
+    taken: list[bytes] = []
+
+    async def pour(data: bytes) -> None:
+        taken.append(data)
+
+    async def nothing(*_: Any) -> None:
+        return None
+
+    def tell(**_: Any) -> None: ...
+
+    state = State(size=3, digest=bytes(16))
+    flow = Flow(state, pour)
+    with pytest.raises(aipod.AipodError, match="not the one that was stored") as torn:
+        await flow.carry(state, Raw(data=frame(b"abc", 1), last=True), nothing, nothing, tell)
+    assert torn.value.reason == "BAD_ANSWER"
+    with pytest.raises(aipod.AipodError, match="another one than before"):
+        await flow.carry(State(size=4, digest=bytes(16)), None, nothing, nothing, tell)
+    assert taken == [b"abc"]
