@@ -2,7 +2,8 @@
 #
 #   __main__
 #   cli                          commands; the only print and argv
-#   server  client  examples  doctor     lifecycles, models to start from, and what looks at the way there
+#   testing  examples            what starts from there
+#   server  client  embedded  doctor    lifecycles, and what looks at the way there
 #   service                      gRPC method bodies: guard clauses, then a viewer of one job
 #   job  pool                    the story of one job: receive, queue, lease, run, store, reply; who runs it
 #   runner                       how an instance's methods are executed: process, loop
@@ -15,8 +16,8 @@
 #   alarm  errors  config  hands  heaps  levels  metrics  tracing  wire   import nothing of aipod
 #
 # Doors: transport/bridge imports trio_asyncio; transport/ touches grpclib and h2 internals; spool writes the spool
-# directory and uses filelock; runner starts processes and model threads (and cli/demo
-# the server that it shows, cli/nginx_conf `nginx -t`).
+# directory and uses filelock; runner starts processes and model threads (and embedded and
+# cli/demo a server, cli/nginx_conf `nginx -t`).
 """Large inputs to Python model code and the answer back, over one gRPC stream, through any number of proxies.
 
 Names load on first use, so that a worker process, which imports this package before anything else, loads neither
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aipod.client import Client, Job
     from aipod.config import Config
+    from aipod.embedded import serving
     from aipod.errors import (
         AipodError,
         Interrupted,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         JobLost,
         ModelError,
         Refused,
+        ServeError,
         Unreachable,
         UsageError,
     )
@@ -60,10 +63,12 @@ __all__ = [
     "Model",
     "ModelError",
     "Refused",
+    "ServeError",
     "Unreachable",
     "UsageError",
     "method",
     "serve",
+    "serving",
 ]
 
 _HOME = {
@@ -76,6 +81,7 @@ _HOME = {
             "JobLost",
             "ModelError",
             "Refused",
+            "ServeError",
             "Unreachable",
             "UsageError",
         ),
@@ -86,6 +92,7 @@ _HOME = {
     "Config": "config",
     "Job": "client",
     "serve": "server",
+    "serving": "embedded",
 }
 
 
