@@ -289,7 +289,7 @@ def test_calls_of_grpclib_have_their_stream_and_a_wrapper() -> None:
 def test_trio_asyncio_has_what_the_bridge_uses() -> None:
     """In a process of its own: importing trio_asyncio changes asyncio for all of this one."""
     code = """
-import heapq, inspect, socket, trio, trio_asyncio
+import asyncio, heapq, inspect, socket, trio, trio_asyncio
 async def main():
     async with trio_asyncio.open_loop() as loop:
         assert isinstance(loop._timers, list), "_timers"

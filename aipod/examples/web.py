@@ -16,11 +16,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 import aipod
 from aipod.client import Job
@@ -31,12 +33,17 @@ LIMIT = 8 * 1024**3  # bytes of an upload; each takes as much of the disk here w
 @contextlib.asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """The server, where there is no other, and one client for all requests."""
-    async with contextlib.AsyncExitStack() as stack:
-        if not (address := os.environ.get("AIPOD_TO")):
-            config = aipod.Config(model="aipod.examples.basics:Echo", bind=("127.0.0.1:0",))
-            address = (await stack.enter_async_context(aipod.serving(config))).addresses[0]
-        app.state.client = await stack.enter_async_context(aipod.Client(address))
-        yield
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            if not (address := os.environ.get("AIPOD_TO")):
+                config = aipod.Config(model="aipod.examples.basics:Echo", bind=("127.0.0.1:0",))
+                address = (await stack.enter_async_context(aipod.serving(config))).addresses[0]
+            app.state.client = await stack.enter_async_context(aipod.Client(address))
+            yield
+    except aipod.ServeError as exc:
+        if exc.reason == "SERVER_ENDED":  # uvicorn would go on without it; whoever watches it starts it anew
+            signal.raise_signal(signal.SIGTERM)
+        raise
 
 
 app = FastAPI(lifespan=lifespan)
@@ -65,7 +72,10 @@ async def submit(request: Request, response: Response) -> dict[str, str]:
                 raise HTTPException(413, f"at most {LIMIT} bytes")
             yield piece
 
-    job = await request.app.state.client.submit("predict", body())
+    try:
+        job = await request.app.state.client.submit("predict", body())
+    except ClientDisconnect:
+        raise HTTPException(400, "the browser has left") from None  # for the log only
     if await request.is_disconnected():
         await job.cancel()
     where = f"/jobs/{job.id}"
@@ -134,7 +144,7 @@ function follow(job) {
   stop.disabled = false
   stop.onclick = () => fetch(job, {method: "DELETE"})
   const events = new EventSource(job)
-  const end = text => { events.close(); stop.disabled = true; delete localStorage.job; out.value = text }
+  const end = text => { events.close(); stop.disabled = true; out.value = text }
   const on = (name, then) => events.addEventListener(name, event => then(JSON.parse(event.data)))
   on("progress", told => { out.value = told.phase; bar.value = told.progress; pre.append(told.log) })
   on("answer", told => { bar.value = 1; end("DONE"); pre.append(JSON.stringify(told.answer)) })
