@@ -284,12 +284,13 @@ def test_cancelled_it_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     async def main() -> None:
         async def body() -> None:
-            async with aipod.serving(config(tmp_path, drain=3600, cancel_grace=0.1)) as server:
-                client = aipod.Client(server.addresses[0])
-                calling = asyncio.create_task(client.chaos(metadata=[("x-func-name", "hang")], begun=str(begun)))
-                await exists(begun)
-                leaving.set()
-            calling.cancel()
+            async with contextlib.AsyncExitStack() as stack:
+                async with aipod.serving(config(tmp_path, drain=3600, cancel_grace=0.1)) as server:
+                    client = await stack.enter_async_context(aipod.Client(server.addresses[0]))
+                    calling = asyncio.create_task(client.chaos(metadata=[("x-func-name", "hang")], begun=str(begun)))
+                    stack.callback(calling.cancel)
+                    await exists(begun)
+                    leaving.set()
 
         leaving = asyncio.Event()
         task = asyncio.create_task(body())
