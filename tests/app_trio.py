@@ -48,7 +48,7 @@ def descriptors() -> int:
 
 
 async def rounds(where: Path, found: dict[str, Any]) -> None:
-    for _ in range(3):
+    for _ in range(2):
         async with trio.open_nursery() as nursery:
             stop, scope = trio.Event(), trio.CancelScope()
             run = functools.partial(serve_until, where, "Upper", trio.CancelScope(), stop=stop)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import aipod
 from aipod import Context
-from tests.lazily import trio
 from tests.marks import say
 
 log = logging.getLogger("embedded.model")
@@ -20,9 +19,6 @@ class Upper(aipod.Model):
 
     def predict(self, context: Context, path: Path) -> str:
         return path.read_text().upper()
-
-    def fail(self, context: Context, path: Path) -> None:
-        raise ValueError("no good")
 
     def wait(self, context: Context, path: Path, *, begun: str, until: str) -> str:
         """Tell who runs it, and wait for a file; stops where nobody wants it any more."""
@@ -46,18 +42,13 @@ class Reverse(aipod.Model):
         log.warning("logged by Reverse")
         return path.read_text()[::-1]
 
+    async def fail(self, context: Context, path: Path) -> None:
+        raise ValueError("no good")
+
     async def block(self, context: Context, path: Path, *, begun: str) -> None:
         """The loop stands still, as long as the process lives."""
         say(begun, str(os.getpid()))
         time.sleep(1000)
-
-    async def wait(self, context: Context, path: Path) -> None:
-        await trio.sleep_forever()
-
-
-class SlowToLoad(aipod.Model):
-    def predict(self, context: Context, path: Path) -> None:
-        pass
 
 
 if begun := os.environ.get("AIPOD_TEST_SLOW_IMPORT"):
