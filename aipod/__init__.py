@@ -2,8 +2,8 @@
 #
 #   __main__
 #   cli                          commands; the only print and argv
-#   faces                        the client for threads and for trio
-#   server  client  examples  doctor     lifecycles, models to start from, and what looks at the way there
+#   faces  testing  examples     the client for threads and for trio; what starts from all of this
+#   server  client  embedded  doctor    lifecycles, and what looks at the way there
 #   service                      gRPC method bodies: guard clauses, then a viewer of one job
 #   job  pool                    the story of one job: receive, queue, lease, run, store, reply; who runs it
 #   runner                       how an instance's methods are executed: process, loop
@@ -16,8 +16,8 @@
 #   alarm  errors  config  hands  heaps  levels  metrics  tracing  wire   import nothing of aipod
 #
 # Doors: transport/bridge imports trio_asyncio; transport/ touches grpclib and h2 internals; spool writes the spool
-# directory and uses filelock; runner starts processes and model threads (and cli/demo
-# the server that it shows, cli/nginx_conf `nginx -t`).
+# directory and uses filelock; runner starts processes and model threads (and embedded and
+# cli/demo a server, cli/nginx_conf `nginx -t`).
 """Large inputs to Python model code and the answer back, over one gRPC stream, through any number of proxies.
 
 Names load on first use, so that a worker process, which imports this package before anything else, loads neither
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aipod.client import Call, Client, Job
     from aipod.config import Config
+    from aipod.embedded import serving
     from aipod.errors import (
         AipodError,
         Interrupted,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         JobLost,
         ModelError,
         Refused,
+        ServeError,
         Unreachable,
         UsageError,
     )
@@ -64,12 +66,14 @@ __all__ = [
     "Model",
     "ModelError",
     "Refused",
+    "ServeError",
     "SyncClient",
     "TrioClient",
     "Unreachable",
     "UsageError",
     "method",
     "serve",
+    "serving",
 ]
 
 _HOME = {
@@ -82,6 +86,7 @@ _HOME = {
             "JobLost",
             "ModelError",
             "Refused",
+            "ServeError",
             "Unreachable",
             "UsageError",
         ),
@@ -95,6 +100,7 @@ _HOME = {
     "SyncClient": "faces.sync",
     "TrioClient": "faces.trio",
     "serve": "server",
+    "serving": "embedded",
 }
 
 

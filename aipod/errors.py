@@ -9,6 +9,7 @@
         Interrupted              its server or worker was killed while the method ran, or its outcome not stored
       Unreachable                no connection, or none that lasted, before the request was complete
       JobLost                    out of sight after the request was complete: the method may have run
+      ServeError                 a server cannot start, or has ended by itself: for whoever starts it, never on the wire
 
 The server raises `Refused` and `JobFailed` with a reason from `TABLE`; `service` turns them into a gRPC status with a
 google.rpc.ErrorInfo, and the client turns that back. Error model: https://google.aip.dev/193
@@ -174,6 +175,10 @@ class JobLost(AipodError):
 
     def __init__(self, message: str) -> None:
         super().__init__("JOB_LOST", message)
+
+
+class ServeError(AipodError):
+    """A server of one's own cannot start, or has ended unasked (SERVER_ENDED); the text says why and what to do."""
 
 
 def job_failed(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> JobFailed:

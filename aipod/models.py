@@ -165,11 +165,16 @@ def load_class(spec: str) -> type:
     cls = getattr(module, class_name, None)
     if not inspect.isclass(cls):
         raise LoadError(f"module {module_name} has no class {class_name!r}")
+    check_class(spec, cls)
+    return cls
+
+
+def check_class(spec: str, cls: type) -> None:
+    """Raises `LoadError` for a class that nobody could call."""
     if not exported(cls):
         raise LoadError(f"{spec} has no public method to call; define one:  def predict(self, context, path): ...")
     for name in exported(cls):
         _check_parameters(spec, name, getattr(cls, name))
-    return cls
 
 
 def _check_parameters(spec: str, name: str, function: Callable[..., Any]) -> None:

@@ -23,13 +23,14 @@ import trio
 
 from aipod.codec import spool_name
 from aipod.config import Config, state_home
-from aipod.errors import TABLE, AipodError, why
-from aipod.heaps import share_heaps
+from aipod.errors import TABLE, ServeError, why
 from aipod.identity import Identities
+from aipod.methods import describe
 from aipod.metrics import Metrics
+from aipod.models import LoadError, check_class
 from aipod.pool import MakeRunner, Pool, open_pool
 from aipod.restarts import Restarts
-from aipod.runner import Description
+from aipod.runner import Description, load_failed
 from aipod.runner.capture import captured
 from aipod.runner.loop import LoopRunner, ThreadRunner
 from aipod.runner.process import ProcessRunner
@@ -52,22 +53,19 @@ SWEEP = 30.0
 LINGER = 2.0
 LINGER_AT_ONCE = 0.5
 # A connection takes one descriptor, a job two in line (its lock and its journal), three while it uploads, and one more
-# for a moment; the usual soft limit is 1024.
-MAX_FILES = 65536
+# for a moment.
 FILES_PER_CONNECTION = 5
 # What a server has open besides: its listeners, its loop, its workers.
 RESERVED_FILES = 32
 
 
-class ServeError(AipodError):
-    """The server cannot start; the text says why and what to do."""
-
-
 async def serve(
     config: Config,
     *,
+    cls: type | None = None,
     stop: trio.Event | None = None,
     sockets: Given = (),
+    files: int = 0,
     say: Callable[[str], None] = log.debug,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -76,34 +74,46 @@ async def serve(
     This is a trio-flavored async function: `await nursery.start(serve, config)` returns the addresses once health
     answers, or none where `stop` was set before. `stop` begins a drain: health NOT_SERVING, new jobs refused, running
     ones get `config.drain` seconds, the instances' `close` hooks run, and it returns. Cancelled: the same with no time
-    for jobs. `sockets`: listening ones, each with a name, instead of those of `config.bind`; they are closed at the
-    end, and others may accept connections on them. `say` is told what goes on, once a second at most.
-    Raises `ServeError`, `BindError`, `JobFailed` (the class does not load) and `spool.SpoolError`.
+    for jobs. `cls`: the class itself instead of its name, which `config.model` then need not be; it runs in this
+    process (runner thread or loop). `sockets`: listening ones, each with a name, instead of those of `config.bind`;
+    they are closed at the end, and others may accept connections on them. `files`: how many files a worker may have
+    open; 0 is as many as this process. `say` is told what goes on, once a second at most.
+
+    Signals, limits and logging stay the caller's. The one thing that it changes in the process, and only while a model
+    runs inside it: what the model prints and logs is its job's too (see `runner.capture`).
+    Raises `ServeError` (also its `BindError` and `spool.SpoolError`), `JobFailed` (the class does not load) and
+    `UsageError` (a file of `config` cannot be used).
     """
     if stop is None:
         stop = trio.Event()
-    share_heaps()
+    if cls is not None and not config.model:
+        config = dataclasses.replace(config, model=f"{cls.__module__}:{cls.__name__}")
+    if not config.model:
+        raise ServeError(
+            "NO_MODEL", 'there is nothing to serve; name a class: Config(model="mypackage.mymodule:MyModel")'
+        )
     identities = await trio.to_thread.run_sync(_identities, config)
     with (
         open_sockets(config, sockets) as listeners,
         open_metrics_socket(config, shared=config.reuse_port or bool(sockets)) as metrics_socket,
         _home(config) as (spool_path, data_path),
-        captured(),
+        contextlib.ExitStack() as inside,
     ):
         _warn_of_open_tokens(config, listeners)
         say(f"loading {config.model}")
-        files = _raise_file_limit()
         config = _with_room(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         open_disk = functools.partial(trio.to_thread.run_sync, _open_disk, config, spool_path, data_path)
         # One that there is may belong to another app, which is known at once. None is made for a class that is none.
         disk = await open_disk() if spool_path.exists() else None
         async with bridge.open_loop():
-            description = await _unless(stop, _look_at_model, config, files)
+            description = await _unless(stop, _look_at_model, config, cls, files)
             if description is None:
                 task_status.started([])
                 return
             spool, versions = disk or await open_disk()
-            make = _runners(config, description, spool, versions, files)
+            if description.is_async or config.runner == "thread" or cls is not None:
+                inside.enter_context(captured())
+            make = _runners(config, cls, description, spool, versions, files)
             status = ServingStatus(reflection=config.reflection)
             metrics = Metrics(description.methods, TABLE)
             async with (
@@ -212,16 +222,6 @@ def _open_disk(config: Config, spool_path: Path, data_path: Path) -> tuple[Spool
     return spool, versions
 
 
-def _raise_file_limit() -> int:
-    """Let this process have as many files open as it may; the limit that it was started with, which workers get."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # macOS has one more limit, below an infinite hard one
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return soft
-
-
 def _with_room(config: Config, files: int) -> Config:
     """`config` with as many connections, and as many jobs, as a process that may have `files` open can serve."""
     room = max(1, (files - RESERVED_FILES) // FILES_PER_CONNECTION)
@@ -236,10 +236,19 @@ def _with_room(config: Config, files: int) -> Config:
     return dataclasses.replace(config, max_connections=connections, max_jobs=jobs)
 
 
-async def _look_at_model(config: Config, files: int) -> Description:
+async def _look_at_model(config: Config, cls: type | None, files: int) -> Description:
     """Have a worker import the class and tell what it is: the server never imports a user's heavy module unasked."""
-    bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
-    description = await ProcessRunner(config.model, "", Path(), None, **bounds, files=files).look()
+    if cls is not None:
+        if config.runner == "process":
+            raise ServeError("BAD_RUNNER", f"{config.model} is given as a class, which no worker process can import")
+        try:
+            check_class(config.model, cls)
+        except LoadError as exc:
+            raise await load_failed(exc) from None
+        description = Description.of(describe(cls))
+    else:
+        bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
+        description = await ProcessRunner(config.model, "", Path(), None, **bounds, files=files).look()
     if config.runner in ("process", "thread") and description.is_async:
         raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
     if config.runner == "loop" and not description.is_async:
@@ -247,7 +256,9 @@ async def _look_at_model(config: Config, files: int) -> Description:
     return description
 
 
-def _runners(config: Config, description: Description, spool: Spool, versions: Versions, files: int) -> MakeRunner:
+def _runners(
+    config: Config, cls: type | None, description: Description, spool: Spool, versions: Versions, files: int
+) -> MakeRunner:
     bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
 
     def process(version: str) -> ProcessRunner:
@@ -255,9 +266,10 @@ def _runners(config: Config, description: Description, spool: Spool, versions: V
 
     def inside(version: str) -> LoopRunner:
         runner = LoopRunner if description.is_async else ThreadRunner
-        return runner(config.model, version, versions.data_dir(version), **bounds)
+        return runner(config.model, version, versions.data_dir(version), **bounds, cls=cls)
 
-    return inside if description.is_async or config.runner == "thread" else process
+    here = description.is_async or config.runner == "thread" or cls is not None
+    return inside if here else process
 
 
 async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]) -> None:

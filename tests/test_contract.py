@@ -65,11 +65,6 @@ METHODS: list[tuple[Any, str, tuple[str, ...]]] = [
     (base.EventsProcessor, "process_stream_reset", ("event",)),
     (base.EventsProcessor, "process_data_received", ("event",)),
     (base.EventsProcessor, "process_connection_terminated", ("event",)),
-    (base.H2Protocol, "__init__", ("handler", "config", "h2_config")),
-    (base.H2Protocol, "connection_made", ("transport",)),
-    (base.H2Protocol, "connection_lost", ("exc",)),
-    (base.H2Protocol, "pause_writing", ()),
-    (base.H2Protocol, "resume_writing", ()),
     (grpclib.utils, "_current_task", ("loop",)),
     (grpclib.utils.Wrapper, "cancel", ("error",)),
     (grpclib.client.Channel, "_protocol_factory", ()),
@@ -131,7 +126,7 @@ INSTANCE = {
     "_timer_handle_cancelled", "_connected", "_headers_buffer", "_inbound_flow_control_window_manager",
     "_inbound_window_manager", "_expected_content_length", "_main_loop_one", "_io_task", "_q_recv", "_run", "_raise",
     "_scope", "_closed_streams", "_authority", "_channel", "_deadline", "_metadata", "_method_name", "_recv_type",
-    "_release_stream", "_scheme",
+    "_release_stream", "_scheme", "_FakedPolicy", "_original_policy",
 }  # fmt: skip
 CONFIGURATION = {field.name for field in dataclasses.fields(grpclib.config.Configuration)}
 
@@ -294,7 +289,7 @@ def test_calls_of_grpclib_have_their_stream_and_a_wrapper() -> None:
 def test_trio_asyncio_has_what_the_bridge_uses() -> None:
     """In a process of its own: importing trio_asyncio changes asyncio for all of this one."""
     code = """
-import heapq, inspect, socket, trio, trio_asyncio
+import asyncio, heapq, inspect, socket, trio, trio_asyncio
 async def main():
     async with trio_asyncio.open_loop() as loop:
         assert isinstance(loop._timers, list), "_timers"
@@ -314,6 +309,8 @@ async def main():
 for name in ("open_loop", "aio_as_trio"):
     assert callable(getattr(trio_asyncio, name)), name
 assert inspect.iscoroutinefunction(trio_asyncio.TrioEventLoop.run_aio_future)
+assert trio_asyncio._loop._FakedPolicy.policy is None, "where no thread has set a policy"
+assert isinstance(trio_asyncio._loop._original_policy, asyncio.DefaultEventLoopPolicy)
 trio.run(main)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -40,8 +40,8 @@ DOORS = {
     "filelock": {"spool/locks.py"},
     "grpclib.protocol": {"transport/connection.py", "transport/protocol.py", "transport/stream.py"},
 }
-# Who starts processes: the runners, the demo, which is its own client, and who asks nginx.
-PROCESS_DOORS = {"runner/process.py", "cli/demo.py", "cli/nginx_conf.py"}
+# Who starts processes: the runners, who starts a server for an application or to show it, and who asks nginx.
+PROCESS_DOORS = {"runner/process.py", "embedded.py", "cli/demo.py", "cli/nginx_conf.py"}
 PROCESSES = re.compile(
     r"(open|run)_process\(|(import|from) subprocess|multiprocessing|os\.(fork|spawn|posix_spawn|system)"
 )

@@ -18,6 +18,7 @@ import click
 from aipod.cli import lasting_imports
 from aipod.cli.logs import set_up_logging
 from aipod.cli.options import config_options, make_config
+from aipod.cli.process import prepare_process
 from aipod.config import Config
 from aipod.systemd import ServiceManager, microseconds
 
@@ -53,6 +54,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
     """
     config = make_config(options)
     set_up_logging(config.log_format, debug=context.obj.debug)
+    files = prepare_process()
     manager = ServiceManager()
     if manager.sockets and config.bind != Config().bind:
         log.warning("listening on the sockets that were handed down (LISTEN_FDS), not on %s", ", ".join(config.bind))
@@ -74,14 +76,16 @@ def serve(context: click.Context, /, **options: Any) -> None:
             ending = trio.CancelScope()
             # Before the start: a TERM while a model loads must end it, not be lost.
             await nursery.start(_listen_to_signals, stop, ending)
-            nursery.start_soon(_end_after_drain, stop, config.longest_stop, manager)
+            nursery.start_soon(end_after_drain, stop, config.longest_stop, manager)
             if manager.watchdog is not None:
                 nursery.start_soon(_show_life, manager, manager.watchdog / 2)
             # The class is looked at, then come the versions that are to be there, each within its time.
             manager.tell(f"EXTEND_TIMEOUT_USEC={microseconds((1 + len(config.preload)) * config.load_timeout)}")
             with ending:
                 async with trio.open_nursery() as server:
-                    run = functools.partial(run_server, config, stop=stop, sockets=manager.sockets, say=say)
+                    run = functools.partial(
+                        run_server, config, stop=stop, sockets=manager.sockets, files=files, say=say
+                    )
                     addresses: list[str] = await server.start(run)
                     for address in addresses:
                         lines.write(f"aipod listening on {address}\n")
@@ -134,7 +138,7 @@ async def _show_life(manager: ServiceManager, every: float) -> None:
         await trio.sleep(every)
 
 
-async def _end_after_drain(stop: Any, seconds: float, manager: ServiceManager) -> None:
+async def end_after_drain(stop: Any, seconds: float, manager: ServiceManager) -> None:
     """End the process where a drain does not: a method that runs in a thread of this process cannot be stopped."""
     import trio
 

@@ -102,12 +102,12 @@ class _Stream:
     """Stands for sys.stdout or sys.stderr."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self.under = stream
 
     def write(self, text: str) -> int:
         capture = _capture.get()
         if capture is None:
-            return int(self._stream.write(text))
+            return int(self.under.write(text))
         before = _capture.set(None)  # the server's log may end here too
         try:
             capture.print(text)
@@ -120,11 +120,11 @@ class _Stream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.under, name)
 
 
 class _Handler(logging.Handler):
-    """Copies what a run logs into its job's log; the server's log has it anyway."""
+    """Copies what a run logs into its job's log; the process's log has it anyway."""
 
     def emit(self, record: logging.LogRecord) -> None:
         capture = _capture.get()
@@ -133,23 +133,52 @@ class _Handler(logging.Handler):
                 capture.report(None, None, self.format(record))
             except Exception:
                 self.handleError(record)
+        last = logging.lastResort
+        if last is not None and record.levelno >= last.level and not _is_heard(record.name):
+            before = _capture.set(None)
+            try:
+                last.handle(record)
+            finally:
+                _capture.reset(before)
+
+
+def _is_heard(name: str) -> bool:
+    """Whether a logger's records have another handler; where they have none, `logging` takes its last resort."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None:
+        if any(handler is not _handler for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 _handler = _Handler()
 _handler.setFormatter(logging.Formatter(LOG_FORMAT))
+_lock = threading.Lock()  # guards what follows
+_users = 0  # servers of this process that are in `captured`
 
 
 @contextlib.contextmanager
 def captured() -> Iterator[None]:
-    """Within it, `Capture` gets what is printed and logged in this process."""
-    streams = {name: (getattr(sys, name), _Stream(getattr(sys, name))) for name in ("stdout", "stderr")}
-    logging.getLogger().addHandler(_handler)
-    for name, (_, ours) in streams.items():
-        setattr(sys, name, ours)
+    """Within it, `Capture` gets what is printed and logged in this process. Several may be in it, from any thread.
+
+    sys.stdout and sys.stderr are others meanwhile, and the root logger has a handler more: a `logging.basicConfig` that
+    comes later needs `force=True`.
+    """
+    global _users
+    with _lock:
+        _users += 1
+        logging.getLogger().addHandler(_handler)
+        for name in ("stdout", "stderr"):  # again: somebody may have set another since
+            if not isinstance(getattr(sys, name), _Stream):
+                setattr(sys, name, _Stream(getattr(sys, name)))
     try:
         yield
     finally:
-        logging.getLogger().removeHandler(_handler)
-        for name, (theirs, ours) in streams.items():
-            if getattr(sys, name) is ours:  # else somebody has set another since
-                setattr(sys, name, theirs)
+        with _lock:
+            _users -= 1
+            if not _users:
+                logging.getLogger().removeHandler(_handler)
+                for name in ("stdout", "stderr"):
+                    while isinstance(stream := getattr(sys, name), _Stream):
+                        setattr(sys, name, stream.under)

@@ -40,8 +40,19 @@ class LoopRunner:
     shared = True
     stopped = False  # who reads this is not
 
-    def __init__(self, model: str, version: str, data_dir: Path, *, load_timeout: float, grace: float) -> None:
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        data_dir: Path,
+        *,
+        load_timeout: float,
+        grace: float,
+        cls: type | None = None,
+    ) -> None:
+        """`cls`: what else `model` is imported for."""
         self._model = model
+        self._cls = cls
         self._version = version
         self._data_dir = data_dir
         self._load_timeout = load_timeout
@@ -60,7 +71,7 @@ class LoopRunner:
         deadline = trio.current_time() + self._load_timeout
         try:
             with trio.CancelScope(deadline=deadline) as patience, Capture(self._server_log):
-                cls = await self._load(deadline, load_class, self._model)
+                cls = await self._load(deadline, self._find_class)
                 self._instance = await self._load(deadline, cls)
                 self._instance.version = self._version
                 self._instance.data_dir = self._data_dir
@@ -76,6 +87,9 @@ class LoopRunner:
             self._instance = None
             raise job_failed("LOAD_FAILED", f"the model did not load within {self._load_timeout:g} s (--load-timeout)")
         return Description.of(describe(cls))
+
+    def _find_class(self) -> type:
+        return self._cls or load_class(self._model)
 
     async def _load(self, deadline: float, call: Callable[..., T], *args: Any) -> T:
         """A part of the load that is plain code: in a thread, which nobody can stop, up to `deadline`.

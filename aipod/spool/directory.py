@@ -14,7 +14,7 @@ from typing import Any
 
 from aipod.codec import spool_name
 from aipod.config import GIB
-from aipod.errors import NEVER, AipodError, Refused, refused_when_exhausted
+from aipod.errors import NEVER, Refused, ServeError, refused_when_exhausted
 from aipod.spool.entry import Entry
 from aipod.spool.locks import POLL, Lock, is_locked, try_lock
 from aipod.spool.look import Look, sync
@@ -37,7 +37,7 @@ def is_job_id(name: str) -> bool:
     return _JOB_ID.match(name) is not None
 
 
-class SpoolError(AipodError):
+class SpoolError(ServeError):
     """The spool directory cannot be used; the text says why and what to do."""
 
     def __init__(self, message: str) -> None:

@@ -12,6 +12,7 @@ import errno
 import functools
 import heapq
 import logging
+import sys
 import time
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
@@ -19,13 +20,22 @@ from typing import Any, TypeVar, cast
 
 import grpclib.utils
 import trio
-import trio_asyncio
 
-from aipod.transport.limits import Bucket
+_is_first = "trio_asyncio" not in sys.modules
+import trio_asyncio  # noqa: E402
+from trio_asyncio import _loop as _patches  # noqa: E402
+
+from aipod.transport.limits import Bucket  # noqa: E402
 
 # grpclib binds `current_task` when it is imported. Where that was before trio_asyncio replaced it (Python 3.12+), every
 # call would fail with "no running event loop": bind it again, so that the order of imports does not matter.
 grpclib.utils._current_task = asyncio.current_task
+
+# Outside trio, trio_asyncio makes loops of its own kind for whoever asks asyncio for one, unless the thread has set a
+# policy: as if each had set the one that there was, so that `asyncio.run` in a program that serves is as before. Not
+# where the program has imported trio_asyncio by itself, and may want that.
+if _is_first:
+    _patches._FakedPolicy.policy = _patches._original_policy
 
 log = logging.getLogger("aipod.transport")
 T = TypeVar("T")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from h2.config import H2Configuration
 from h2.connection import AllowedStreamIDs, ConnectionInputs, _decode_headers
 from h2.connection import H2Connection as BaseH2
@@ -17,6 +19,10 @@ from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
 from aipod.config import KIB
 from aipod.transport.frames import HEAD, ends_stream, frame_stream, headers_head, is_whole_block
 from aipod.transport.headers import Headers
+
+# At DEBUG it logs every header that comes, tokens and cookies too: not in an application that wants to see its own.
+if logging.getLogger("hpack").level == logging.NOTSET:
+    logging.getLogger("hpack").setLevel(logging.INFO)
 
 # What nearly every call's response begins and ends with, coded once, as literals that enter no table (RFC 7541 section
 # 6.2.2; 0x88 and the name 31 are in the static one): small calls are 7 % faster for it, and such a block is read at a

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from aipod.config import Config
-from aipod.errors import AipodError, why
+from aipod.errors import ServeError, why
 
 log = logging.getLogger("aipod.transport")
 
@@ -27,7 +27,7 @@ BACKLOG = 1024
 _SO_ATTACH_FILTER = 26
 
 
-class BindError(AipodError):
+class BindError(ServeError):
     """The server cannot listen there; the text says why and what to do."""
 
 

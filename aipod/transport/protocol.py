@@ -17,7 +17,7 @@ import logging
 import socket
 import threading
 import time
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import grpclib.protocol as base
 from grpclib.config import Configuration
@@ -130,7 +130,13 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
+if TYPE_CHECKING:
+    from grpclib.protocol import H2Protocol as _Grpclib
+else:  # it is an asyncio.Protocol, which uvloop would give bytes instead of asking for a buffer, whatever else it is
+    _Grpclib = object
+
+
+class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
     """One connection, either side. asyncio calls it; nothing in it waits."""
 
     connection: H2Connection
@@ -139,9 +145,9 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
 
     def __init__(self, handler: base.AbstractHandler, config: Config, wakes: Wakes, *, client: bool) -> None:
         grpc = configuration(config)
-        super().__init__(
-            handler, grpc.__for_client__() if client else grpc.__for_server__(), h2_configuration(client=client)
-        )
+        self.handler = handler
+        self.config = grpc.__for_client__() if client else grpc.__for_server__()
+        self.h2_config = h2_configuration(client=client)
         self.settings = config
         self._wakes = wakes
         self._rest = b""  # the beginning of a frame; more where the reader is held
@@ -434,7 +440,7 @@ class H2Protocol(asyncio.BufferedProtocol, base.H2Protocol):
         self.lost = exc
         self.greeted.set()
         self.ended.set()
-        super().connection_lost(exc)
+        self.processor.close(reason="Connection lost")
 
 
 class _HeadersTooLong(ProtocolError):
