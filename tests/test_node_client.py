@@ -85,7 +85,9 @@ def test_cuts_in_the_upload(serve: Serve, caller: Caller) -> None:
     proxy, err = run(lambda: through_cuts(caller, served, "count", Fault(cut_up=2 * MIB), Fault(cut_up=3 * MIB)))
     assert caller.out.read_bytes() == answer_to(caller.payload, LONG)
     assert caller.runs == 1
-    assert proxy.total_up < len(caller.payload) + 4 * MIB  # a cut costs the message that it has hit, and what is behind it
+    assert (
+        proxy.total_up < len(caller.payload) + 4 * MIB
+    )  # a cut costs the message that it has hit, and what is behind it
     assert (err.count(b"again: "), err.count(b"counting\n")) == (2, 1)
 
 

@@ -22,7 +22,8 @@ const CHUNK = 1 << 20; // bytes of payload in a message at most, as one zstd fra
 const LEVEL = 3; // of zstd
 const SILENCE = 15e3; // ms without a message: fifteen heartbeats are missing
 const PATIENCE = 600e3; // ms without progress before the job is given up; the server keeps it as long
-const SCHEMA = path.join(__dirname, '..', '..', 'wire', 'ai.binpb'); // of ai.proto, as protoc --descriptor_set_out
+// schema/ai.proto as `protoc --descriptor_set_out` gives it: beside a copy of this file, or where it is in aipod.
+const SCHEMA = ['.', '../../wire'].map((at) => path.join(__dirname, at, 'ai.binpb')).find(fs.existsSync);
 const { AI } = grpc.loadPackageDefinition(
   loader.loadFileDescriptorSetFromBuffer(fs.readFileSync(SCHEMA), { keepCase: true, enums: String, defaults: true }),
 ).ai;
