@@ -33,7 +33,8 @@ COVERED = re.compile(rf"{INSTALL}( && \S+ -m pytest -q$| && |$)", re.MULTILINE)
 NAMED = re.compile(r"(?:#|//) ([\w./-]+\.\w+)\n")
 NOT_TESTED = re.compile(r"(?:#|//) not tested: \S")
 FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-SECONDS = 60
+SECONDS = 60  # for one command
+ALL = 180  # for a document, on a busy machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +167,10 @@ def nobody_left() -> Iterator[None]:
                 os.waitpid(pid, 0)
 
 
+def too_long(*_: object) -> None:
+    raise Failed(f"not done within {ALL} s")
+
+
 def walk(document: Path, directory: Path) -> None:
     """Raises `Failed`."""
     me = Walk(directory)
@@ -187,6 +192,8 @@ def walk(document: Path, directory: Path) -> None:
 
 if __name__ == "__main__":
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(ALL)
     try:
         walk(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))
     except Failed as failed:
