@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -18,10 +19,11 @@ import yaml
 
 import aipod
 from aipod.cli import cli as cli
+from aipod.client import Event
 from aipod.config import Config
 from aipod.errors import TABLE
 from tests.conftest import FIRST, ROOT, missing, require
-from tests.walk import fences, where
+from tests.walk import FENCE, fences, where
 
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 GUIDES = sorted((ROOT / "aipod" / "docs").glob("*.md"))
@@ -75,7 +77,7 @@ def test_few_fences_are_not_run(document: Path) -> None:
 
 def anchors(path: Path) -> set[str]:
     """As GitHub makes them of headings."""
-    found = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.MULTILINE)
+    found = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
@@ -110,17 +112,34 @@ def options(command: click.Command) -> Iterator[str]:
 FOREIGN = {"--require", "--quick", "--json", "--plots", "--to", "--size", "--seconds", "--help"}
 
 
+HAS = {
+    "Client": dir(aipod.Client),
+    "Config": [field.name for field in dataclasses.fields(Config)],
+    "Event": [field.name for field in dataclasses.fields(Event)],
+    "Job": dir(aipod.Job),
+    "context": [*dir(aipod.Context), "metadata", "job_id", "version", "method"],
+}
+
+
 @each
 def test_what_it_names_is_there(document: Path) -> None:
-    """Options of aipod's commands, settings, public names, files of the tree, metrics."""
+    """Options of aipod's commands, the commands, public names, what classes have, files of the tree, metrics."""
     text = document.read_text()
     known = {*options(cli), *FOREIGN}
-    prose = re.sub(r"^```(?!sh).*?^```$", "", text, flags=re.M | re.S)
+    prose = FENCE.sub(lambda fence: fence[3] if fence[2] == "sh" else "", text)
     for command in re.findall(r"`([^`\n]+)`", prose):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", command):
             assert option in known, option
     for name in re.findall(r"`@?aipod\.([A-Za-z]+)\b(?![./`]?\w*\.py)", prose):
         assert name in {*aipod.__all__, "probe"}, name
+    for name in re.findall(r"`aipod ([a-z][a-z-]*)", prose):
+        assert name in cli.list_commands(click.Context(cli)), name
+    for name in re.findall(r"python -m ([\w.]+)", prose):
+        assert importlib.util.find_spec(name) is not None, name
+    for kind, name in re.findall(r"\b(Client|Config|Job|Event|context)\.([a-z_]+)\b", prose):
+        assert name in HAS[kind], (kind, name)
+    for name in re.findall(r"Config\(([a-z_]+)=", prose):
+        assert name in HAS["Config"], name
     for name in re.findall(r"`((?:aipod|tests|schema|bench|deploy|\.ci)/[\w./-]+)`", prose):
         assert (ROOT / name).exists(), name
     families = (ROOT / "aipod" / "prometheus" / "families.py").read_text()
