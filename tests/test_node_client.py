@@ -96,7 +96,7 @@ def test_a_cut_in_the_answer(serve: Serve, caller: Caller) -> None:
     served = serve("tests.test_node_client:Same")
     _, err = run(lambda: through_cuts(caller, served, "echo", Fault(cut_down=3 * MIB)))
     assert caller.out.read_bytes() == caller.payload
-    assert err == b"again: Connection dropped\n"  # and no second one, for what was there already
+    assert (err.count(b"again: "), b"damaged" in err) == (1, False)  # nothing came that was there already
 
 
 @pytest.mark.parametrize(("method", "status", "runs"), [("wait_again", 0, 2), ("wait", 1, 1)])
