@@ -64,6 +64,9 @@ async def finish(fn: Callable[[*Ts], T], *args: *Ts) -> T:
 class Hands:
     """Does steps, of one run of trio. Changes in the trio thread, but for `_done`, `_telling` and `_begun`.
 
+    A thread that finds nothing to do takes itself out of `_begun` and looks once more: whoever adds a step looks the
+    other way round, so one of the two sees the other, and no thread has to tell the loop that it goes.
+
     The mutable state is who waits in line, when (monotonic) each thread has begun its step, and what is done.
     """
 
@@ -104,16 +107,14 @@ class Hands:
             came = self._todo[0].came
         except IndexError:  # a thread has just taken the last one
             return False
-        stuck = all(begun < now - PATIENCE for begun in self._begun.values())
+        stuck = all(begun < now - PATIENCE for begun in list(self._begun.values()))
         return (stuck and hands < MOST_HANDS) or (came < now - LINE and hands < SOME_HANDS)
 
     def _start(self) -> None:
         me = object()
         self._begun[me] = time.monotonic()
         try:
-            trio.lowlevel.start_thread_soon(
-                lambda: self._work(me), lambda result: self._ended(me, result), "aipod-hands"
-            )
+            trio.lowlevel.start_thread_soon(lambda: self._work(me), _gone, "aipod-hands")
         except RuntimeError:  # the system has no thread to give (ulimit -u, a container's pids): `watch` asks again
             del self._begun[me]
             self._came.set()
@@ -124,27 +125,27 @@ class Hands:
             try:
                 step = self._todo.popleft()
             except IndexError:
-                return
+                del self._begun[me]
+                if not self._todo:
+                    return
+                self._begun[me] = time.monotonic()  # another may have begun for it by now: one of them finds nothing
+                continue
             self._begun[me] = time.monotonic()
             step.result = outcome.capture(step.call)
             self._done.append(step)
             if not self._telling:
                 self._telling = True
-                self._token.run_sync_soon(self._tell)
+                with contextlib.suppress(trio.RunFinishedError):
+                    self._token.run_sync_soon(self._tell)
 
     def _tell(self) -> None:
         self._telling = False
         while self._done:
             trio.lowlevel.reschedule(self._done.popleft().task)
 
-    def _ended(self, me: object, result: outcome.Outcome[None]) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._leave, me)
 
-    def _leave(self, me: object) -> None:
-        del self._begun[me]
-        if self._todo and not self._begun:
-            self._start()
+def _gone(result: outcome.Outcome[None]) -> None:
+    """A thread has ended: nobody waits for that."""
 
 
 _hands = trio.lowlevel.RunVar[Hands]("aipod-hands")

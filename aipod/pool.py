@@ -177,7 +177,10 @@ class Pool:
         self._line.insert(0 if waiter.again else len(self._line), waiter)
         self._assign()
         try:
-            await waiter.given.wait()
+            if waiter.given.is_set():  # as nearly always: a turn of the loop less
+                await trio.lowlevel.checkpoint_if_cancelled()
+            else:
+                await waiter.given.wait()
         except BaseException:
             if waiter.instance is not None:  # given and cancelled in the same moment
                 self._return(waiter.instance)

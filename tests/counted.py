@@ -15,6 +15,7 @@ FUNCTIONS = {
     ("Forgetter._release_some", "forget.py"): "releases",
     ("ThreadCache.start_thread_soon", "_thread_cache.py"): "threads",
     ("Runner.spawn_impl", "_run.py"): "tasks",
+    ("EpollIOManager.get_events", "_io_epoll.py"): "turns",
     ("encode_pieces", "codec.py"): "messages",
     ("_line", "journal.py"): "lines",
 }

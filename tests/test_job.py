@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -38,6 +38,7 @@ from aipod.runner.fake import FakeRunner
 from aipod.server import _sweep
 from aipod.service.ai import AI, Viewer
 from aipod.service.place import Place
+from aipod.service.status import Ending
 from aipod.service.viewer import Call, Writer
 from aipod.spool import MAX_LOG, Entry, Journal, Look, Spool, Sweeper, Words
 from aipod.versions import Versions
@@ -53,17 +54,35 @@ class FakeCall:
         self.sent: list[tuple[float, Raw]] = []
         self._seconds = seconds
         self._began = trio.current_time()
+        self._joined = False
+        self.writes = 0
 
-    joined = contextlib.nullcontext
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        before, self._joined = len(self.sent), True
+        try:
+            yield
+        finally:
+            self._joined = False
+            self.writes += len(self.sent) > before
+
+    def _wrote(self, message: Raw) -> None:
+        self.writes += not self._joined
+        self.sent.append((trio.current_time() - self._began, message))
 
     def send_now(self, message: Raw) -> bool:
         if not self._seconds:
-            self.sent.append((trio.current_time() - self._began, message))
+            self._wrote(message)
         return not self._seconds
 
     async def send(self, message: Raw) -> None:
         await trio.sleep(self._seconds)
-        self.sent.append((trio.current_time() - self._began, message))
+        self._wrote(message)
+
+    async def finish(self, ending: Ending, trailers: Mapping[str, str]) -> None:
+        """The trailers' names stand for the status."""
+        for name in trailers:
+            self._wrote(Raw(data=name.encode()))
 
     @property
     def phases(self) -> list[tuple[float, Phase | None]]:
@@ -190,10 +209,23 @@ async def test_no_heartbeat_follows_the_first_message_of_an_answer(autojump_cloc
         viewer.stop()
         await writer.send(Raw(data=b"answer"))
         await trio.sleep(5)
-        writer.close()
-        await writer.done.wait()
-        nursery.cancel_scope.cancel()
+        await writer.finish(Ending(), {})
     assert [message.data for _, message in call.sent] == [PONG, PONG, b"answer"]
+
+
+@pytest.mark.parametrize(("seconds", "writes"), [(0.0, 2), (10.0, 4)])
+async def test_the_last_messages_go_with_the_status(autojump_clock: MockClock, seconds: float, writes: int) -> None:
+    """In one write, but where they have to wait; never behind it. Mutants seen: a write of its own for the status; it
+    does not wait for what has to.
+    """
+    call = FakeCall(seconds)
+    async with trio.open_nursery() as nursery:
+        writer = Writer(cast(Call, call), nursery)
+        writer.beat(None)
+        await writer.send_last(Raw(data=b"outcome"), Raw(data=b"answer"))
+        await writer.finish(Ending(), {"x-content-type": "some"})
+    assert [message.data for _, message in call.sent] == [PONG, b"outcome", b"answer", b"x-content-type"]
+    assert call.writes == writes
 
 
 class Story:

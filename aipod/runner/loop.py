@@ -10,9 +10,9 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import outcome
 import trio
@@ -141,7 +141,7 @@ class LoopRunner:
         """Run a method. Cancelled: `context.cancelled` is true before the method is, so that its cleanup sees it.
 
         A plain method's thread, or one that an async method waits for, cannot be stopped: this asks and waits, and says
-        so where it takes long.
+        so where it takes long. What waits for nothing cannot be cancelled, and needs nobody who watches for that.
         """
         inner, patience = trio.CancelScope(shield=True), trio.CancelScope(shield=True)
         ended = False
@@ -160,14 +160,16 @@ class LoopRunner:
                     text = "job %s: %s was asked to stop %g s ago and goes on: nothing can end what runs in the server"
                     log.warning(text, context.job_id, context.method, self._grace, extra={"job": context.job_id})
 
+        call = functools.partial(self._call, method, context, task.payload, **kwargs)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask_when_cancelled)
             with inner:
-                call = functools.partial(self._call, method, context, task.payload, **kwargs)
-                result = await outcome.acapture(call)
+                result = await outcome.acapture(
+                    _telling, call, functools.partial(nursery.start_soon, ask_when_cancelled)
+                )
             ended = True
             nursery.cancel_scope.cancel()
             patience.cancel()
+        context.cancel()  # for threads that it has left behind
         return result.unwrap()
 
     # Else Ctrl-C in a program that serves and computes could be raised in the model's code, as if that had done it.
@@ -206,6 +208,17 @@ class LoopRunner:
     async def wait(self) -> int | None:
         await self._ended.wait()
         return None
+
+
+async def _telling(call: Callable[[], Awaitable[T]], waits: Callable[[], object]) -> T:
+    """Await trio-flavored `call()`; `waits` is called before it waits for the first time."""
+    steps = call().__await__()
+    try:
+        first = next(steps)
+    except StopIteration as done:
+        return cast(T, done.value)
+    waits()
+    return cast(T, await bridge.go_on(steps, first))
 
 
 class ThreadRunner(LoopRunner):

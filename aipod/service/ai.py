@@ -176,9 +176,7 @@ class AI:
                 self._shortage.note(exc)
                 ending = ending_of(exc)
                 self._metrics.fail(ending.reason)
-            writer.close()
-            await writer.done.wait()
-        await call.finish(ending, trailers)
+            await writer.finish(ending, trailers)
 
     async def _view(
         self,
@@ -293,7 +291,7 @@ class AI:
             await self._jobs.check_owner(job_id, caller)
         if open_.op in (Op.CANCEL, Op.RELEASE):
             told = await self._jobs.end(job_id, release=open_.op == Op.RELEASE)
-            await writer.send(Raw(data=PONG, state=told.state()))
+            await writer.send_last(Raw(data=PONG, state=told.state()))
             return
         while True:
             if found is None:
@@ -323,7 +321,7 @@ class AI:
         viewer.stop()
         end = Raw(data=PONG, state=await viewer.outcome())
         if job.answer is None:
-            await writer.send(end)
+            await writer.send_last(end)
         else:
             try:
                 download = Download(self._metrics, job.method, job.answer.size, open_.have)
@@ -332,7 +330,7 @@ class AI:
                 messages = own_messages(job.look, job.answer, packer, download)
                 with Trace("download", call.headers, job_id=job_id):
                     if is_short:
-                        await send_short([end], messages, writer.send, download)
+                        await send_short([end], messages, writer.send_last, download)
                     else:
                         await writer.send(end)
                         await send_all(messages, writer.send, download, packer)
@@ -396,7 +394,7 @@ class AI:
             messages = plain_messages(job.look, job.answer, *limits, download)
             with Trace("download", call.headers, job_id=request.job_id):
                 if job.answer.inline is not None:
-                    await send_short([], messages, writer.send, download)
+                    await send_short([], messages, writer.send_last, download)
                 else:
                     await send_all(messages, writer.send, download)
 

@@ -147,16 +147,17 @@ class Writer:
         self._call = call
         self._nursery = nursery
         self._runs = False  # the task
+        self._last: list[Raw] = []  # what the call ends with, for `finish`
         # One message waits while one is written: a heartbeat finds no room behind a stalled peer, and is skipped.
         self._send, self._receive = trio.open_memory_channel[Raw](1)
-        self.done = trio.Event()
+        self._done = trio.Event()
 
     async def _run(self) -> None:
-        """Write until `close`."""
+        """Write until `finish` has no more."""
         async with self._receive:
             async for message in self._receive:
                 await self._call.send(message)
-        self.done.set()
+        self._done.set()
 
     def _went(self, message: Raw) -> bool:
         """Whether it could be sent at once; else the task is there, and takes it."""
@@ -191,11 +192,22 @@ class Writer:
             return False
         return True
 
-    def close(self) -> None:
-        """No more messages: they are all written when `done` is set."""
+    async def send_last(self, *messages: Raw) -> None:
+        """As `send`, of the last messages of all: they go with the status."""
+        self._last += messages
+
+    async def finish(self, ending: Ending, trailers: Mapping[str, str]) -> None:
+        """Send the last messages and the status: in one write, where nothing keeps them waiting."""
+        last, self._last = self._last, []
+        with self._call.joined():
+            left = list(itertools.dropwhile(self._went, last))
+            if not self._runs:
+                await self._call.finish(ending, trailers)
+                return
+        await self.send(*left)
         self._send.close()
-        if not self._runs:
-            self.done.set()
+        await self._done.wait()
+        await self._call.finish(ending, trailers)
 
 
 class Viewer:

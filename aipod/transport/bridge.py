@@ -184,11 +184,11 @@ async def inline(fn: Callable[..., Awaitable[T]], *args: Any) -> T:
         first = next(steps)
     except StopIteration as done:  # most have nothing to wait for, and need no adapter
         return cast(T, done.value)
-    return cast(T, await _go_on(steps, first))
+    return cast(T, await go_on(steps, first))
 
 
 @types.coroutine
-def _go_on(steps: Any, yielded: Any) -> Generator[Any, Any, Any]:
+def go_on(steps: Any, yielded: Any) -> Generator[Any, Any, Any]:
     """What is left of a coroutine that has yielded: a future of asyncio's, or what trio understands itself."""
     while True:
         try:
