@@ -94,7 +94,7 @@ class Metrics:
         self.jobs = {method: Jobs() for method in (*methods, OTHER)}
         self.resumed = dict.fromkeys(RESUMED, 0)
         self.up, self.down = Moved(), Moved()  # payloads, answers
-        self.levels: dict[int | None, int] = {}  # chunks of long answers by chosen level; None is stored
+        self.levels: dict[int | None, int] = {}  # chunks of long answers by zstd level; None is stored
         self.errors = dict.fromkeys((*reasons, OTHER), 0)
         self.late = Histogram(LAG)
         self.loads = dict.fromkeys(("ok", "failed"), 0)

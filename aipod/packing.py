@@ -7,11 +7,12 @@ level: a sample tells, where the chunk before did not shrink either.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from aipod.codec import frame, stored
@@ -58,28 +59,29 @@ class Fixed:
 class Packed:
     """Messages with a chunk each, and what they have cost."""
 
-    level: int | None
+    level: int | None  # that was chosen
     messages: list[Raw] = dataclasses.field(default_factory=list)
+    levels: collections.Counter[int | None] = dataclasses.field(default_factory=collections.Counter)  # that chunks have
     data: int = 0  # bytes
     wire: int = 0  # bytes
     seconds: float = 0.0
 
 
 class Packer:
-    """Packs what one sender sends, from `offset` on. `level`: fixed, or "auto"."""
+    """Packs what one sender sends, from `offset` on. `level`: fixed, or "auto".
 
-    def __init__(self, level: int | str, offset: int = 0) -> None:
+    `held`: how many bytes were sent and have not reached the peer's system, on this machine that is.
+    """
+
+    def __init__(self, level: int | str, offset: int = 0, held: Callable[[], int] = lambda: 0) -> None:
         self._levels: Chooser = Fixed(level) if isinstance(level, int) else Levels()
         self.offset = offset  # of what is packed next
+        self.level: int | None = None  # what was packed last has it; None is stored
         self._made: Packed | None = None  # the batch in the making
         self._shrinks = True  # what came last
         self._idle_since = time.perf_counter()
+        self._get_held, self._held = held, 0
         self._data = self._wire = 0  # bytes that were sent
-
-    @property
-    def level(self) -> int | None:
-        """What is packed next has it; None is stored."""
-        return self._levels.level
 
     @property
     def chunks(self) -> int:
@@ -100,6 +102,7 @@ class Packer:
         made, began = self._made, time.perf_counter()
         data = self._frame(piece, made.level)
         made.seconds += time.perf_counter() - began
+        made.levels[self.level] += 1
         made.data += len(piece)
         made.wire += len(data)
         offset, self.offset = self.offset, self.offset + len(piece)
@@ -117,12 +120,14 @@ class Packer:
         return self.batch(map(self.message, pieces))
 
     def _frame(self, piece: Piece, level: int | None) -> bytes:
+        self.level = level
         if level is None or isinstance(self._levels, Fixed):
             return frame(piece, level)
         if not self._shrinks:
             sample = _sample(piece)
             self._shrinks = len(frame(sample, level)) < _SHRUNK * len(sample)
         if not self._shrinks:
+            self.level = None
             return stored(piece)
         data = frame(piece, level)
         self._shrinks = len(data) < _SHRUNK * len(piece)
@@ -137,11 +142,12 @@ class Packer:
         yield
         ended = time.perf_counter()
         waiting, self._idle_since = max(0.0, began - self._idle_since), ended
+        before, self._held = self._held, self._get_held()
         self._data += packed.data
         self._wire += packed.wire
         if packed.data:
             took = packed.seconds, ended - began, waiting
-            self._levels.sent(Batch(packed.level, packed.data, packed.wire, *took))
+            self._levels.sent(Batch(packed.level, packed.data, packed.wire, *took, self._held - before))
 
 
 def _sample(piece: Piece) -> Piece:

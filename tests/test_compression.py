@@ -49,7 +49,17 @@ def test_a_caller_is_told_what_it_brings(serve: Serve, tmp_path: Path) -> None:
     assert {event.level for event in up} == {-100}
     assert 1.2 < up[-1].ratio < down[-1].ratio
     assert 0.99 < random[-1].ratio < 1
+    assert [event.level for event in random if event.phase == "RECEIVING" and event.sent][-1] is None
     until(metrics_of(served), aipod_answer_chunks_total={"1": (len(TEXT) + 4 * MIB) / MIB})
+
+
+def test_what_a_server_stores_is_counted_as_stored(serve: Serve, tmp_path: Path) -> None:
+    """Whatever level is chosen, noise is; but for a chunk by which that is seen. Mutant seen: it counts as chosen."""
+    served = serve("aipod.examples.basics:Echo", *ON)
+    noise = tmp_path / "noise"
+    noise.write_bytes(os.urandom(8 * MIB))
+    run(lambda: up_and_down(served.address, noise))
+    until(metrics_of(served), aipod_answer_chunks_total={"1": 1, "stored": 7})
 
 
 def test_a_server_chooses_by_itself(serve: Serve, tmp_path: Path) -> None:

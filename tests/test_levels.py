@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ class Machine:
     starved: float = 1.0  # how many times longer packing takes than it should
     shared: float = 0.0  # of packing, which sending and receiving wait for: there are not cores enough
     noise: float = 0.0
+    varies: float = 0.0  # how well data shrinks
     pauses: tuple[int, ...] = ()  # batches behind which everything stands still for 50 ms
     buffer: int = MIB // 4  # bytes on the wire that nobody waits for
+    unseen: int = 0  # bytes of that which the peer's system has acknowledged
 
     def send(self, levels: Levels | Always, size: int) -> tuple[float, list[int | None]]:
         """Nanoseconds for a byte of all that was sent, and the level of each batch.
@@ -67,7 +69,8 @@ class Machine:
         taken = [0.0]  # when the sender has begun with each batch
         told: list[tuple[float, Batch]] = []
         chosen: list[int | None] = []
-        at = 0
+        under_way: list[tuple[float, float, int]] = []  # batches: when they leave, have arrived, bytes
+        at, held = 0, 0
         while at < size:
             length = min((4 if levels.is_settled else 1) * MIB, size - at)
             while told and told[0][0] <= packed:
@@ -80,16 +83,29 @@ class Machine:
             arrived += packing * self.shared
             waited, began = max(0.0, packed - sent), max(packed, sent)
             taken.append(began)
-            wire, speed = int(length * ratio), self.wire(at) * self._noise(dice)
-            arrived = max(max(arrived, began) + wire * speed, arrived + self.receiving * length)
+            wire, speed = (
+                int(length * min(1.0, ratio * self._noise(dice, self.varies))),
+                self.wire(at) * self._noise(dice),
+            )
+            leaves = max(arrived, began)
+            arrived = max(leaves + wire * speed, arrived + self.receiving * length)
             arrived += 50e6 * (len(chosen) in self.pauses)
+            under_way.append((leaves, arrived, wire))
             sent = max(began + 0.1 * length, arrived - self.buffer * speed)
-            told.append((sent, Batch(level, length, wire, packing * 1e-9, (sent - began) * 1e-9, waited * 1e-9)))
+            before, held = held, max(0, int(sum(_left(sent, *each) for each in under_way)) - self.unseen)
+            under_way = [each for each in under_way if each[1] > sent]
+            took = packing * 1e-9, (sent - began) * 1e-9, waited * 1e-9
+            told.append((sent, Batch(level, length, wire, *took, held - before)))
             at += length
         return arrived / size, chosen
 
-    def _noise(self, dice: random.Random) -> float:
-        return 1 + self.noise * (2 * dice.random() - 1)
+    def _noise(self, dice: random.Random, noise: float | None = None) -> float:
+        return 1 + (self.noise if noise is None else noise) * (2 * dice.random() - 1)
+
+
+def _left(now: float, leaves: float, arrived: float, wire: int) -> float:
+    """Bytes of a batch that are still to come."""
+    return wire * min(1.0, max(0.0, (arrived - now) / (arrived - leaves)))
 
 
 def machine(data: Data, wire: float, **others: Any) -> Machine:
@@ -194,18 +210,34 @@ def test_the_first_batches_of_a_level_say_nothing() -> None:
     assert set(used) <= {1, 3}
 
 
-def test_what_packs_less_and_is_far_worse_is_left_at_once() -> None:
-    """A fast beginning has filled buffers; two batches show it. Mutant seen: it is judged as any other."""
-    levels = Levels()
-    for _ in range(20):
-        levels.sent(Batch(levels.level, MIB, MIB // 4, 0.002, 0.0001, 0.002))
-        if levels.level is None:
-            break
-    slow = Batch(None, MIB, MIB, 0.0001, 0.008, 0.0)
-    levels.sent(slow)
-    assert levels.level is None
-    levels.sent(slow)
-    assert levels.level == 1
+@pytest.mark.parametrize("wire", [GBIT, MBIT_500, MBIT_100, MBIT_10])
+@pytest.mark.parametrize("data", [TAR, JSON], ids=["tar", "json"])
+def test_deep_buffers_do_not_deceive_it(data: Data, wire: float) -> None:
+    """They take 4 MiB as fast as they come, and the receiver's system half a MiB more. What waits in them is known.
+
+    Mutants seen: it is not looked at, and 20 MiB are stored before it shows; what leaves them is taken for more than a
+    quarter of what came.
+    """
+    sender = machine(data, wire, noise=0.2, varies=0.3, buffer=4 * MIB + MIB // 2, unseen=MIB // 2)
+    best = min(sender.send(Always(level), 128 * MIB)[0] for level in (-5, 1, 3, 6, 9))
+    took, chosen = sender.send(Levels(), 128 * MIB)
+    assert took < 1.16 * best
+    assert None not in chosen
+
+
+@pytest.mark.parametrize("receiving", [5.0, 20.0, 80.0])
+@pytest.mark.parametrize("varies", [0.0, 0.5])
+def test_a_slow_receiver_is_no_reason_to_pack_more(receiving: float, varies: float) -> None:
+    """A disk with 50 MB/s: the wire seems slow, but fewer bytes on it are no faster. That is seen after 9 chunks, and
+    tried more and more seldom.
+
+    Mutants seen: what took less is better, however data shrank; a level that lost is tried again at once.
+    """
+    busy = machine(TAR, LOOPBACK, receiving=receiving, noise=0.1, varies=varies)
+    _, chosen = busy.send(Levels(), 4096 * MIB)
+    assert chosen.count(START) > 0.6 * len(chosen)
+    latest = chosen[len(chosen) // 2 :]
+    assert latest.count(START) > 0.8 * len(latest)
 
 
 def test_one_pause_changes_nothing() -> None:
@@ -216,18 +248,35 @@ def test_one_pause_changes_nothing() -> None:
     assert set(chosen[30:]) == {None}
 
 
+# What real transfers have told, for each level that was used all the time: `bench.traces`.
 TRACES = json.loads((Path(__file__).parent / "levels_traces.json").read_text())
+
+
+def batches(rows: list[list[Any]]) -> Iterator[Batch]:
+    """Those of one trace, again and again."""
+    for level, data, wire, *microseconds, held in itertools.cycle(rows):
+        packing, sending, waiting = (each * 1e-6 for each in microseconds)
+        yield Batch(level, data, wire, packing, sending, waiting, held)
+
+
+def replay(name: str, levels: Levels | Always, size: int) -> tuple[float, list[int | None]]:
+    """Nanoseconds for a byte, and the level of each batch: the next one of whichever level is chosen."""
+    traces = {level: batches(TRACES[name]["stored" if level is None else str(level)]) for level in LADDER}
+    seconds, at, chosen = 0.0, 0, []
+    while at < size:
+        batch = next(traces[levels.level])
+        chosen.append(batch.level)
+        levels.sent(batch)
+        seconds += batch.sending + batch.waiting
+        at += batch.data
+    return seconds / at * 1e9, chosen
 
 
 @pytest.mark.parametrize("name", sorted(TRACES))
 def test_what_real_transfers_have_told(name: str) -> None:
-    """128 MiB each, recorded on two cores: the batches as [level, bytes, bytes on the wire, us packing, sending,
-    waiting].
-    """
-    levels, used = Levels(), []
-    for level, data, wire, *microseconds in TRACES[name]["batches"]:
-        packing, sending, waiting = (each * 1e-6 for each in microseconds)
-        levels.sent(Batch(level, data, wire, packing, sending, waiting))
-        used.append(levels.level)
-    assert levels.level in TRACES[name]["ends"]
-    assert changes(used) <= TRACES[name]["changes"]
+    """Recorded on two cores, which both ends and the link had to share."""
+    size = 1024 * MIB
+    best = min(replay(name, Always(level), size)[0] for level in LADDER)
+    took, chosen = replay(name, Levels(), size)
+    assert took < 1.15 * best
+    assert changes(chosen) <= len(chosen) / 10

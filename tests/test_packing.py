@@ -14,7 +14,7 @@ import zstandard
 from aipod.codec import _compressors, decode_chunk, frame, stored, unframe
 from aipod.config import CHUNK, KIB
 from aipod.errors import Refused
-from aipod.levels import LADDER
+from aipod.levels import LADDER, START, Batch, Levels
 from aipod.packing import BATCH, Packer
 from aipod.wire.ai import Raw
 from tests.conftest import require
@@ -97,6 +97,36 @@ def test_what_does_not_shrink_is_stored_and_what_does_again_is_packed_at_once() 
     assert found[7] == noise
 
 
+def test_it_tells_what_was_done_not_what_was_chosen() -> None:
+    """Mutant seen: the level that was chosen for what is stored."""
+    packer = Packer("auto")
+    told = []
+    for piece in (TEXT, NOISE, NOISE, TEXT):
+        packed = packer.pack([piece])
+        assert packed.level == START
+        told.append((packer.level, dict(packed.levels)))
+    assert told == [(START, {START: 1}), (START, {START: 1}), (None, {None: 1}), (START, {START: 1})]
+    fixed = Packer(9)
+    assert fixed.pack([NOISE, TEXT]).levels == {9: 2}
+
+
+def test_what_waits_on_this_machine_is_told() -> None:
+    """By how much it has grown with each batch. Mutants seen: all of it each time; what it was before is sent."""
+    heard: list[Batch] = []
+
+    class Listener(Levels):
+        def sent(self, batch: Batch) -> None:
+            heard.append(batch)
+
+    waits = iter((500, 2000, 1200, 0))
+    packer = Packer("auto", 0, lambda: next(waits))
+    packer._levels = Listener()
+    for _ in range(4):
+        with packer.sending(packer.pack([NOISE])):
+            pass
+    assert [batch.held for batch in heard] == [500, 1500, -800, -1200]
+
+
 def test_the_ratio_is_of_what_was_sent() -> None:
     packer = Packer(1)
     packed = packer.pack([TEXT, NOISE])
@@ -127,7 +157,7 @@ def test_batches_are_small_until_the_level_is_settled() -> None:
     packer = Packer("auto")
     counts = []
     messages = (packer.message(piece) for piece in itertools.repeat(NOISE[: 64 * KIB]))
-    for _ in range(20):
+    for _ in range(30):
         packed = packer.batch(messages)
         with packer.sending(packed):
             counts.append(len(packed.messages))

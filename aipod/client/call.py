@@ -21,7 +21,7 @@ from aipod.client.source import HOP, Source
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
 from aipod.packing import BATCH, Packed, Packer
-from aipod.transport.channel import CALL_OVER, Channel, expect, read_status, reset, send_message
+from aipod.transport.channel import CALL_OVER, Channel, expect, held, read_status, reset, send_message
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
@@ -213,7 +213,7 @@ class Attempt:
                 return
             start = state.offset
         ready: asyncio.Queue[Packed] = asyncio.Queue(_AHEAD)
-        packer = Packer(self._config.level, start)
+        packer = Packer(self._config.level, start, functools.partial(held, self._call))
         async with asyncio.TaskGroup() as group:
             group.create_task(self._produce(source, packer, ready))
             last = False

@@ -38,7 +38,7 @@ class Event:
     runs: int = 0  # how often the method was started for this job
     # RECEIVING, DONE: bytes for each byte on the wire, of what was sent or received over this connection; 0 at first
     ratio: float = 0.0
-    level: int | None = None  # zstd level of what is packed next of the payload; None where it is stored as it is
+    level: int | None = None  # zstd level of what was packed last of the payload; None where it was stored as it is
     quiet: int = 0  # RUNNING: seconds since it was last heard of: started, progress, log
     rate: float = 0.0  # RECEIVING, DONE: bytes a second, smoothed over some seconds of this phase; 0 at first
 

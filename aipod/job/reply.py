@@ -112,7 +112,7 @@ async def send_all(
                         if download is not None:
                             download.sent(len(message.data))
                 if download is not None and packer is not None:
-                    download.packed(batch.level, len(batch.messages))
+                    download.packed(batch.levels)
     if download is not None:
         download.end()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aipod.errors import Interrupted, JobCancelled, JobFailed
@@ -86,9 +87,10 @@ class Download:
         self._down.wire += wire
         self._told = read
 
-    def packed(self, level: int | None, chunks: int) -> None:
-        """So many chunks, for which this zstd level was chosen, were sent."""
-        self._levels[level] = self._levels.get(level, 0) + chunks
+    def packed(self, chunks: Mapping[int | None, int]) -> None:
+        """So many chunks of each zstd level were sent."""
+        for level, count in chunks.items():
+            self._levels[level] = self._levels.get(level, 0) + count
 
     def end(self) -> None:
         """All of it was."""

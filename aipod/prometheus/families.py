@@ -32,7 +32,7 @@ def families(metrics: Metrics, now: Now, version: str) -> Iterator[Metric]:
     yield _bytes({"up": metrics.up, "down": metrics.down})
     yield _counter(
         "aipod_answer_chunks",
-        "Chunks of long answers to our own clients, by the zstd level that was chosen for them.",
+        "Chunks of long answers to our own clients, by their zstd level.",
         "level",
         {"stored" if level is None else str(level): count for level, count in metrics.levels.items()},
     )

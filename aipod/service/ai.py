@@ -326,7 +326,7 @@ class AI:
             try:
                 download = Download(self._metrics, job.method, job.answer.size, open_.have)
                 is_short = job.answer.inline is not None
-                packer = Packer(self._config.small_level if is_short else self._config.level, open_.have)
+                packer = Packer(self._config.small_level if is_short else self._config.level, open_.have, call.held)
                 messages = own_messages(job.look, job.answer, packer, download)
                 with Trace("download", call.headers, job_id=job_id):
                     if is_short:

@@ -23,6 +23,7 @@ from aipod.transport.requests import (
     PEER_GONE,
     expect,
     has_message,
+    held,
     joined,
     message_arrived,
     peer_certificate,
@@ -84,6 +85,10 @@ class Call:
     def expect(self, size: int) -> None:
         """So many bytes of payload are about to come."""
         expect(self._stream, size)
+
+    def held(self) -> int:
+        """Bytes that were sent on its connection, and that the peer's system has not acknowledged."""
+        return held(self._stream)
 
     async def receive(self) -> Raw | None:
         """The next piece of the payload, None after the half-close. Raises GRPCError for what cannot be parsed."""

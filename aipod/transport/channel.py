@@ -213,6 +213,11 @@ def expect(stream: grpclib.client.Stream[Any, Any], size: int) -> None:
     cast(H2Stream, stream._stream).inbox.window.widen(size)
 
 
+def held(stream: grpclib.client.Stream[Any, Any]) -> int:
+    """Bytes that a call's connection was given and the peer's system has not acknowledged."""
+    return cast(H2Stream, stream._stream).connection.waiting
+
+
 def reset(stream: grpclib.client.Stream[Any, Any]) -> None:
     """Send RST_STREAM(CANCEL) for a call that nobody wants; grpclib would say NO_ERROR, or wait for trailers.
 

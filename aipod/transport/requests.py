@@ -253,6 +253,11 @@ def expect(stream: grpclib.server.Stream[Any, Any], size: int) -> None:
     cast(H2Stream, stream._stream).inbox.window.widen(size)
 
 
+def held(stream: grpclib.server.Stream[Any, Any]) -> int:
+    """Bytes that a call's connection was given and the peer's system has not acknowledged."""
+    return cast(H2Stream, stream._stream).connection.waiting
+
+
 def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] | None:
     """The verified certificate of the caller, as `ssl.SSLSocket.getpeercert` gives it; None without mTLS."""
     return stream.peer.cert() or None
