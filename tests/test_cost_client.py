@@ -86,7 +86,8 @@ def test_a_small_job_is_one_write_and_has_no_task_and_no_thread(serve: Serve, rp
     """
     counts = counted(serve(MODEL).address, rpc, at_once)
     assert counts["tasks"] == counts["threads"] == counts["run_in_executor"] == counts["events"] == 0
-    assert counts["writes"] <= JOBS + 10  # and PINGs
+    # Each PING of ours is answered, each of the server's has an answer: how many there are depends on time.
+    assert counts["writes"] <= JOBS + counts["_receive_ping_frame"] + 5
     assert counts["call_at"] <= 3 * JOBS  # silence, the last words, and what h2 and grpclib have
     assert counts["calls"] <= 2000 * JOBS  # 1400, of which the server's messages have some 70 each
 

@@ -54,7 +54,8 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
             cost.update({name: (counts[1][name] - counts[0][name]) / JOBS for name in counts[0]})
 
     run(main)
-    assert set(cost) == {"steps", "releases", "threads", "tasks", "turns", "messages", "lines", "files", "writes"}
+    names = {"steps", "releases", "threads", "tasks", "turns", "messages", "lines", "pings", "files", "writes"}
+    assert set(cost) == names
     # Steps on the disk: begin, start, end; those that release answers are shared, or one a job where it is slow.
     assert cost["steps"] - cost["releases"] == pytest.approx(3, abs=0.2)
     assert cost["releases"] <= 1.2
@@ -64,8 +65,9 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
     assert 2 <= cost["tasks"] <= 2.5
     # First heartbeat, outcome, answer.
     assert 3 <= cost["messages"] <= 4.5
-    # The first heartbeat; the others, and the status with them. Now and then one has more than this call's.
-    assert 1.5 <= cost["writes"] <= 2.5
+    # The first heartbeat; the outcome, the answer, and the status with them. A later heartbeat is one more of both, and
+    # each PING, ours or the client's, is one: how many there are depends on time.
+    assert 1.5 <= cost["writes"] <= cost["messages"] - 1 + cost["pings"] + 0.5
     # In line, running, done, released.
     assert 3.5 <= cost["lines"] <= 5
     assert cost["files"] <= 55

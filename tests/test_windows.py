@@ -291,7 +291,8 @@ def test_bombs_that_go_off_together_cost_one_limit(serve: Serve) -> None:
     what an error's traceback refers to.
     """
     limit, number = 16 * MIB, 100 if FIRST else 20
-    served = serve("Async", "--max-message", str(limit))
+    # No upload stalls, however long the others take.
+    served = serve("Async", "--max-message", str(limit), "--upload-stall", "600")
     data = prefixed(gzip.compress(bytes(limit), mtime=0), flag=1)
     with Peer(served) as peer:
         honest(peer)
@@ -414,14 +415,22 @@ def test_a_peer_with_small_windows_that_gives_credit_for_what_it_gets_is_not_slo
 
 
 def test_a_peer_that_gives_more_credit_than_it_has_reason_to_is_slowed() -> None:
-    """At most a frame for 4 KiB, and those that any peer may send. Mutant seen: any number after a byte was sent."""
+    """At most a frame for 4 KiB, and those that any peer may send: 100, and 100 a second. Mutant seen: any number after
+    a byte was sent.
+    """
 
     async def main() -> None:
+        began = time.monotonic()
         async with downloaded(MIB) as (protocol, wire, credits):
             frame = raw_frame(0x8, 0, 0, b"\0\0\0\1")
             give(protocol, frame * (MIB // (4 * KIB) - credits))
             assert wire.pauses == 0
-            give(protocol, frame * 110)
+            given = 0
+            while not wire.pauses:
+                give(protocol, frame * 10)
+                given += 10
+                assert given <= 110 + 100 * (time.monotonic() - began)
+            assert given >= 100
             assert wire.pauses == 1
 
     run(main)
