@@ -26,10 +26,12 @@ STDOUT, STDERR = sys.stdout, sys.stderr
 MODELS = "tests.models_embedded"
 
 
-async def serve_until(where: Path, name: str, scope: trio.CancelScope, *, task_status: Any, **more: Any) -> None:
-    config = Config(
-        model=f"{MODELS}:{name}", bind=("127.0.0.1:0",), spool=str(where / name), data=str(where / "data"), reserve=0
-    )
+async def serve_until(
+    where: Path, name: str, scope: trio.CancelScope, *, task_status: Any, runner: str = "auto", **more: Any
+) -> None:
+    spool, data = str(where / name), str(where / "data")
+    model = f"{MODELS}:{name}"
+    config = Config(model=model, bind=("127.0.0.1:0",), spool=spool, data=data, reserve=0, runner=runner)
     with scope:
         await aipod.serve(config, task_status=task_status, **more)
 
@@ -51,13 +53,16 @@ def descriptors() -> int:
 
 
 async def rounds(where: Path, found: dict[str, Any]) -> None:
-    for _ in range(2):
+    for runner in ("process", "thread"):
         async with trio.open_nursery() as nursery:
             logs: list[str] = []
             stop, ended, scope = trio.Event(), trio.Event(), trio.CancelScope()
 
-            async def run(stop: trio.Event = stop, ended: trio.Event = ended, *, task_status: Any) -> None:
-                await serve_until(where, "Upper", trio.CancelScope(), stop=stop, task_status=task_status)
+            async def run(
+                stop: trio.Event = stop, ended: trio.Event = ended, runner: str = runner, *, task_status: Any
+            ) -> None:
+                scope = trio.CancelScope()
+                await serve_until(where, "Upper", scope, stop=stop, runner=runner, task_status=task_status)
                 ended.set()
 
             upper = await nursery.start(run)

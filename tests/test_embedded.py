@@ -136,6 +136,7 @@ def test_its_log_is_the_applications(tmp_path: Path, caplog: pytest.LogCaptureFi
     logged = told["logged by Reverse"]
     assert (logged.name, logged.levelno, vars(logged)["job"]) == ("embedded.model", logging.WARNING, jobs[-1])
     assert [record.name for record in caplog.records if record.name == "aipod.server"] == [], "that is below its level"
+    assert told["the server says: native"].name == "aipod.serving", "what comes from C code, to whichever descriptor"
     (failed,) = [record for record in caplog.records if record.exc_text]
     assert failed.name == "aipod.job"
     assert "ValueError: no good" in logging.Formatter().format(failed), "a traceback comes with its line"
