@@ -37,6 +37,7 @@ AT_ONCE = 3.0
 _LOOK, _LOOK_AT_ONCE = 1.0, 0.02
 # Bytes of a line of its log, which `cli.logs` bounds; what is longer, or no JSON, is not the server's own.
 _MAX_LINE = 64 * 1024
+# As much as a pipe holds.
 _READ = 64 * 1024
 
 
@@ -226,9 +227,10 @@ class _Child:
                 with process.stderr as output:
                     self._theirs.close()  # ours: its end is to be seen
                     self._listen(process, output)
-                with self._lock:
-                    status = process.wait()
+                status = process.returncode
         except BaseException as exc:
+            if self._process is not None:  # it ends as its socket has
+                status = self._process.wait()
             self._fail(ServeError("SERVER_FAILED", f"the server cannot be started: {exc}"), exc)
         finally:
             text = f"the server has ended while it started, with {_status(status)}; its log says why"
@@ -262,29 +264,26 @@ class _Child:
 
     def _listen(self, process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
         """Take what the child says, until it has ended. What it has started may live on, and have its stderr."""
-        os.set_blocking(output.fileno(), False)
         said, heard = _Lines(), _Lines()
         with selectors.DefaultSelector() as ends:
             ends.register(output, selectors.EVENT_READ, (lambda: os.read(output.fileno(), _READ), said, self._log))
             ends.register(self._sock, selectors.EVENT_READ, (lambda: self._sock.recv(_READ), heard, self._hear))
-            over = False
+            wait, over = _LOOK, False
             while not over:
-                over = process.poll() is not None  # what it has said before is there to be read
-                open_ends = len(ends.get_map())
-                for key, _ in ends.select(0 if over else _LOOK if open_ends == 2 else _LOOK_AT_ONCE):
+                with self._lock:
+                    over = process.poll() is not None
+                # Once it is over, one read takes all that it has left in a pipe.
+                for key, _ in ends.select(0 if over else wait):
                     read, lines, take = key.data
                     try:
-                        while data := read():
-                            for line in lines.feed(data):
-                                take(line)
-                            if take == self._hear:
-                                break
-                    except BlockingIOError:
-                        continue
+                        data = read()
                     except ConnectionError:
                         data = b""
+                    for line in lines.feed(data):
+                        take(line)
                     if not data:
                         ends.unregister(key.fileobj)
+                        wait = _LOOK_AT_ONCE if take == self._hear else wait
         for line in said.feed(b"\n"):
             self._log(line)
 
@@ -317,7 +316,10 @@ class _Child:
         vars(record).update({name: value for name, value in told.items() if name not in vars(record)})
         record.created, record.msecs = when, when % 1 * 1000
         record.process, record.processName, record.exc_text = self.pid, "aipod", trace
-        logger.handle(record)
+        try:
+            logger.handle(record)
+        except Exception:  # of a filter of the application's, say: as where a handler of logging's own goes wrong
+            logging.Handler().handleError(record)
 
 
 class _Lines:

@@ -6,7 +6,6 @@ It has its own signal handling, logging, trio-asyncio loop and limits, and write
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 import os
@@ -27,19 +26,25 @@ STDOUT, STDERR = sys.stdout, sys.stderr
 MODELS = "tests.models_embedded"
 
 
-async def serve_until(where: Path, name: str, scope: trio.CancelScope, *, task_status: Any, **more: Any) -> None:
-    config = Config(
-        model=f"{MODELS}:{name}", bind=("127.0.0.1:0",), spool=str(where / name), data=str(where / "data"), reserve=0
-    )
+async def serve_until(
+    where: Path, name: str, scope: trio.CancelScope, *, task_status: Any, runner: str = "auto", **more: Any
+) -> None:
+    spool, data = str(where / name), str(where / "data")
+    model = f"{MODELS}:{name}"
+    config = Config(model=model, bind=("127.0.0.1:0",), spool=spool, data=data, reserve=0, runner=runner)
     with scope:
         await aipod.serve(config, task_status=task_status, **more)
 
 
 @trio_asyncio.aio_as_trio
-async def call_many(addresses: list[str]) -> list[Any]:
-    """On the application's own asyncio loop, which is none of the servers'."""
+async def call_many(addresses: list[str], logs: list[str]) -> list[Any]:
+    """On the application's own asyncio loop, which is none of the servers'. `logs`: gets what jobs tell."""
     async with aipod.Client(addresses[0]) as one, aipod.Client(addresses[1]) as two:
-        calls = [client.predict(f"call {number}".encode()) for number in range(CALLS) for client in (one, two)]
+        calls = [
+            client.predict(f"call {number}".encode(), on_event=lambda event: logs.append(event.log))
+            for number in range(CALLS)
+            for client in (one, two)
+        ]
         return await asyncio.gather(*calls)
 
 
@@ -48,25 +53,37 @@ def descriptors() -> int:
 
 
 async def rounds(where: Path, found: dict[str, Any]) -> None:
-    for _ in range(2):
+    for runner in ("process", "thread"):
         async with trio.open_nursery() as nursery:
-            stop, scope = trio.Event(), trio.CancelScope()
-            run = functools.partial(serve_until, where, "Upper", trio.CancelScope(), stop=stop)
+            logs: list[str] = []
+            stop, ended, scope = trio.Event(), trio.Event(), trio.CancelScope()
+
+            async def run(
+                stop: trio.Event = stop, ended: trio.Event = ended, runner: str = runner, *, task_status: Any
+            ) -> None:
+                scope = trio.CancelScope()
+                await serve_until(where, "Upper", scope, stop=stop, runner=runner, task_status=task_status)
+                ended.set()
+
             upper = await nursery.start(run)
             reverse = await nursery.start(serve_until, where, "Reverse", scope)
-            answers = await call_many([upper[0], reverse[0]])
+            answers = await call_many([upper[0], reverse[0]], logs)
             right = [text for number in range(CALLS) for text in (f"CALL {number}", f"call {number}"[::-1])]
             found["right"].append(answers == right)
             found["wrapped"].append([type(sys.stdout).__name__, len(logging.getLogger().handlers)])
-            stop.set()  # one drains, while the other one serves
+            stop.set()
+            await ended.wait()
+            again = [f"call {number}"[::-1] for number in range(CALLS) for _ in range(2)]
+            found["right"].append(await call_many([reverse[0], reverse[0]], logs) == again)
             scope.cancel()
+        found["logged"].append("".join(logs).count("logged by Reverse"))
         found["descriptors"].append(descriptors())
         found["restored"].append(sys.stdout is STDOUT and sys.stderr is STDERR)
         found["handlers"].append(len(logging.getLogger().handlers))
 
 
 async def main(where: Path) -> None:
-    found: dict[str, Any] = {name: [] for name in ("right", "wrapped", "descriptors", "restored", "handlers")}
+    found: dict[str, Any] = {name: [] for name in ("right", "logged", "wrapped", "descriptors", "restored", "handlers")}
     limits, handlers = resource.getrlimit(resource.RLIMIT_NOFILE), [signal.getsignal(n) for n in (1, 2, 15)]
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async with trio_asyncio.open_loop():

@@ -136,6 +136,7 @@ def test_its_log_is_the_applications(tmp_path: Path, caplog: pytest.LogCaptureFi
     logged = told["logged by Reverse"]
     assert (logged.name, logged.levelno, vars(logged)["job"]) == ("embedded.model", logging.WARNING, jobs[-1])
     assert [record.name for record in caplog.records if record.name == "aipod.server"] == [], "that is below its level"
+    assert told["the server says: native"].name == "aipod.serving", "what comes from C code, to whichever descriptor"
     (failed,) = [record for record in caplog.records if record.exc_text]
     assert failed.name == "aipod.job"
     assert "ValueError: no good" in logging.Formatter().format(failed), "a traceback comes with its line"
@@ -258,8 +259,10 @@ def test_leaving_waits_for_jobs_that_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", ["start", "drain"])
-def test_cancelled_it_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
-    """Mutant seen: leaving waits for its whole drain, an hour."""
+def test_cancelled_it_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    """And in order, without being killed. Mutant seen: it goes on with its drain."""
     begun = tmp_path / "begun"
     if at == "start":
         monkeypatch.setenv("AIPOD_TEST_SLOW_IMPORT", str(begun))
@@ -288,6 +291,7 @@ def test_cancelled_it_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not alive(int(begun.read_text().split()[0])), "neither is the worker left"
 
     run(main)
+    assert "killing it" not in caplog.text
 
 
 def test_signals_are_the_applications(tmp_path: Path) -> None:

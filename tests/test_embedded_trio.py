@@ -19,15 +19,16 @@ def test_two_servers_in_an_application_and_again(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["right"] == [True] * 2
+    assert found["right"] == [True] * 4
     assert found["wrapped"] == [["_Stream", 1]] * 2, "for the model that runs inside, with one handler for both servers"
     assert found["restored"] == [True] * 2
     assert found["handlers"] == [0] * 2
     assert len(set(found["descriptors"])) == 1, "nothing is left open"
     assert (found["limits"], found["signals"], found["signal"]) == (True, True, 15)
+    assert found["logged"] == [3 * 25] * 2, "in the jobs' logs, also when the other server has ended"
     lines = done.stderr.splitlines()
     assert lines[-1] == "heard, without any handler"
-    assert lines.count("logged by Reverse") == 2 * 25
+    assert lines.count("logged by Reverse") == 2 * 3 * 25
     assert [name for name in ("Upper", "Reverse") if left_in(tmp_path / name)] == []
 
 
