@@ -18,7 +18,7 @@ import trio
 
 import aipod
 from aipod.client import Event
-from aipod.client.event import Rate
+from aipod.client.event import Rate, merged
 from aipod.client.flow import Flow
 from aipod.codec import frame
 from aipod.wire.ai import Raw, State
@@ -41,7 +41,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def python(code: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(code), *args]
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=check, cwd=ROOT)
 
 
@@ -377,6 +377,13 @@ def test_the_rate_of_a_transfer_is_smoothed_and_begins_with_its_phase() -> None:
     assert rate.note("RECEIVING", 2000, 4.0) == before  # connected again
     assert rate.note("RECEIVING", 2000, 10.0) < before / 2
     assert rate.note("DONE", 10**9, 11.0) == 0.0
+
+
+def test_of_two_events_of_a_phase_the_newer_one_is_told_with_the_log_of_both() -> None:
+    """Mutant seen: the log of the newer one alone."""
+    first, second = Event("RUNNING", progress=0.1, log="a\n"), Event("RUNNING", progress=0.2, log="b\n")
+    assert merged(first, second) == Event("RUNNING", progress=0.2, log="a\nb\n")
+    assert merged(Event("QUEUED"), first) is None
 
 
 async def test_a_flow_that_is_not_what_was_stored_says_so_at_its_end() -> None:

@@ -57,27 +57,24 @@ class Flow:
     async def add(self, message: Raw, in_thread: Callable[..., Awaitable[Any]]) -> None:
         """Hand one chunk on. Raises `BadAnswer` where it is not the one that must come now.
 
-        This is an asyncio-flavored function; cancelled, nothing of the chunk counts as received.
+        This is an asyncio-flavored function; who is cancelled in it has no use for the rest.
         """
         if message.offset != self.received:
             raise BadAnswer(f"it goes on at byte {message.offset}, not at {self.received}")
         if not message.data:
             return
         packed = message.data
-        data, hasher = self._decode(packed) if len(packed) <= HOP else await in_thread(self._decode, packed)
-        await self._pour(data)
-        # Only now: who is cancelled before gets the same chunk once more.
-        self._hasher = hasher
+        data = self._decode(packed) if len(packed) <= HOP else await in_thread(self._decode, packed)
         self.received += len(data)
+        await self._pour(data)
 
-    def _decode(self, packed: bytes) -> tuple[bytes, Any]:
+    def _decode(self, packed: bytes) -> bytes:
         try:
             data = decode_chunk(packed)
         except Refused as exc:
             raise BadAnswer(f"it cannot be read: {exc}") from None
-        hasher = self._hasher.copy()
-        hasher.update(data)
-        return data, hasher
+        self._hasher.update(data)
+        return data
 
     def finish(self) -> None:
         """Raises `AipodError` (BAD_ANSWER) where what was handed on is not what was stored."""

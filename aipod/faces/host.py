@@ -32,14 +32,16 @@ class Host:
 
     def __init__(self, at_end: Callable[[], None]) -> None:
         self._at_end = at_end
-        self._lock = threading.Lock()
+        # A collector of garbage may end an iterator, which calls, in the thread that has it.
+        self._lock = threading.RLock()
         self._pid: int | None = None
         self._thread: _Thread | None = None
 
     @property
     def is_idle(self) -> bool:
-        """There is no thread, or it is another process's."""
-        return self._thread is None or self._pid != os.getpid()
+        """There is no thread, or it has ended with the interpreter, or is another process's."""
+        thread = self._thread
+        return thread is None or self._pid != os.getpid() or not thread.thread.is_alive()
 
     @property
     def is_here(self) -> bool:
@@ -66,14 +68,14 @@ class Host:
                     "another client"
                 )
             with self._lock:
-                if self._thread is None:
+                if self._thread is None or self.is_idle:
                     self._thread = _Thread(self._at_end)
                     self._forgotten = weakref.finalize(self, self._thread.leave, at_once=True)
                     self._forgotten.atexit = False
                 self._thread.begin(crossing, coro)
-                crossing.is_begun = True
         except BaseException:
-            coro.close()
+            if not crossing.is_begun:
+                coro.close()
             raise
 
     def leave(self, close: Callable[[], None] | None = None) -> threading.Thread | None:
@@ -112,7 +114,12 @@ class _Thread:
 
     def begin(self, crossing: Crossing, coro: Coroutine[Any, Any, Any]) -> None:
         """Before `leave`: then it is run to its end."""
-        self.loop.call_soon_threadsafe(self._begin, crossing, coro)
+        crossing.is_begun = True
+        try:
+            self.loop.call_soon_threadsafe(self._begin, crossing, coro)
+        except RuntimeError:  # the interpreter is about to end, and the loop has
+            crossing.is_begun = False
+            raise
 
     def leave(self, *, at_once: bool = False) -> None:
         """End the loop: when no call is under way any more, or at once. From any thread, and any process."""

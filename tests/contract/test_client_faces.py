@@ -174,7 +174,7 @@ def test_events_come_to_the_caller_and_what_it_raises_ends_the_call(
 
 
 def test_a_busy_listener_misses_no_line_of_the_log(its: Flavor, served: Served) -> None:
-    """Mutants seen: the newest event instead of both; a log without its beginning."""
+    """Mutant seen: nobody waits for it, and what was not taken is dropped."""
 
     async def scenario(its: Flavor) -> None:
         async with its.client(served.address) as client:
@@ -348,7 +348,7 @@ def test_fifty_jobs_at_once_and_connections_that_are_cut(its: Flavor, served: Se
 
 
 def test_chunks_go_on_at_the_byte_where_they_were(its: Flavor, served: Served) -> None:
-    """Mutants seen: a chunk counts as received before it is handed on; a new connection begins at the first byte."""
+    """Mutants seen: a chunk that does not count as received; a new connection begins at the first byte."""
     data = payload_of(8 * MIB)
 
     async def scenario(its: Flavor) -> None:
