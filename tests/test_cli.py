@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import io
 import json
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import pyte
 import pytest
 
 from aipod.cli.progress import Progress
@@ -38,11 +38,14 @@ def start(
     """The real command or, `forked`, a child of a starter, which says what differs; never that on a terminal."""
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     environment = {**CLEAN, **(environ or {})}
-    on_terminal = any(not isinstance(end, int) and end.isatty() for end in options.values())
+    ends = (options[name] for name in ("stdin", "stdout", "stderr"))
+    on_terminal = any(not isinstance(end, int) and end.isatty() for end in ends)
     kind = "server" if arguments[:1] == ("serve",) else "client"
     if forked and not on_terminal and (ready := starter(kind, environment)) is not None:
         return ready.open(["aipod", *arguments], environment, **options)
-    return subprocess.Popen([sys.executable, "-m", "aipod", *arguments], cwd=ROOT, env=environment, **options)
+    options = {"cwd": ROOT, **options}
+    environment.setdefault("PYTHONPATH", str(ROOT))
+    return subprocess.Popen([sys.executable, "-m", "aipod", *arguments], env=environment, **options)
 
 
 class Done:
@@ -363,8 +366,10 @@ def test_nobody_there_is_status_3(tmp_path: Path) -> None:
         assert re.match("aipod: UNREACHABLE: [^[]*: Connection refused ", done.last), done.last
     done = aipod("call", "chaos", "--attempts", "1", "--to", f"unix:{tmp_path}/nothing")
     assert done.status == 3
-    done = aipod("call", "chaos", "--timeout", "0.5", "--to", f"127.0.0.1:{free_port()}", forked=True)
-    assert (done.status, done.last) == (1, "aipod: DEADLINE_EXCEEDED: not done within the call's timeout"), "no job"
+    for command in (("call", "chaos"), ("jobs",), ("submit", "chaos", "--ticket", f"{tmp_path}/ticket")):
+        done = aipod(*command, "--timeout", "0.5", "--to", f"127.0.0.1:{free_port()}", forked=True)
+        assert done.status == 3
+        assert re.match("aipod: UNREACHABLE: no server answers at .* within --timeout: Connection refused ", done.last)
 
 
 def test_a_server_that_is_killed_is_status_3(serve: Serve, tmp_path: Path) -> None:
@@ -398,12 +403,13 @@ def test_ctrl_c_is_status_130_and_cancels_the_job(
 ) -> None:
     mark = tmp_path / "mark"
     file = ("-",) if where == "stdin" else ()
-    with start("call", *to, "patient", *file, "-k", f"mark={mark}", stdin=subprocess.PIPE) as process:
+    with start("call", *to, "patient", *file, "-k", f"mark={mark}", "--json", stdin=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        phase = "RUNNING" if where == "running" else "RECEIVING"
+        while json.loads(process.stdout.readline())["phase"] != phase:
+            pass
         if where == "running":
             wait_until(mark.exists)
-        else:
-            wait_until(lambda: any("workers" not in name for name in left_in(served.spool)))
-            time.sleep(1)  # until then the client need not have heard of its job
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert process.stderr is not None
@@ -544,13 +550,13 @@ class Screen(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
 @pytest.mark.parametrize(
     "event",
     [
         Event("WAITING", connection=2, connections=5, message="UNAVAILABLE: the server is shutting down; try again"),
         Event("RECEIVING", sent=1_234_500_000, payload_size=99_999_000_000),
-        Event("RUNNING", progress=0.5, message="epoch 3\nof many more than anybody would like to wait for"),
+        Event("RUNNING", progress=0.5, message="epoch 3\nof 表示 many more than anybody would like to wait for"),
         Event("DONE", received=5, answer_size=1_000_000_000),
     ],
     ids=lambda event: event.phase,
@@ -561,15 +567,20 @@ def test_progress_is_one_line_on_any_terminal(monkeypatch: pytest.MonkeyPatch, w
     screen = Screen()
     with Progress(screen) as progress:
         progress.show(event)
-        time.sleep(0.25)  # there is a rate then
-        progress.show(dataclasses.replace(event, sent=2 * event.sent, received=2 * event.received))
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
-    line = max(shown, key=len)
-    assert len(line) <= width
+        shown = drawn(screen, width)
+    (line,) = [line for line in shown.display if line.strip()]
     assert line.split()[0] in ("retry", "upload", "run", "download")
-    assert re.search(r"0:00:0\d$", line.rstrip())
-    # Going up over more than the one line, at the end, is what a second line would need.
-    assert screen.getvalue().count("\x1b[1A") == 1
+    assert bool(re.search(r" 0:00:0\d$", line.rstrip())) == (width >= 40)
+    assert ("━" in line) == (width >= 80 and event.phase != "WAITING")
+    assert "".join(drawn(screen, width).display).strip() == "", "it has gone in the end"
+
+
+def drawn(stream: io.StringIO, width: int) -> pyte.Screen:
+    """What a terminal makes of it."""
+    screen = pyte.Screen(width, 5)
+    screen.set_mode(pyte.modes.LNM)  # as the kernel does it: \n begins a line
+    pyte.Stream(screen).feed(stream.getvalue())
+    return screen
 
 
 def test_a_method_that_is_quiet_is_told_for_how_long() -> None:
@@ -592,20 +603,26 @@ def test_a_terminal_shows_retries(terminal: Terminal) -> None:
     assert "connection 2 of 2: Connection refused" in terminal.text
 
 
-def test_a_terminal_gets_json_but_no_bytes(served: Served, to: tuple[str, str], terminal: Terminal) -> None:
+def test_a_terminal_gets_json_but_no_bytes(
+    served: Served, to: tuple[str, str], terminal: Terminal, tmp_path: Path
+) -> None:
     with start("call", *to, "text", stdout=terminal.end) as process:
         assert terminal.read_until_closed(process).strip() == '"grüße"'
     assert process.returncode == 0
     terminal.text = ""
-    with start("call", *to, "random", "-k", "length=90000000", stdout=terminal.end) as process:
+    with start("call", *to, "random", "-k", "length=90000000", stdout=terminal.end, cwd=tmp_path) as process:
         assert process.stderr is not None
         err = process.stderr.read().decode()
         assert terminal.read_until_closed(process) == ""
     assert process.returncode == 1
+    (ticket,) = tmp_path.iterdir()
     assert err == (
-        "aipod: NOT_SHOWN: the method has run, but its answer, 90000000 bytes, is nothing for a terminal and is lost; "
-        "call again with -o FILE, or with a pipe, to have it\n"
+        "aipod: NOT_SHOWN: the answer is binary (90.0 MB), nothing for a terminal; it is kept: "
+        f"`aipod attach {ticket.name} --to {served.address} -o FILE` writes it to a file\n"
     )
+    done = aipod("attach", *to, str(ticket), forked=True)
+    assert (done.status, len(done.out)) == (0, 90_000_000)
+    assert aipod("cancel", *to, "--release", str(ticket), forked=True).out == b"RELEASED\n"
     wait_until(lambda: [name for name in quietly(served) if not name.startswith("workers")] == [])
 
 
@@ -677,8 +694,8 @@ def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
     assert text.startswith("Usage: aipod")
     wanted = {
         (): ["serve", "call", "submit", "attach", "cancel", "jobs", "health", "demo", "AIPOD_<NAME>"],
-        ("serve",): ["--bind", "--spool", "--data", "--drain", "[30s]", "--runner", "--instances", "--config"],
-        ("call",): ["METHOD [FILE|-]", "--to", "-k NAME=JSON", "--version", "--upstream", "--meta", "-o", "--ticket"],
+        ("serve",): ["--bind", "--spool", "--data", "--drain", "[30s]", "--runner", "--instances", "--tls-cert"],
+        ("call",): ["METHOD [FILE|-]", "--to", "-k NAME=JSON", "--version", "--upstream", "--json", "-o", "--ticket"],
         ("submit",): ["METHOD [FILE|-]", "--to", "-k NAME=JSON", "--ticket", "[required]"],
         ("attach",): ["TICKET-FILE|-", "--to", "--upstream", "-o", "as often as it is", "stdin"],
         ("cancel",): ["TICKET-FILE|-", "--to", "--release"],
@@ -688,7 +705,10 @@ def test_help_says_what_there_is(command: tuple[str, ...]) -> None:
         ("doctor",): ["[HOST:PORT]", "--to", "--quick", "--wait"],
         ("demo",): ["--size"],
     }[command]
-    assert [word for word in [*wanted, "--debug"] if word not in text] == []
+    assert [word for word in wanted if word not in text] == []
+    if "--help-all" in text:
+        text = aipod(*command, "--help-all", forked=True).out.decode()
+    assert "--debug" in text
     if "--tls-cert" in text:  # to who serves it means something else
         words = " ".join(text.split())
         assert ("the server's certificate chain" in words, "says who calls" in words) == (

@@ -240,7 +240,7 @@ def test_a_terminal_does_not_lose_an_answer_that_it_cannot_show(
         assert process.stderr is not None
         err = process.stderr.read().decode()
     assert process.returncode == 1
-    assert "its answer, 5 bytes, is nothing for a terminal; call again with -o FILE" in err
+    assert f"the answer is binary (5 B), nothing for a terminal; it is kept: `aipod attach {work.ticket} " in err
     assert aipod("call", *to, *work.request()).out == SMALL
     assert work.runs == 1
 
@@ -275,7 +275,7 @@ def test_a_submitted_job_is_attached_to_as_often_as_one_likes(to: tuple[str, str
     done = aipod("cancel", *to, "--release", str(work.ticket))
     assert (done.status, done.out, done.err, work.ticket.exists()) == (0, b"RELEASED\n", "", False)
     done = aipod("attach", *to, "-", stdin=secret.encode())
-    assert (done.status, done.last) == (1, "aipod: RELEASED: its answer was released")
+    assert (done.status, done.last) == (1, "aipod: RELEASED: its answer was released (call again: that is a new job)")
 
 
 def test_a_failed_job_says_the_same_each_time(to: tuple[str, str], work: Work) -> None:
@@ -425,7 +425,7 @@ def test_jobs_tells_how_much_of_a_plain_clients_upload_is_durable(serve: Serve) 
             "USAGE: a ticket does not belong on a command line, .* with - as TICKET",
         ),
         (("cancel", "0123456789ABCDEF" * 4), 2, "USAGE: a ticket does not belong on a command line, .*"),
-        (("attach", "/no/such/file"), 2, "USAGE: there is no ticket file '/no/such/file'; "),
+        (("attach", "/no/such/file"), 2, "USAGE: there is no ticket file '/no/such/file': "),
         (("attach", __file__), 2, "USAGE: .* is no ticket file; "),
         (("attach", "-"), 2, "USAGE: what is on stdin is no ticket; give 32 or more hexadecimal digits"),
         (("attach",), 2, "USAGE: Missing argument 'TICKET-FILE"),

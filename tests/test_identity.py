@@ -377,7 +377,8 @@ def test_a_token_made_and_used_on_the_command_line(serve: Serve, tmp_path: Path)
     denied = aipod_command(*call, "sleep", "--token-file", str(mine))
     assert (denied.returncode, denied.stderr) == (
         1,
-        "aipod: PERMISSION_DENIED: erin may not use method 'sleep'; it may use: predict\n",
+        "aipod: PERMISSION_DENIED: erin may not use method 'sleep'; it may use: predict "
+        "(whoever runs the server can allow it in the file of serve --tokens)\n",
     )
     without = aipod_command(*call, "predict")
     assert without.returncode == 1

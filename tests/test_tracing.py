@@ -154,7 +154,7 @@ def test_a_failure_has_its_reason_and_no_text_of_the_models(collector: Collector
     served = serve(tmp_path)
     done = command("call", "fail", "--to", served.address)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "aipod: MODEL_ERROR: ValueError: a-secret-in-a-message"
+    assert done.stderr.splitlines()[-1].startswith("aipod: MODEL_ERROR: ValueError: a-secret-in-a-message (")
     assert [collector.wait(name).error for name in ("fail", "job fail")] == ["MODEL_ERROR"] * 2
     assert b"a-secret-in-a-message" not in collector.raw
     assert served.stop() == 0, served.log_text()

@@ -29,7 +29,7 @@ def test_a_list_is_asked_for_again_and_says_so(name: str) -> None:
     assert done.stderr.splitlines() == [
         "aipod: note: Connection refused; trying again",
         f"aipod: UNREACHABLE: no lasting connection to {address}: Connection refused "
-        "(--to or AIPOD_TO says which server)",
+        "(is it running? --to or AIPOD_TO says which server to call)",
     ]
 
 
@@ -48,7 +48,7 @@ def test_of_a_job_that_nobody_was_asked_for_nothing_is_known(name: str) -> None:
 @pytest.mark.parametrize("name", ["call", "submit", "attach", "cancel", "jobs", "methods", "health"])
 def test_help_of_a_client_is_about_clients(name: str) -> None:
     """Mutant seen: a server's help (as it was)."""
-    told = " ".join(command(name, "--help").stdout.split())
+    told = " ".join(command(name, "--help-all").stdout.split())
     assert "the server's certificate must come from [the system's]" in told
     assert "says who calls, for a server that asks for one" in told
     assert "a client's certificate" not in told

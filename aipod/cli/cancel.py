@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
+import dataclasses
 from typing import Any
 
 import click
 
 from aipod.cli import end_on_signals, run_async
+from aipod.cli.answer import calling
+from aipod.cli.help import Command
 from aipod.cli.options import Server, server_options, take_server, timeout_option
 from aipod.cli.progress import Progress
 from aipod.cli.ticket import read_ticket, ticket_argument
-from aipod.client import Client, Job
+from aipod.client import Job
 from aipod.client.ticket import TicketFile
 
 # What a job is that was stopped before it had an answer; its ticket is good for nothing more.
 WITHOUT_ANSWER = ("FAILED", "CANCELLED", "RELEASED")
 
 
-@click.command(short_help="Stop a job, or forget its answer.")
+@click.command(cls=Command)
 @ticket_argument
 @click.option("--release", is_flag=True, help="Have the server forget the answer as well.")
 @timeout_option("Time for the job's end.", 60.0)
@@ -45,11 +47,10 @@ def cancel(ticket: str, release: bool, timeout: float, **options: Any) -> None:
 
 
 async def _cancel(server: Server, ticket: bytes, release: bool, seconds: float) -> str:
-    with Progress(sys.stderr) as progress:
-        async with Client(server.to, config=server.config) as client:
-            job = client.attach(ticket, metadata=server.metadata)
-            await (job.release() if release else job.cancel())
-            return await _end_of(job, progress, seconds)
+    async with calling(server) as (client, progress):
+        job = client.attach(ticket, metadata=server.metadata)
+        await (job.release() if release else job.cancel())
+        return await _end_of(job, progress, seconds)
 
 
 async def _end_of(job: Job, progress: Progress, seconds: float) -> str:
@@ -58,6 +59,6 @@ async def _end_of(job: Job, progress: Progress, seconds: float) -> str:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds), contextlib.aclosing(job.events()) as events:
             async for event in events:
-                progress.show(event)
+                progress.show(dataclasses.replace(event, log=""))  # who cancels does not want its log
                 phase = event.phase
     return phase

@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 LABELS = ("asyncio", "email", "json", "unittest", "xml", "http", "importlib", "multiprocessing", "logging", "sqlite3")
 
 
-@click.command(short_help="Serve, train, predict and send a large file, all here.")
+@click.command()
 @click.option(
     "--size",
     type=click.IntRange(min=1),

@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from aipod.cli import OK, end_on_signals, run_async
+from aipod.cli.help import Command
 from aipod.cli.options import (
+    CONNECTION,
     Seconds,
     config_options,
     meta_option,
@@ -22,6 +24,7 @@ from aipod.cli.options import (
     token_option,
     upstream_option,
 )
+from aipod.cli.progress import can_draw
 from aipod.config import SECONDS
 from aipod.doctor import Chain, Finding, Level, examine
 from aipod.doctor.finding import is_well, worst_first
@@ -36,7 +39,7 @@ MOST = 110 * SECONDS
 _WORDS = {Level.BROKEN: "BROKEN", Level.CHANGE: "CHANGE", Level.NOTE: "note", Level.FINE: "ok", Level.UNCHECKED: "?"}
 
 
-@click.command(short_help="Say what proxies on the way to a server do to calls.")
+@click.command(cls=Command)
 @click.argument("target", metavar="[HOST:PORT]", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--quick", is_flag=True, help=f"As --wait {QUICK:g}s.")
@@ -45,7 +48,7 @@ _WORDS = {Level.BROKEN: "BROKEN", Level.CHANGE: "CHANGE", Level.NOTE: "note", Le
 @upstream_option
 @token_option
 @meta_option
-@config_options(("tls", "tls_ca", "tls_cert", "tls_key", "connect_timeout"), text="client")
+@config_options(("tls", "tls_ca", "tls_cert", "tls_key", "connect_timeout"), text="client", section=CONNECTION)
 @click.pass_context
 def doctor(
     context: click.Context, /, target: str | None, as_json: bool, quick: bool, wait: float | None, **options: Any
@@ -87,7 +90,7 @@ def doctor(
 @contextlib.contextmanager
 def _progress(wait: float) -> Iterator[Any]:
     """A live line on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
+    if not can_draw(sys.stderr):
         yield lambda done, of: None
         return
     from aipod.cli.bar import Bar

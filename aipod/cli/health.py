@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
 
 from aipod.cli import end_on_signals, plain, run_async
-from aipod.cli.options import config_options, make_config, timeout_option, to_option, upstream_option
+from aipod.cli.help import Command
+from aipod.cli.options import (
+    CONNECTION,
+    config_options,
+    make_config,
+    timeout_option,
+    to_option,
+    upstream_option,
+)
 from aipod.config import Config
 
 
-@click.command(short_help="Print whether a server takes jobs.")
+@click.command(cls=Command)
 @click.argument("service", default="")
 @click.option("--all", "everything", is_flag=True, help="Print the health of every service that the server names.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: service and status.")
 @to_option
 @timeout_option("Time for the answer.", 5.0)
 @upstream_option
-@config_options(("tls", "tls_ca", "tls_cert", "tls_key"), text="client")
+@config_options(("tls", "tls_ca", "tls_cert", "tls_key"), text="client", section=CONNECTION)
 @click.pass_context
 def health(
-    context: click.Context, /, service: str, everything: bool, to: str, timeout: float, upstream: str, **options: Any
+    context: click.Context,
+    /,
+    service: str,
+    everything: bool,
+    as_json: bool,
+    to: str,
+    timeout: float,
+    upstream: str,
+    **options: Any,
 ) -> None:
     """Print a server's health: exit status 0 when it is SERVING, 1 when not, 3 when it cannot be reached.
 
@@ -33,6 +51,9 @@ def health(
     metadata = [("x-upstream", upstream)] if upstream else []
     statuses = run_async(_ask(None if everything else service, to, timeout, config, metadata))
     for name, status in sorted(statuses.items()):
+        if as_json:
+            click.echo(json.dumps({"service": name, "status": status}))
+            continue
         click.echo(f"{status:<12} {plain(name) or '(the whole server)'}" if everything else status)
     context.exit(0 if set(statuses.values()) == {"SERVING"} else 1)
 

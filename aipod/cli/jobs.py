@@ -11,14 +11,16 @@ from typing import Any
 import click
 
 from aipod.cli import end_on_signals, plain, run_async
+from aipod.cli.amounts import sizes
+from aipod.cli.answer import calling
+from aipod.cli.help import Command
 from aipod.cli.options import Server, server_options, take_server, timeout_option
-from aipod.cli.progress import Progress, amount, silence
-from aipod.client import Client
+from aipod.cli.progress import silence
 
 HEADINGS = ("ID", "METHOD", "VERSION", "PHASE", "PROGRESS", "MESSAGE")
 
 
-@click.command(short_help="List the jobs of a server.")
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @timeout_option("Time for the answer.", 30.0)
 @server_options()
@@ -38,18 +40,15 @@ def jobs(as_json: bool, timeout: float, **options: Any) -> None:
             click.echo(json.dumps(job, ensure_ascii=False))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for line in table([HEADINGS, *(_row(job) for job in listed)]):
-        click.echo(line[:width])
+    for line in table([HEADINGS, *(_row(job) for job in listed)], width):
+        click.echo(line)
 
 
 async def _ask(server: Server, timeout: float) -> list[dict[str, Any]]:
-    with Progress(sys.stderr) as progress:
-        async with Client(server.to, config=server.config) as client:
-            metadata = [*server.metadata, ("x-func-name", "aipod.jobs")]
-            listed: list[dict[str, Any]] = await client.chaos(
-                metadata=metadata, timeout=timeout, on_event=progress.show
-            )
-            return listed
+    async with calling(server) as (client, progress):
+        metadata = [*server.metadata, ("x-func-name", "aipod.jobs")]
+        listed: list[dict[str, Any]] = await client.chaos(metadata=metadata, timeout=timeout, on_event=progress.show)
+        return listed
 
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:
@@ -60,7 +59,7 @@ def _row(job: dict[str, Any]) -> tuple[str, ...]:
 def _progress(job: dict[str, Any]) -> str:
     """How far the job has come in its phase; of a payload what is durable, and all of it where that was announced."""
     if job["phase"] == "RECEIVING":
-        return amount(job["received"], job["size"])
+        return sizes(job["received"], job["size"])
     return f"{job['progress']:.0%}" if job["phase"] == "RUNNING" and job["progress"] else ""
 
 
@@ -68,7 +67,12 @@ def _message(job: dict[str, Any]) -> str:
     return " ".join(filter(None, (job["message"], silence(job.get("quiet", 0)))))
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with their columns below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """Lines with their columns below each other, however wide their letters are, cut at `width`."""
+    from rich.cells import cell_len, set_cell_size  # a command that shows no table needs none of it
+
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [line if width is None or cell_len(line) <= width else set_cell_size(line, width) for line in lines]

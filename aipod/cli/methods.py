@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
 
 from aipod.cli import end_on_signals, plain, run_async
+from aipod.cli.answer import calling
+from aipod.cli.help import Command
 from aipod.cli.options import Server, server_options, take_server, timeout_option
-from aipod.cli.progress import Progress
-from aipod.client import Client
 
 
-@click.command(short_help="List the methods of a server.")
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @timeout_option("Time for the answer.", 30.0)
 @server_options()
@@ -32,11 +31,10 @@ def methods(as_json: bool, timeout: float, **options: Any) -> None:
 
 
 async def _ask(server: Server, timeout: float) -> dict[str, Any]:
-    with Progress(sys.stderr) as progress:
-        async with Client(server.to, config=server.config) as client:
-            metadata = [*server.metadata, ("x-func-name", "aipod.methods")]
-            told: dict[str, Any] = await client.chaos(metadata=metadata, timeout=timeout, on_event=progress.show)
-            return told
+    async with calling(server) as (client, progress):
+        metadata = [*server.metadata, ("x-func-name", "aipod.methods")]
+        told: dict[str, Any] = await client.chaos(metadata=metadata, timeout=timeout, on_event=progress.show)
+        return told
 
 
 def _notes(method: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from aipod.cli import end_on_signals, plain
+from aipod.cli.help import Command, More
 from aipod.cli.nginx_check import audit
 from aipod.cli.nginx_setup import LISTEN, OLDEST, Setup, Upstream
 from aipod.cli.nginx_template import render
@@ -26,11 +27,13 @@ _TEST_SECONDS = 60.0
 _PATHS = ("tls_cert", "tls_key", "server_ca", "server_cert", "server_key", "run_dir")
 
 
-def _path_option(flag: str, help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.option(flag, metavar="PATH", default="", help=help)
+def _path_option(
+    flag: str, help: str, kind: type[click.Option] = More
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(flag, metavar="PATH", default="", help=help, cls=kind)
 
 
-@click.command("nginx-conf", short_help="Write or check a configuration of nginx.")
+@click.command("nginx-conf", cls=Command)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
 @click.option(
     "--upstream",
@@ -51,14 +54,14 @@ def _path_option(flag: str, help: str) -> Callable[[Callable[..., Any]], Callabl
     "--listen", multiple=True, metavar="[HOST:]PORT", help=f"Where nginx listens [{LISTEN[0]}]; may be repeated."
 )
 @click.option("--insecure", is_flag=True, help="Listen on other than loopback addresses without TLS.")
-@_path_option("--tls-cert", "PEM file with nginx's certificate chain.")
-@_path_option("--tls-key", "PEM file with its key.")
+@_path_option("--tls-cert", "PEM file with nginx's certificate chain.", click.Option)
+@_path_option("--tls-key", "PEM file with its key.", click.Option)
 @_path_option("--server-ca", "PEM file with the authorities of the servers' certificates, where servers speak TLS.")
-@click.option("--server-name", default="", help="The name that those certificates have, of all servers.")
+@click.option("--server-name", cls=More, default="", help="The name that those certificates have, of all servers.")
 @_path_option("--server-cert", "PEM file with the certificate that nginx shows to them (their --tls-ca).")
 @_path_option("--server-key", "PEM file with its key.")
 @_path_option("--run-dir", "Where nginx has its pid, logs and temporary files, where it does not run as root.")
-@click.option("--log-stdout", is_flag=True, help="Log to stdout and stderr, as in a container.")
+@click.option("--log-stdout", cls=More, is_flag=True, help="Log to stdout and stderr, as in a container.")
 @click.option(
     "--nginx", default="", metavar="VERSION", help="The version of nginx [that of `nginx -v` here, else 1.22]."
 )

@@ -18,6 +18,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from aipod.cli.help import More
 from aipod.config import GIB, HOURS, KIB, MIB, MINUTES, Config, ConfigError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|K|M|G|T)?\Z", re.IGNORECASE)
@@ -36,6 +37,10 @@ _DEFAULTS = Config()
 CALL_SETTINGS = ("token_file", "to", "version", "upstream", "meta", "timeout", "output", "ticket")
 # What of `Config` says how a client connects, and how long it tries.
 _CONNECTION = ("tls", "tls_ca", "tls_cert", "tls_key", "silence", "connect_timeout", "attempts", "reconnect")
+# The names of what every command has that calls a server.
+SERVER = ("to", "upstream", "token_file", "meta", *_CONNECTION)
+# Their heading in --help-all.
+CONNECTION = "Connection options"
 
 
 class Size(click.ParamType[int]):
@@ -75,23 +80,41 @@ class Level(click.ParamType[int | str]):
 
 
 to_option = click.option(
-    "--to", default="127.0.0.1:50051", envvar="AIPOD_TO", show_default=True, help="HOST:PORT or unix:PATH."
+    "--to",
+    default="127.0.0.1:50051",
+    metavar="ADDRESS",
+    envvar="AIPOD_TO",
+    help="The server: HOST:PORT or unix:PATH [127.0.0.1:50051].",
 )
 upstream_option = click.option(
-    "--upstream", default="", envvar="AIPOD_UPSTREAM", help="Which servers, for a proxy that asks (header x-upstream)."
+    "--upstream",
+    default="",
+    metavar="NAME",
+    envvar="AIPOD_UPSTREAM",
+    help="Which servers a proxy shall ask (header x-upstream).",
 )
 # Not the token itself: who lists the machine's processes, or reads a --config that many may read, would see it.
 token_option = click.option(
     "--token-file",
     type=click.Path(dir_okay=False, path_type=Path),
     envvar="AIPOD_TOKEN_FILE",
-    help="File with the token that says who calls; AIPOD_TOKEN may be the token itself.",
+    metavar="FILE",
+    help="The token that says who calls, or AIPOD_TOKEN=TOKEN.",
 )
-meta_option = click.option("--meta", multiple=True, metavar="K=V", envvar="AIPOD_META", help="Call metadata.")
+meta_option = click.option(
+    "--meta",
+    cls=More,
+    section=CONNECTION,
+    multiple=True,
+    metavar="K=V",
+    envvar="AIPOD_META",
+    help="A header to send with the call (its metadata); may be repeated.",
+)
 output_option = click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="FILE",
     envvar="AIPOD_OUTPUT",
     help="Write the answer to this file; - is stdout.",
 )
@@ -108,7 +131,7 @@ def server_options(*more: str) -> Callable[[Callable[..., Any]], Callable[..., A
     """A decorator that adds what says which server is called and how, and the fields `more`; see `take_server`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        function = config_options((*_CONNECTION, *more), text="client")(function)
+        function = config_options((*_CONNECTION, *more), text="client", section=CONNECTION)(function)
         return to_option(upstream_option(token_option(meta_option(function))))
 
     return decorate
@@ -155,7 +178,7 @@ def repeat_server(context: click.Context) -> str:
     words: list[str] = []
     for param in context.command.params:
         name = str(param.name)
-        if name not in ("to", "upstream", "meta", "token_file", *_CONNECTION):
+        if name not in SERVER:
             continue
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             value = context.params[name]
@@ -172,16 +195,25 @@ def split_pair(pair: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-def config_options(names: Sequence[str], text: str = "help") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that adds an option for each named field of `Config`, and --config. `text`: which help they have."""
+def config_options(
+    names: Sequence[str], text: str = "help", *, often: Sequence[str] = (), section: str = "More options"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds an option for each named field of `Config`, and --config. `text`: which help they have.
+
+    All but those `often` needed are for --help-all, below the heading `section`.
+    """
     fields = {field.name: field for field in dataclasses.fields(Config)}
     hints = typing.get_type_hints(Config)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
-            function = _option(fields[name], hints[name], text)(function)
+            kind: dict[str, Any] = {} if name in often else {"cls": More, "section": section}
+            function = _option(fields[name], hints[name], text, kind)(function)
         return click.option(
             "--config",
+            cls=More,
+            section=section,
+            metavar="FILE",
             envvar="AIPOD_CONFIG",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             is_eager=True,
@@ -193,7 +225,9 @@ def config_options(names: Sequence[str], text: str = "help") -> Callable[[Callab
     return decorate
 
 
-def _option(field: dataclasses.Field[Any], kind: Any, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _option(
+    field: dataclasses.Field[Any], kind: Any, text: str, more: dict[str, Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     flag = "--" + field.name.replace("_", "-")
     default = getattr(_DEFAULTS, field.name)
     default = ", ".join(default) if isinstance(default, tuple) else default
@@ -203,6 +237,7 @@ def _option(field: dataclasses.Field[Any], kind: Any, text: str) -> Callable[[Ca
         "envvar": f"AIPOD_{field.name.upper()}",
         "default": None,
         "help": field.metadata[text].removesuffix(".") + told,
+        **more,
     }
     if kind is bool and default:
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", **common)

@@ -5,13 +5,18 @@ rich is imported for a terminal only: it costs a command a fifth of its start.
 
 from __future__ import annotations
 
-import time
+import collections
+import os
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
 import click
 
+from aipod.cli import plain
+from aipod.cli.amounts import sizes
+from aipod.cli.tally import Tally, amounts
 from aipod.client.event import Event
+from aipod.config import KIB
 
 if TYPE_CHECKING:
     from aipod.cli.bar import Bar
@@ -27,29 +32,44 @@ _PHASES = {
     "CANCELLED": "cancelled",
     "RELEASED": "released",
 }
+# Phases in which nobody has heard of the job over this connection.
+_UNHEARD = ("CONNECTING", "WAITING")
 
 # Seconds for which a method may be quiet before that is told: many have nothing to say.
 QUIET = 10
 
 # Reasons of which a command tells: in some there are numbers, which differ each time.
 _NOTES = 5
+# Lines that are kept while a question is on the screen.
+_KEPT = 1000
+# Characters of a line of the log that may wait for its end.
+_LONGEST = 64 * KIB
 
 
 class Progress:
-    """Shows events on `stream` where it is a terminal; log lines of the model above the bar."""
+    """Shows events on `stream` where it is a terminal; log lines of the model above the bar.
 
-    def __init__(self, stream: IO[str]) -> None:
+    `to`: who is called. `quiet`: as where it is none. `heard`: whether a server has told of the job; `why`: why it was
+    tried again at last.
+    """
+
+    def __init__(self, stream: IO[str], to: str = "", *, quiet: bool = False) -> None:
         # Only what the stream says: FORCE_COLOR and the like make rich write to pipes.
         self._live: Bar | None = None
         self._bar: Bar | None = None
-        if stream.isatty():
+        self._stream = stream
+        self._to = to
+        self.is_terminal = stream.isatty() and not quiet
+        if self.is_terminal and can_draw(stream):
             from aipod.cli.bar import Bar
 
             self._bar = self._live = Bar(stream)
         self._told = set[str]()  # why it was tried again
-        self.is_json = False
-        self._phase = ""
-        self._since = (0.0, 0)
+        self._tally = Tally()
+        self._kept: collections.deque[str] | None = None  # lines for after a question
+        self._rest = ""  # of the log: a line that has no end yet
+        self.is_json = self.heard = False
+        self.why = self.phase = ""
 
     def __enter__(self) -> Progress:
         if self._live is not None:
@@ -63,29 +83,58 @@ class Progress:
 
     def close(self) -> None:
         """Take the line away."""
+        self.resume()
+        self._log("\n" if self._rest else "")
         if self._live is not None:
             self._live.stop()
             self._live = None
 
+    def pause(self) -> None:
+        """Take the line away until `resume`; what is to be shown meanwhile waits."""
+        if self._kept is None:
+            self._kept = collections.deque(maxlen=_KEPT)
+            if self._live is not None:
+                self._live.stop()
+
+    def resume(self, *, new_line: bool = True) -> None:
+        """Show the line again, below what was written meanwhile; `new_line`: that has not ended its line."""
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return
+        if new_line:
+            click.echo(file=self._stream)
+        if self._live is not None:
+            self._live.start()
+        for line in kept:
+            self.say(line)
+
     def say(self, text: str) -> None:
-        """One line for a person."""
-        if self._bar is not None:
+        """One line for a person at a terminal."""
+        if self._kept is not None:
+            self._kept.append(text)
+        elif self._bar is not None:
             self._bar.print(text)
+        elif self.is_terminal:
+            click.echo(text, file=self._stream)
+
+    def sum_up(self) -> None:
+        """Say what went up and down, and how long it took."""
+        self.say(self._tally.summary())
 
     def show(self, event: Event) -> None:
         """Called with every event of the call."""
         self.is_json = event.content_type == "application/json"
-        if self._bar is None and event.phase == "WAITING":
-            self._note(" ".join(event.message.split()))
-        if self._live is None:
+        self.heard = self.heard or event.phase not in _UNHEARD
+        self.phase = event.phase
+        if event.phase == "WAITING":
+            self.why = " ".join(event.message.split())
+            if self._bar is None:
+                self._note(self.why)
+        self._log(event.log)
+        is_new = self._tally.see(event)
+        if self._live is None or self._kept is not None:
             return
-        if event.log:
-            self._live.print(event.log.rstrip("\n"))
-        done, total = _amounts(event)
-        is_new = event.phase != self._phase
-        if is_new:
-            self._phase = event.phase
-            self._since = (time.monotonic(), done)
+        done, total = amounts(event)
         self._live.update(
             _PHASES.get(event.phase, event.phase.lower()),
             done,
@@ -94,54 +143,52 @@ class Progress:
             refresh=is_new,  # at once: a phase may be shorter than the pause between two pictures
         )
 
+    def _log(self, text: str) -> None:
+        """Show whole lines: what comes is cut anywhere."""
+        if not text or not self.is_terminal:
+            return
+        *lines, self._rest = (self._rest + text).split("\n")
+        if len(self._rest) > _LONGEST:
+            lines, self._rest = [*lines, self._rest], ""
+        for line in lines:
+            self.say(_shown(line))
+
     def _note(self, why: str) -> None:
         """One line for each reason, not one for each try."""
         if why not in self._told and len(self._told) < _NOTES:
             self._told.add(why)
-            click.echo(f"aipod: note: {why}; trying again", err=True)
+            click.echo(f"aipod: note: {plain(why)}; trying again", err=True)
 
     def _detail(self, event: Event, done: int, total: float | None) -> str:
-        message = " ".join(event.message.split())
-        if event.phase in ("CONNECTING", "WAITING") and event.connection > 1:
+        message = plain(" ".join(event.message.split()))
+        if event.phase in _UNHEARD:
+            if event.connection == 1:
+                return self._to
             # Once the server has been heard of only time counts.
             of = "" if event.heartbeats else f" of {event.connections}"
             return f"connection {event.connection}{of}" + (f": {message}" if message else "")
         if event.phase == "QUEUED":
-            return f"{event.place} before" if event.place else ""
+            return f"{event.place} before it in line" if event.place else ""
         if event.phase == "RUNNING":
             again = f"run {event.runs}" if event.runs > 1 else ""  # a restartable method
             said = f"{event.progress:.0%} {message}" if event.progress or message else ""
             return " ".join(filter(None, (again, said, silence(event.quiet))))
         if event.phase not in ("RECEIVING", "DONE"):
             return ""
-        took, before = time.monotonic() - self._since[0], self._since[1]
-        rate = (done - before) / took if took > 0.2 else 0
-        text = amount(done, total)
-        if event.ratio >= 1.05:
-            text += f"  {event.ratio:.1f}:1"  # compressed
-        if rate:
-            text += f"  {rate / 1e6:.1f} MB/s"
-            if total:
-                text += f"  {(total - done) / rate:.0f} s left"
-        return text
+        return "  ".join(filter(None, (sizes(done, total), self._tally.detail(event))))
+
+
+def can_draw(stream: IO[str]) -> bool:
+    """Whether a line can be drawn anew there: not in editors, nor where the terminal's kind is not known."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+def _shown(line: str) -> str:
+    """A line of a model's log as a terminal shows it: without what would move its cursor or change its colors."""
+    drawn = [part for part in line.split("\r") if part]  # of a bar that is drawn again and again
+    return plain(drawn[-1].expandtabs()) if drawn else ""
 
 
 def silence(quiet: int) -> str:
     """What to say of a method that has said nothing for `quiet` seconds."""
     return f"quiet for {quiet} s" if quiet >= QUIET else ""
-
-
-def amount(done: int, total: float | None) -> str:
-    """Bytes for a person; `total` where it is known, and not 0."""
-    return f"{done / 1e6:.1f}/{total / 1e6:.1f} MB" if total else f"{done / 1e6:.1f} MB"
-
-
-def _amounts(event: Event) -> tuple[int, float | None]:
-    """What is done of what, in the current phase."""
-    if event.phase == "RECEIVING":
-        return max(event.sent, event.offset), event.payload_size  # who attaches sends nothing
-    if event.phase == "DONE":
-        return event.received, event.answer_size
-    if event.phase == "RUNNING" and event.progress:
-        return int(event.progress * 1000), 1000
-    return 0, None

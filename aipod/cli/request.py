@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from aipod.cli.completion import complete_file, complete_method
 from aipod.cli.options import split_pair
 from aipod.config import CHUNK
 
@@ -38,8 +39,8 @@ def request_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "-k", "kwargs", multiple=True, metavar="NAME=JSON", help="A keyword argument; what is no JSON is a string."
         ),
-        click.argument("file", required=False, metavar="[FILE|-]"),
-        click.argument("method"),
+        click.argument("file", required=False, metavar="[FILE|-]", shell_complete=complete_file),
+        click.argument("method", shell_complete=complete_method),
     ):
         function = add(function)
     return function

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import click
 
 from aipod.cli import lasting_imports
+from aipod.cli.help import Command
 from aipod.cli.logs import set_up_logging
 from aipod.cli.options import config_options, make_config
 from aipod.cli.process import prepare_process
@@ -38,11 +39,15 @@ OPTIONS = (
     "max_age_grace", "max_idle", "ping_interval", "ping_timeout", "send_stall", "level", "tracebacks", "max_spool",
     "metrics", "log_format", "reflection",
 )  # fmt: skip
+# Of them those that --help shows; --help-all shows all.
+OFTEN = (
+    "bind", "insecure", "tokens", "spool", "data", "runner", "instances", "drain", "tls_cert", "tls_ca", "metrics",
+)  # fmt: skip
 
 
-@click.command(short_help="Serve a class.")
+@click.command(cls=Command)
 @click.argument("model", metavar="MODULE:CLASS", envvar="AIPOD_MODEL")  # with --config, it may be in the file
-@config_options(OPTIONS)
+@config_options(OPTIONS, often=OFTEN)
 @click.pass_context
 def serve(context: click.Context, /, **options: Any) -> None:
     """Serve a class: its public methods can be called from anywhere that reaches the address.

@@ -11,7 +11,7 @@ from aipod.cli import end_on_signals
 from aipod.identity import add_token
 
 
-@click.command(short_help="Make a token for a caller.")
+@click.command()
 @click.argument("name")
 @click.option(
     "--tokens",

@@ -52,8 +52,10 @@ class Part:
         self.hasher = new_hasher()
         self.size = 0  # bytes that an earlier process has left, all in `hasher`
 
-    def find(self) -> None:
-        """Take up what an earlier process has left; nothing where there is none. Reads it all. Raises OSError."""
+    def find(self, *, read: bool = True) -> None:
+        """Take up what an earlier process has left; nothing where there is none. Reads it all, unless it is only found
+        to be removed. Raises OSError.
+        """
         with self._lock:
             if self._left.is_set() or not self._job_id or is_special(self._target):
                 return
@@ -62,7 +64,7 @@ class Part:
             if self._file is None:
                 return
             self._path, self._is_shared = path, True
-            while not self._left.is_set() and (piece := self._file.read(MIB)):
+            while read and not self._left.is_set() and (piece := self._file.read(MIB)):
                 self.hasher.update(piece)
                 self.size += len(piece)
 

@@ -64,7 +64,7 @@ async def prepare(
         return request, Course()
     request.goes_on = request.durable = True
     request.fingerprint = await asyncio.to_thread(_fingerprint, request, text, source)
-    file = TicketFile(ticket_file)
+    file = ticket_file if isinstance(ticket_file, TicketFile) else TicketFile(ticket_file)
     course = Course(file=file)
     saved = await asyncio.to_thread(file.create, course.saved(request))
     if saved.ticket == course.ticket:

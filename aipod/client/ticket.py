@@ -59,6 +59,9 @@ class TicketFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def load(self) -> Saved | None:
         """What was saved; None where there is no such file. Raises `UsageError` where it is something else."""
         try:
