@@ -23,6 +23,7 @@ from aipod.client import Event
 from aipod.config import Config
 from aipod.errors import TABLE
 from tests.conftest import FIRST, ROOT, missing, require
+from tests.test_node_client import require_node
 from tests.walk import FENCE, fences, where
 
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
@@ -42,7 +43,7 @@ def test_what_it_says_is_done(document: Path, tmp_path: Path) -> None:
     """In an empty directory, and in a network of its own. Mutants seen: a wrong output, option, import, address."""
     commands = "\n".join(line for f in fences(document) if f.language == "sh" and f.tested for line in f.commands)
     for name in {"unshare", *PROGRAMS.findall(commands)}:
-        require(name)
+        require_node() if name == "node" else require(name)
     if subprocess.run(["unshare", "-n", "ip", "link"], capture_output=True, check=False).returncode != 0:
         missing("no network namespaces: not root, or no ip")
     command = ["unshare", "-n", sys.executable, "-m", "tests.walk", str(document), str(tmp_path)]

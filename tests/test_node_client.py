@@ -29,14 +29,19 @@ class Same(aipod.Model):
         return path
 
 
-@pytest.fixture(scope="module")
-def node() -> str:
+def require_node() -> str:
+    """Node, with what the client needs."""
     program = require("node")
     needed = json.loads((ROOT / "aipod" / "examples" / "node" / "package.json").read_text())["dependencies"]
     loads = ";".join(f"require('{name}')" for name in needed)
     if subprocess.run([program, "-e", loads], stderr=subprocess.DEVNULL, check=False).returncode != 0:
         missing("what aipod/examples/node/package.json names is not installed (NODE_PATH)")
     return program
+
+
+@pytest.fixture(scope="module")
+def node() -> str:
+    return require_node()
 
 
 class Caller:
