@@ -37,8 +37,9 @@ def address(tmp_path: Path) -> Iterator[str]:
 def test_what_a_small_job_costs_the_server(address: str) -> None:
     """Counted over some jobs, one after the other, each of which has its answer released by the next.
 
-    Mutants seen: a hop of its own for each line of the journal; a task per heartbeat; every phase is told at once; the
-    outcome and the answer are two writes; the answer is made in a thread; the entry is let go of in a step of its own.
+    Mutants seen: a hop of its own for each line of the journal; RUNNING has a line of its own; a task per heartbeat, or
+    for who watches for the method's cancel; every phase is told at once; the outcome and the answer are two writes, or
+    the status is one; the answer is made in a thread; the entry is let go of in a step of its own.
     """
     cost: dict[str, float] = {}
 
@@ -55,8 +56,8 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
 
     run(main)
     assert set(cost) == {"steps", "releases", "threads", "tasks", "turns", "messages", "lines", "files", "writes"}
-    # Steps on the disk: begin, start, end; those that release answers are shared, or one a job where it is slow.
-    assert cost["steps"] - cost["releases"] == pytest.approx(3, abs=0.2)
+    # Steps on the disk: begin, end; those that release answers are shared, or one a job where it is slow.
+    assert cost["steps"] - cost["releases"] == pytest.approx(2, abs=0.2)
     assert cost["releases"] <= 1.2
     # And none by another way than these.
     assert cost["threads"] <= cost["steps"] + 0.3
@@ -66,6 +67,6 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
     assert 3 <= cost["messages"] <= 4.5
     # The first heartbeat; the others, and the status with them. Now and then one has more than this call's.
     assert 1.5 <= cost["writes"] <= 2.5
-    # In line, running, done, released.
-    assert 3.5 <= cost["lines"] <= 5
+    # Running, done, released.
+    assert 2.5 <= cost["lines"] <= 3.5
     assert cost["files"] <= 55
