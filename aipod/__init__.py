@@ -6,6 +6,7 @@
 #   server  client  embedded  doctor    lifecycles, and what looks at the way there
 #   service                      gRPC method bodies: guard clauses, then a viewer of one job
 #   job  pool                    the story of one job: receive, queue, lease, run, store, reply; who runs it
+#   instance                     one runner of a version, and who waits for one
 #   runner                       how an instance's methods are executed: process, loop
 #   spool  versions              what is on disk: jobs, and the data of versions
 #   packing                      chunks for the wire, at the level that fits the moment

@@ -7,7 +7,6 @@ trio thread, each followed by `_assign`, which alone decides who gets what.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 import trio
 
 from aipod.errors import JobFailed, Refused, job_failed
+from aipod.instance import Instance, Waiter
 from aipod.restarts import Restarts
 from aipod.results import Result
 from aipod.runner import Report, Runner, RunnerBroken, Task
@@ -28,42 +28,6 @@ PROBE = 10.0
 LOADS = 5
 
 MakeRunner = Callable[[str], Runner]
-
-
-@dataclasses.dataclass(eq=False)
-class Instance:
-    """One runner of a version and who uses it. A retired one gets no new jobs and ends when it is free.
-
-    It loads in a task of the pool's, so that a job which leaves meanwhile does not take the load with it: the next one
-    has only the rest to wait for.
-    """
-
-    version: str
-    beside: bool  # see `Waiter`
-    runner: Runner
-    data: Data
-    users: int = 0
-    last_used: int = 0
-    free_since: float = 0.0  # by trio's clock
-    retired: bool = False
-    ready: bool = False
-    load: trio.CancelScope | None = None  # of the task that loads it, once there is one
-    loaded: trio.Event = dataclasses.field(default_factory=trio.Event)  # or not: then `failure` says why
-    failure: Exception | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class Waiter:
-    """A job in line. `instance` is what it was given. `again`: it has had its turn, but no runner that worked.
-
-    `beside`: it takes long, so it uses none of the instances that its version's other jobs have, but one more.
-    """
-
-    version: str
-    again: bool = False
-    beside: bool = False
-    given: trio.Event = dataclasses.field(default_factory=trio.Event)
-    instance: Instance | None = None
 
 
 class Pool:
@@ -173,9 +137,10 @@ class Pool:
             self._return(instance)
 
     async def _wait(self, waiter: Waiter) -> Instance:
-        waiter.beside = waiter.beside and self._has_beside
-        self._line.insert(0 if waiter.again else len(self._line), waiter)
-        self._assign()
+        if waiter.instance is None:  # else it was taken
+            waiter.beside = waiter.beside and self._has_beside
+            self._line.insert(0 if waiter.again else len(self._line), waiter)
+            self._assign()
         try:
             if waiter.given.is_set():  # as nearly always: a turn of the loop less
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -190,6 +155,24 @@ class Pool:
                 self._line.remove(waiter)
         assert waiter.instance is not None
         return waiter.instance
+
+    def take(self, waiter: Waiter) -> Lease | None:
+        """What `lease` gives, where there is an instance that is free now; else None.
+
+        Who has it enters `lease` with the same `waiter`, or calls `give_back`.
+        """
+        waiter.beside = waiter.beside and self._has_beside
+        # Nobody stands in line for it: `_assign` would have given it away.
+        instance = self._find_free(waiter.version, waiter.beside)
+        if instance is None or not instance.ready:
+            return None
+        self._give(instance, waiter)
+        return Lease(self, instance)
+
+    def give_back(self, waiter: Waiter) -> None:
+        """What was taken is not needed."""
+        assert waiter.instance is not None, "it was taken"
+        self._return(waiter.instance)
 
     async def _wait_loaded(self, instance: Instance) -> None:
         if instance.load is None:
@@ -277,22 +260,34 @@ class Pool:
             if instance is None:
                 blocked.add(line)
                 continue
-            instance.users += 1
-            waiter.instance = instance
             self._line.remove(waiter)
-            waiter.given.set()
+            self._give(instance, waiter)
 
-    def _find(self, version: str, beside: bool) -> Instance | None:
+    def _give(self, instance: Instance, waiter: Waiter) -> None:
+        instance.users += 1
+        waiter.instance = instance
+        waiter.given.set()
+
+    def _usable(self, version: str, beside: bool) -> list[Instance]:
+        return [instance for instance in self._of(version) if instance.beside == beside and not instance.retired]
+
+    def _find_free(self, version: str, beside: bool) -> Instance | None:
         for instance in self._of(version):
             if instance.ready and instance.users == 0 and instance.runner.broken:
                 self._restarts.died("idle")
                 self._shut(instance)
             elif not instance.retired and instance.data.replaced:
                 self._retire(instance)  # by another process, which cannot call `retire`
-        mine = [instance for instance in self._of(version) if instance.beside == beside and not instance.retired]
-        for instance in sorted(mine, key=lambda one: (not one.ready, -one.last_used)):
+        for instance in sorted(self._usable(version, beside), key=lambda one: (not one.ready, -one.last_used)):
             if instance.users < (self._at_once if instance.ready else 1):  # one that loads has who hears of its failure
                 return instance
+        return None
+
+    def _find(self, version: str, beside: bool) -> Instance | None:
+        """One that is free, or is about to be made; None where there is none yet."""
+        if (instance := self._find_free(version, beside)) is not None:
+            return instance
+        mine = self._usable(version, beside)
         if len(mine) >= (1 if beside else self._per_version):
             return None
         if len(self._instances) + len(self._closing) >= self._total:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import math
 import os
 import time
@@ -27,7 +28,7 @@ from aipod.job.end import STORE_TRIES, Terms, settle_later
 from aipod.job.job import LOG_IS_LONG, MAX_PENDING_LOG, Job
 from aipod.job.reply import own_messages, plain_messages, send_all
 from aipod.job.request import Request
-from aipod.job.run import MAX_BROKEN, run_job
+from aipod.job.run import MAX_BROKEN, run_job, running
 from aipod.job.watched import Answer, Keep, Told
 from aipod.metrics import Metrics
 from aipod.packing import Packer
@@ -510,6 +511,42 @@ async def test_a_server_that_is_cancelled_leaves_what_has_not_started_to_the_nex
     assert left_in(story.spool.path) == [
         *(f"{waiting.look.id}{name}" for name in ("", ".lock", "/in", "/state")),
     ]
+
+
+@pytest.mark.parametrize("goes", [True, False])
+async def test_a_job_whose_first_line_says_that_it_runs(tmp_path: Path, model: Model, goes: bool) -> None:
+    """It has come whole, and an instance was free. What is handed over before its start stands in line again.
+
+    Mutants seen: it is left as one that ran, which the next server would call interrupted; RUNNING is written twice;
+    the instance stays taken.
+    """
+    async with open_pool(model, shared=False, per_version=1, total=4) as pool, trio.open_nursery() as nursery:
+        story = Story(tmp_path, pool, nursery)
+        assert await story.end(await story.begin()) == Phase.DONE  # its instance is free now
+        place = Place(pool, "v", "train")
+        lease = place.take()
+        assert lease is not None
+        what = Request("f" * 32, "train", "v", b"{}", None, OWN, Raw(), {})
+        begin = running(lease, 1)
+        entry = story.spool.claim(what.job_id, what.fields, what.kwargs or b"", payload=b"payload", begin=begin)
+        assert entry is not None
+        before = entry.read()
+        assert (before["phase"], before["worker"], before["attempt"]) == ("RUNNING", lease.lock_name, 1)
+        job = Job(what, entry, story.spool.id)
+        job.begun = True
+        job.enter(Phase.QUEUED)
+        if not goes:
+            job.hand_over()
+        with trio.fail_after(10):
+            await run_job(job, place, story.versions, Terms(0.01))
+        lines = (entry.path / "state").read_bytes().splitlines()
+        assert [json.loads(line.partition(b" ")[2])["phase"] for line in lines] == [
+            "RUNNING",
+            "DONE" if goes else "QUEUED",
+        ]
+        assert (job.phase, entry.read()["attempt"]) == ((Phase.DONE, 1) if goes else (Phase.QUEUED, 0))
+        assert [runner.verbs for runner in model.runners] == [["start", *["run train"] * (1 + goes)]]
+        assert pool.states()["idle"] == 1
 
 
 async def test_an_outcome_is_told_when_it_is_stored_and_not_before(story: Story, model: Model) -> None:

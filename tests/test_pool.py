@@ -15,7 +15,8 @@ import trio.testing
 from trio.testing import MockClock
 
 from aipod.errors import JobFailed, Refused
-from aipod.pool import LOADS, PROBE, Pool, Waiter, open_pool
+from aipod.instance import Waiter
+from aipod.pool import LOADS, PROBE, Pool, open_pool
 from aipod.restarts import LONGEST_PAUSE, VERSIONS, Restarts
 from aipod.runner import Description, Runner, RunnerBroken, Task
 from aipod.runner.fake import FakeRunner
@@ -834,3 +835,49 @@ async def test_an_instance_that_nobody_uses_is_closed_after_a_while_and_not_befo
         assert models.made[1][1].verbs[-1] == "shutdown"
         await use(pool, "a")
     assert models.versions == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_an_instance_that_is_free_now_may_be_taken_before_its_job_is_there(
+    autojump_clock: MockClock, shared: bool
+) -> None:
+    """Mutants seen: one that loads is taken, or a busy one; it is used by two, or counted twice; what is given back
+    stays taken.
+    """
+    models, ended = Models(shared=shared), []
+    async with (
+        open_pool(models, shared=shared, at_once=1, per_version=1, total=1) as pool,
+        trio.open_nursery() as limit,
+    ):
+        limit.cancel_scope.deadline = trio.current_time() + 100
+        assert pool.take(Waiter("v")) is None
+        with trio.move_on_after(LOAD / 2):  # its load goes on for the next one
+            await use(pool, "v")
+        assert pool.take(Waiter("v")) is None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use, pool, "v")
+            await trio.sleep(LOAD / 2 + 0.5)
+            assert pool.take(Waiter("v")) is None
+        taken = Waiter("v")
+        assert pool.take(taken) is not None
+        assert pool.take(Waiter("v")) is None
+        assert pool.states()["busy"] == 1
+
+        async def job(name: str, waiter: Waiter) -> None:
+            await use(pool, "v", 1, waiter)
+            ended.append(name)
+
+        async with trio.open_nursery() as nursery:
+            await line_up(nursery, functools.partial(job, "in line", Waiter("v")))
+            nursery.start_soon(job, "taken", taken)
+        assert ended == ["taken", "in line"]
+        given_back = Waiter("v")
+        assert pool.take(given_back) is not None
+        async with trio.open_nursery() as nursery:
+            await line_up(nursery, functools.partial(job, "later", Waiter("v")))
+            pool.give_back(given_back)
+            assert pool.take(Waiter("v")) is None
+        assert ended[2:] == ["later"]
+        assert pool.states() == {"loading": 0, "idle": 1, "busy": 0, "closing": 0}
+    assert not limit.cancel_scope.cancelled_caught
+    assert models.versions == ["v"]

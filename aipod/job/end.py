@@ -75,6 +75,9 @@ class End:
                 self.outcome, self.again, self.why = None, True, ""
                 entry.record({"phase": "QUEUED"})
         with going_on(job):
+            if self.outcome is None and job.begun:
+                entry.record({"phase": "QUEUED", "attempt": job.attempt})  # it was not started after all
+        with going_on(job):
             if job.handed_over or self.again:
                 _note_hand_over(entry)
         if isinstance(self.outcome, JobFailed):

@@ -54,6 +54,7 @@ class Job(Watched):
         self.epoch = request.open.epoch if request.open is not None else 0
         self.attempt = request.attempt
         self.queue: Queue | None = None
+        self.begun = False  # its journal says already that it runs, and it is about to
         self.lease: Lease | None = None  # while the method runs
         self.heard = 0.0  # when the method was started, or has last said something; monotonic
         self._said = ""  # the model's message

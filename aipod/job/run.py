@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import trio
 
@@ -27,7 +28,7 @@ from aipod.job.end import (
     waiting,
 )
 from aipod.job.job import Job
-from aipod.job.queue import Queue
+from aipod.job.queue import Lease, Queue
 from aipod.job.upload import BULK
 from aipod.job.watched import Answer
 from aipod.results import Result
@@ -114,6 +115,11 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                     await trio.to_thread.run_sync(job.entry.destroy)
 
 
+def running(lease: Lease, attempt: int) -> dict[str, Any]:
+    """The line of the journal before a run."""
+    return {"phase": "RUNNING", "worker": lease.lock_name, "attempt": attempt}
+
+
 def _who(job: Job) -> tuple[str, str, str]:
     return job.request.job_id, job.request.method, job.request.version
 
@@ -164,8 +170,10 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                 kwargs = request.kwargs
                 if kwargs is None:
                     kwargs = await trio.to_thread.run_sync(_long_kwargs, entry, limiter=BULK)
-                step = {"phase": "RUNNING", "worker": lease.lock_name, "attempt": job.attempt + 1}
-                await hands.do(entry.record, step)  # what is written is also true of `job`: no cancel comes between
+                if not job.begun:
+                    # What is written is also true of `job`: no cancel comes between.
+                    await hands.do(entry.record, running(lease, job.attempt + 1))
+                job.begun = False
                 job.enter(Phase.RUNNING)
                 left = min(terms.deadline - trio.current_time(), timeout or math.inf)
                 timed = dataclasses.replace(

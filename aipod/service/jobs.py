@@ -28,13 +28,13 @@ from aipod.errors import Refused, refused_when_exhausted
 from aipod.identity import Caller
 from aipod.job.end import Terms, settle_later
 from aipod.job.job import Job
-from aipod.job.queue import Queue
 from aipod.job.request import Request
-from aipod.job.run import run_job
+from aipod.job.run import run_job, running
 from aipod.job.times import outcome_of
 from aipod.job.watched import KEEP_ANSWERED, Keep, Told
 from aipod.job.whole import whole_payload
 from aipod.metrics import Metrics
+from aipod.results import INLINE
 from aipod.service.recover import Ended, end, recover
 from aipod.service.refusals import Refusals
 from aipod.service.room import Room
@@ -208,21 +208,30 @@ class Jobs:
                 raise self.refusals.not_started()
             return {}, None
         fields = {}
-        payload = whole_payload(request)
+        payload, queue = whole_payload(request), self._make_queue(request.version, request.method)
+        # Where an instance is free, one line for all that there is to be written before the run.
+        lease = queue.take() if payload is not None and len(request.kwargs or b"") <= INLINE else None
+        begin = None if lease is None else running(lease, 1)
 
         def claim() -> Entry | None:
             fields.update(self._read(look)[0])
-            return None if fields else self._claim_now(request, payload)
+            return None if fields else self._claim_now(request, payload=payload, begin=begin)
 
-        entry = await self._claim(request, claim)
-        if entry is None:
-            return fields, None
-        job = self._take_in(self._job(request, entry))
-        if payload is not None:
-            job.times.arrived(len(payload), len(request.take_first().data))
-            job.enter(Phase.QUEUED)
-            self.start(job, deadline)
-        return {}, job
+        try:
+            entry = await self._claim(request, claim)
+            if entry is None:
+                return fields, None
+            job = self._take_in(self._job(request, entry))
+            if payload is not None:
+                job.times.arrived(len(payload), len(request.take_first().data))
+                job.begun = begin is not None
+                job.enter(Phase.QUEUED)
+                self.start(job, deadline, queue)
+                queue = None  # the job's now
+            return {}, job
+        finally:
+            if queue is not None:
+                queue.give_back()
 
     def _why_not(self, request: Request) -> Refused | None:
         """Why no job can be begun for the request now."""
@@ -252,11 +261,11 @@ class Jobs:
             raise Refused("BUSY", "the server could not begin the job; try again")
         return entry
 
-    def _claim_now(self, request: Request, payload: bytes | None = None) -> Entry | None:
-        """A new entry. Blocks. Raises `Refused`."""
+    def _claim_now(self, request: Request, **whole: Any) -> Entry | None:
+        """A new entry, as `Spool.claim` makes it. Blocks. Raises `Refused`."""
         assert request.kwargs is not None, "a job is created once for a request"
         what = request.job_id, request.fields, request.kwargs
-        return self._spool.claim(*what, size=request.size, payload=payload)
+        return self._spool.claim(*what, size=request.size, **whole)
 
     async def _claim(self, request: Request, claim: Callable[[], Entry | None]) -> Entry | None:
         with self.room.coming(request.job_id, request.version):
@@ -327,19 +336,20 @@ class Jobs:
 
     # Running
 
-    def start(self, job: Job, deadline: float) -> None:
-        """Run the job in a task of its own. `deadline`: the caller's, by trio's clock."""
+    def start(self, job: Job, deadline: float, queue: Any = None) -> None:
+        """Run the job in a task of its own. `deadline`: the caller's, by trio's clock. `queue`: with what was taken."""
         options = self._methods[job.request.method]
         restartable = bool(options.get("restartable"))
         terms = Terms(self._config.tick, options["timeout"], deadline, restartable, self._config.tracebacks)
-        queue: Queue = self._make_queue(job.request.version, job.request.method)
+        queue = queue or self._make_queue(job.request.version, job.request.method)
         self.held[job.entry.id] = job
         self._nursery.start_soon(self._run, job, queue, terms)
 
-    async def _run(self, job: Job, queue: Queue, terms: Terms) -> None:
+    async def _run(self, job: Job, queue: Any, terms: Terms) -> None:
         try:
             await run_job(job, queue, self._versions, terms)
         finally:
+            queue.give_back()
             self._drop(job)
         await settle_later(job, terms.tick)
 

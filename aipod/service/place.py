@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 
-from aipod.pool import Lease, Pool, Waiter
+from aipod.instance import Waiter
+from aipod.pool import Lease, Pool
 
 
 class Place:
@@ -14,7 +15,7 @@ class Place:
         self._pool = pool
         self._version = version
         self._waiter = Waiter(version, beside=method == "train")
-        self._leased = False
+        self._leased = self._taken = False
 
     def place(self) -> int:
         return self._pool.place(self._waiter)
@@ -24,6 +25,18 @@ class Place:
             self._waiter = Waiter(self._version, again=True, beside=self._waiter.beside)
         self._leased = True
         return self._pool.lease(self._version, self._waiter)
+
+    def take(self) -> Lease | None:
+        """The lease, where there is an instance that is free now and nobody waits for; it is entered by `lease`."""
+        lease = self._pool.take(self._waiter)
+        self._taken = lease is not None
+        return lease
+
+    def give_back(self) -> None:
+        """What was taken, unless it was entered. Idempotent."""
+        if self._taken and not self._leased:
+            self._pool.give_back(self._waiter)
+        self._taken = False
 
     def retire(self) -> None:
         self._pool.retire(self._version)

@@ -191,10 +191,11 @@ class Spool:
         *,
         size: int | None = None,
         payload: bytes | None = None,
+        begin: dict[str, Any] | None = None,
     ) -> Entry | None:
         """Create the entry `job_id` and hold it; None where there is one, or somebody holds its lock for seconds.
 
-        With all of its `payload`, the job is in line at once.
+        With all of its `payload`, the job is in line at once, or what `begin` tells instead.
         Raises `Refused` (SPOOL_FULL, OVERLOADED).
         """
         wanted = (size or 0) + len(kwargs)
@@ -206,7 +207,7 @@ class Spool:
             entry = Entry(self, job_id, lock)
             self._promise(entry, wanted)
             try:
-                entry.create(fields, kwargs, size, payload)
+                entry.create(fields, kwargs, size, payload, begin)
                 return entry
             except FileExistsError:
                 pass
@@ -223,7 +224,7 @@ class Spool:
                 lock.release()
                 return None
         entry.destroy()  # whoever made it was killed before its first line
-        return self.claim(job_id, fields, kwargs, size=size, payload=payload)
+        return self.claim(job_id, fields, kwargs, size=size, payload=payload, begin=begin)
 
     def _promise(self, entry: Entry, wanted: int) -> None:
         """Have the quota count a new entry; of many that come at once too many have got here."""

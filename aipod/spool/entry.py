@@ -83,11 +83,18 @@ class Entry(Look):
 
     # The beginning
 
-    def create(self, fields: dict[str, Any], kwargs: bytes, size: int | None, payload: bytes | None = None) -> None:
+    def create(
+        self,
+        fields: dict[str, Any],
+        kwargs: bytes,
+        size: int | None,
+        payload: bytes | None = None,
+        begin: dict[str, Any] | None = None,
+    ) -> None:
         """Make the directory, the journal's first line, the kwargs and the empty payload file, with room for `size`.
 
-        With a `payload` that is complete, and the job in line. Raises `FileExistsError` where there is a directory, and
-        has changed nothing then.
+        With a `payload` that is complete, and the job in line, or as `begin` tells. Raises `FileExistsError` where
+        there is a directory, and has changed nothing then.
         """
         os.mkdir(self.path, 0o700)
         fields = {**fields, "boot": self._boot}
@@ -101,7 +108,7 @@ class Entry(Look):
         else:
             self.write(payload)
             self._close()
-            fields |= {"phase": "QUEUED", "offset": self.written}
+            fields |= {"offset": self.written, **(begin or {"phase": "QUEUED"})}
         self.record(fields)
 
     def go_on_from(self, state: dict[str, Any]) -> None:
