@@ -3,13 +3,13 @@
 What counts is how long a byte of data takes from end to end. Now and then another level is tried for some chunks:
 
 - Above the one that is used, where the wire is what packing waits for: of those that can keep up the one that promises
-  most. What comes of it tells where the wire's slowness is. Where a byte on the wire takes as long as before, fewer of
-  them help, and the upper level is kept. Where it is a byte of data, who receives it is slow: packing more is for
-  nothing.
-- The next one below it, where packing is what the wire waits for. It is kept where data takes clearly less time.
+  most.
+- The next one below it, where packing is what the wire waits for.
 
-Where neither waits for the other, the source is slow, and no level helps. A level that has lost is left alone for a
-while, each time for twice as long. Between two trials batches are larger.
+What packs more is kept where data takes clearly less time for it, what packs less unless it takes clearly more. So
+nothing need be known of what else may be slow, cores that both ends share, or who receives: no level keeps there what
+it promises. Where neither waits for the other, the source is slow, and no level helps. A level that has lost is left
+alone for a while, each time for twice as long.
 
 What was sent need not have left this machine: buffers take megabytes, and a fast beginning says nothing of the wire. So
 bytes that wait in them (`Batch.held`) count as not yet sent.
@@ -20,7 +20,6 @@ Data that does not shrink is no matter of levels: it is found chunk by chunk (`p
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 # None is stored, as it is. Above 9 levels of zstd cost several times as much for a percent or two.
@@ -34,12 +33,11 @@ _SAVES = dict(zip(LADDER, (0.0, 0.8, 1.0, 1.03, 1.06, 1.07), strict=True))
 
 # Another level must promise, and then take, at least so much less time: chunks differ by more than that.
 _GAIN = 0.05
-# Batches that are looked at together, at least: what is in buffers comes and goes by several of them. And the part of
-# their bytes that must have left those meanwhile: of less no rate can be told.
-_WINDOW, _LEFT = 4, 0.2
-# So many before them say nothing: what was on its way has the level of before, and at first windows grow, and buffers
-# are filled of which nobody here knows, a megabyte of them.
-_SKIP, _FIRST = 3, 6
+# Batches that are looked at together: what is in buffers comes and goes by several of them.
+_WINDOW = 4
+# So many before them say nothing: at first windows grow, and buffers behind this machine take some megabytes more of
+# what packs less.
+_SKIP = 3
 # The wire is what packing waits for where sending takes at least so much of the time; else the wire waits for packing,
 # where that takes so much of it.
 _SENDS, _PACKS = 0.4, 0.3
@@ -68,13 +66,11 @@ class _Look:
         wire = sum(batch.wire for batch in batches)
         waiting = sum(batch.waiting for batch in batches) / data
         took = sum(batch.sending for batch in batches) / data + waiting
-        left = wire - sum(batch.held for batch in batches)
-        self.is_enough = len(batches) >= _WINDOW and left > _LEFT * wire
+        # What waits in buffers will take as long as the rest. Where nothing has left them, that is very long.
+        left = max(1, wire - sum(batch.held for batch in batches))
         self.level = batches[0].level
         self.packing = sum(batch.packing for batch in batches) / data  # seconds
-        self.took = (
-            took * wire / max(1, left)
-        )  # seconds, all in all: what waits in buffers will take as long as the rest
+        self.took = took * wire / left  # seconds, all in all
         self.wire = wire / data  # bytes
         self.wire_took = self.took / self.wire  # seconds for each byte on the wire
         self.sends = self.took - waiting > _SENDS * self.took
@@ -87,7 +83,7 @@ class Levels:
     def __init__(self) -> None:
         self.level: int | None = START
         self.is_settled = False  # until then batches had better be small: what is in the making is lost
-        self._skip = _FIRST  # batches of this level that say nothing
+        self._skip = _SKIP  # batches of this level that say nothing
         self._batches: list[Batch] = []  # of this level, after those
         self._before: _Look | None = None  # at the level before this one, which is on trial
         self._wished: int | None = START  # after the look before
@@ -103,19 +99,19 @@ class Levels:
             self._skip -= 1
             return
         self._batches.append(batch)
-        look = _Look(self._batches)
-        if not look.is_enough:
+        if len(self._batches) < _WINDOW:
             return
-        self._batches = []
+        look, self._batches = _Look(self._batches), []
         self._looks += 1
         if look.level is not None:
             self._cost = look.packing / _COSTS[look.level]
             self._saves = (1 - look.wire) / _SAVES[look.level]
         if self._before is not None:
             before, self._before = self._before, None
-            won = _is_better(look, before)
-            self._leave_alone(before.level if won else look.level)
-            if not won:
+            # Less packing need not be better: it may be the next level below that helps.
+            gain = -_GAIN if before.packs else _GAIN
+            if look.took > before.took * (1 - gain):
+                self._leave_alone(look.level)
                 self._use(before.level)
                 self.is_settled = True
                 return
@@ -141,22 +137,13 @@ class Levels:
 
     def _wish(self, look: _Look) -> int | None:
         """The level to try; the one that is used for none."""
-        if not look.sends and not look.packs:
-            return look.level
         place = LADDER.index(look.level)
+        if look.packs:
+            lower = LADDER[max(0, place - 1)]
+            return lower if self._may_try(lower) else look.level
         best, least = look.level, look.took * (1 - _GAIN)
-        for level in LADDER[place + 1 :]:
+        for level in LADDER[place + 1 :] if look.sends else ():
             estimate = max(self._cost * _COSTS[level], look.wire_took * (1 - self._saves * _SAVES[level]))
             if estimate < least and self._may_try(level):
                 best, least = level, estimate
-        lower = LADDER[max(0, place - 1)]
-        return lower if best == look.level and look.packs and self._may_try(lower) else best
-
-
-def _is_better(look: _Look, before: _Look) -> bool:
-    """Whether the level on trial is better than the one before it."""
-    if before.packs:
-        return look.took < before.took * (1 - _GAIN)
-    # What data takes differs by how well its chunks shrink, which has no say in this.
-    on_the_wire, in_all = math.log(look.wire_took / before.wire_took), math.log(look.took / before.took)
-    return abs(on_the_wire) < min(abs(in_all), 2 * _GAIN)
+        return best
