@@ -341,6 +341,9 @@ class Jobs:
             await run_job(job, queue, self._versions, terms)
         finally:
             self._drop(job)
+            if job.entry.has_rest:  # who waits for the outcome has it by now
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(job.entry.free)
         await settle_later(job, terms.tick)
 
     async def adopt(self, job_id: str, *, asked: bool = True) -> None:

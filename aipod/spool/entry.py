@@ -334,7 +334,7 @@ class Entry(Look):
                 self.record(fields)
             except Refused:
                 self._drop_payload()  # it may be what the disk is full of
-                self._free()
+                self.free()
                 self.record(fields)
         self.tidy(fields.get("phase", ""))
 
@@ -387,18 +387,19 @@ class Entry(Look):
 
     @property
     def has_rest(self) -> bool:
-        """To let go of it takes the disk a while: whoever wants the outcome had better be told first."""
+        """To give its room back takes the disk a while: whoever wants the outcome had better have it first."""
         return self._rest is not None
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Give the room of a long payload back, where that is still to be done. Idempotent."""
         rest, self._rest = self._rest, None
         if rest is not None:
             os.close(rest)
 
-    def let_go(self) -> None:
+    def let_go(self, *, free: bool = True) -> None:
         """Make what there is durable, and let go of the entry: others may go on with it. Idempotent.
 
-        One without a journal, as a model can leave it, is nobody's: it is removed.
+        One without a journal, as a model can leave it, is nobody's: it is removed. `free`: or do that afterwards.
         """
         try:
             if self._lock.is_locked and not self._recorded and self._is_nothing():
@@ -406,7 +407,8 @@ class Entry(Look):
             self.stop_writing()
         finally:
             self._journal.close()
-            self._free()
+            if free:
+                self.free()
             if self._lock.is_locked:
                 self._home.quota.measure(self.id, held=False)
             self._lock.release()
@@ -423,7 +425,7 @@ class Entry(Look):
             return  # whatever has this name now is somebody else's
         try:
             self._close()
-            self._free()
+            self.free()
             self._journal.close()
             # Most of those that have ended are a journal and nothing else. What stays is swept later.
             remove_at_once(self.path, "state", self._home.path / ".trash-")
