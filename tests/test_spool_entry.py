@@ -336,7 +336,7 @@ def test_what_a_small_job_costs(spool: Spool) -> None:
     assert calls == {
         **{"statvfs": 1, "mkdir": 1, "rmdir": 1, "unlink": 4, "listdir": 1},
         # The lock three times; the payload; the journal: once for its run, once for its release; read twice.
-        **{"open": 8, "close": 8, "flock": 6, "fstat": 9, "write": 5, "pread": 2},
+        **{"open": 8, "close": 8, "flock": 6, "fstat": 9, "write": 4, "writev": 1, "pread": 2},
         **{"stat": 2, "urandom": 1},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import logging
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from aipod.codec import new_hasher
+from aipod.codec import cut, new_hasher
 from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
@@ -150,20 +151,20 @@ class Entry(Look):
 
     # The upload
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append payload bytes. Raises `Refused` (SPOOL_FULL); then what had room is written."""
+    def write(self, *pieces: bytes | memoryview) -> None:
+        """Append payload bytes, in one go. Raises `Refused` (SPOOL_FULL); then what had room is written."""
         assert self._fd is not None, "the payload is sealed"
         if self.written >= self._space_until:
             self._home.check_growth(self.id, self.written)
             self._space_until = self.written + SYNC_BYTES
-        view = memoryview(data)
+        left = collections.deque(memoryview(piece) for piece in pieces if piece)
         with refused_when_exhausted():
-            while view:
-                count = os.write(self._fd, view)
-                if self._hasher is not None:
-                    self._hasher.update(view[:count])
+            while left:
+                count = os.writev(self._fd, left)
                 self.written += count
-                view = view[count:]
+                for piece in cut(left, count):
+                    if self._hasher is not None:
+                        self._hasher.update(piece)
 
     def checkpoint(self, *, now: bool = False) -> None:
         """Make what was written before durable: `now`, or where a tick has passed or half of `SYNC_BYTES` are at stake.
