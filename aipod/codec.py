@@ -9,6 +9,7 @@ kwargs is looked at in Python: a few kilobytes become megabytes of blocks that h
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -29,6 +30,9 @@ PIECE = 256 * KIB
 PONG = b"PONG"
 # No block has more content (RFC 8878 section 3.1.1.2.3).
 _BLOCK = 128 * KIB
+# How a stored frame begins: a single segment whose size follows in 4 bytes, with a checksum and no dictionary
+# (RFC 8878 section 3.1.1.1).
+_STORED = b"\x28\xb5\x2f\xfd\xa4"
 # Compressors that a thread keeps: a transfer that tries another level goes back to the one that it had.
 _KEPT = 2
 # Bytes of a ticket: nobody guesses 16, and no more than 64 are hashed for nothing.
@@ -105,13 +109,45 @@ def stored(data: bytes | memoryview) -> bytes:
     """As `frame`, in blocks that hold `data` as it is (RFC 8878 section 3.1.1.2): a copy and a checksum."""
     view = memoryview(data)
     size = len(view)
-    # A single segment with its size in 4 bytes, and a checksum.
-    pieces: list[bytes | memoryview] = [b"\x28\xb5\x2f\xfd\xa4" + size.to_bytes(4, "little")]
+    pieces: list[bytes | memoryview] = [_STORED + size.to_bytes(4, "little")]
     for start in range(0, size, _BLOCK):
         piece = view[start : start + _BLOCK]
-        pieces += [(len(piece) << 3 | (start + _BLOCK >= size)).to_bytes(3, "little"), piece]
+        pieces += [_raw_block(len(piece), is_last=start + _BLOCK >= size), piece]
     checksum = xxhash.xxh64_intdigest(view) & 0xFFFFFFFF
     return b"".join([*pieces, checksum.to_bytes(4, "little")])
+
+
+def _raw_block(size: int, *, is_last: bool) -> bytes:
+    """The header of a raw block of `size` bytes."""
+    return (size << 3 | is_last).to_bytes(3, "little")
+
+
+def stored_pieces(data: bytes | memoryview) -> list[memoryview] | None:
+    """What `stored` was given, where it lies in its frame; None for any other frame, whole or not, and for one whose
+    checksum is wrong.
+
+    All blocks but the last must be as long as can be, so there are few to look at whatever comes.
+    """
+    view = memoryview(data)
+    if view[: len(_STORED)] != _STORED:
+        return None
+    at = len(_STORED) + 4
+    size = int.from_bytes(view[at - 4 : at], "little")
+    blocks = -(-size // _BLOCK)
+    if not 0 < size <= CHUNK or len(view) != at + 3 * blocks + size + 4:
+        return None
+    pieces, checksum = [], xxhash.xxh64()
+    for start in range(0, size, _BLOCK):
+        length = min(_BLOCK, size - start)
+        if view[at : at + 3] != _raw_block(length, is_last=start + length == size):
+            return None
+        piece = view[at + 3 : at + 3 + length]
+        checksum.update(piece)
+        pieces.append(piece)
+        at += 3 + length
+    if checksum.intdigest() & 0xFFFFFFFF != int.from_bytes(view[at:], "little"):
+        return None
+    return pieces
 
 
 def stated_size(data: bytes) -> int | None:
@@ -185,11 +221,28 @@ def _unframe_unsized(context: zstandard.ZstdDecompressor, data: bytes, limit: in
     return out
 
 
-def decode_chunk(data: bytes | memoryview) -> bytes:
-    """Decode an own client's chunk: exactly one frame that states a size of 1 byte to `CHUNK`. Raises `Refused`.
+def chunk_pieces(data: bytes | memoryview) -> list[bytes | memoryview]:
+    """What `decode_chunk` gives, in pieces. A stored chunk costs its checksum and no copy: the pieces are views of it.
 
-    Blocks that are raw cost one copy and their checksum.
+    Raises `Refused`. All that is not exactly what `stored` makes is for zstd to judge.
     """
+    pieces = stored_pieces(data)
+    return [decode_chunk(data)] if pieces is None else [*pieces]
+
+
+def cut(pieces: collections.deque[memoryview], size: int) -> Iterator[memoryview]:
+    """The first `size` bytes of `pieces`, which lose them."""
+    while size:
+        piece = pieces.popleft()
+        if size < len(piece):
+            pieces.appendleft(piece[size:])
+            piece = piece[:size]
+        size -= len(piece)
+        yield piece
+
+
+def decode_chunk(data: bytes | memoryview) -> bytes:
+    """Decode an own client's chunk: exactly one frame that states a size of 1 byte to `CHUNK`. Raises `Refused`."""
     try:
         params = zstandard.get_frame_parameters(data)
     except zstandard.ZstdError as exc:

@@ -42,6 +42,7 @@ from aipod.service.place import Place
 from aipod.service.status import Ending
 from aipod.service.viewer import Call, Writer
 from aipod.spool import MAX_LOG, Entry, Journal, Look, Spool, Sweeper, Words
+from aipod.spool.entry import SLOW
 from aipod.versions import Versions
 from aipod.wire.ai import Open, Phase, Raw
 from tests.conftest import left_in
@@ -645,6 +646,18 @@ async def test_a_long_answer_before_the_first_tick_is_told_at_once_and_safe_afte
     assert "settled" not in early
     assert ("settled" in written(job)) == (size > INLINE)
     assert not story.spool.is_held(job.entry.id)
+
+
+async def test_an_answer_does_not_wait_for_the_room_of_a_long_payload(story: Story) -> None:
+    """A disk takes 0.2 s to free a GiB. Mutants seen: the entry is let go of behind that; with it."""
+    job = story.make(open_=OWN)
+    job.entry.written = SLOW
+    await run_job(job, Place(story.pool, "v", "train"), story.versions, Terms(0.5))
+    assert job.over.is_set()
+    assert job.phase == Phase.DONE
+    assert not story.spool.is_held(job.entry.id)
+    assert job.entry.has_rest
+    job.entry.free()
 
 
 class FullDisk(Journal):

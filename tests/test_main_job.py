@@ -11,6 +11,7 @@ import pytest
 
 import aipod
 from aipod.client import Event
+from aipod.spool.entry import SLOW
 from tests.calls import calls, marked
 from tests.conftest import Serve, alive, left_in, run, wait_until
 
@@ -170,3 +171,21 @@ def test_a_unix_socket_and_two_addresses(serve: Serve, tmp_path: Path) -> None:
         assert call(address, "hello") == "hello world"
     assert served.stop() == 0
     assert not (tmp_path / "s").exists()
+
+
+def test_the_room_of_a_long_payload_is_given_back_behind_its_answer(serve: Serve, tmp_path: Path) -> None:
+    """Mutant seen: the server keeps the file that has no name any more."""
+    served = serve("Plain")
+    file = tmp_path / "payload"
+    with file.open("wb") as out:
+        out.truncate(SLOW)
+    assert call(served.address, "predict", file)["kwargs"] == {}
+
+    def kept() -> list[str]:
+        files = []
+        for path in Path(f"/proc/{served.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                files.append(os.readlink(path))
+        return [name for name in files if name.endswith("/in (deleted)")]
+
+    wait_until(lambda: not kept())

@@ -7,11 +7,13 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import xxhash
 import zstandard
 
-from aipod.codec import _compressors, decode_chunk, frame, stored, unframe
+from aipod.codec import _compressors, chunk_pieces, decode_chunk, frame, stored, stored_pieces, unframe
 from aipod.config import CHUNK, KIB
 from aipod.errors import Refused
 from aipod.levels import LADDER, START, Batch, Levels
@@ -46,6 +48,152 @@ def test_a_stored_chunk_that_is_not_what_was_sent_is_refused(at: int) -> None:
         decode_chunk(bytes(packed))
     with pytest.raises(Refused):
         unframe(bytes(stored(NOISE[:1000])[:at]), CHUNK, "BAD_CHUNK")
+
+
+HEAD, BLOCK = 9, 128 * KIB
+
+
+def altered(name: str) -> bytes:
+    """Three blocks, the last of them short, and something about the frame."""
+    size = 2 * BLOCK + 1000
+    packed = bytearray(stored(NOISE[:size]))
+    blocks = [HEAD + number * (3 + BLOCK) for number in range(3)]
+
+    def head(number: int, length: int, kind: int = 0, last: bool = False) -> None:
+        packed[blocks[number] : blocks[number] + 3] = (length << 3 | kind << 1 | last).to_bytes(3, "little")
+
+    match name:
+        case "cut in its header":
+            return bytes(packed[:7])
+        case "cut in a block's header":
+            return bytes(packed[: blocks[1] + 2])
+        case "cut in a block":
+            return bytes(packed[: blocks[1] + 500])
+        case "cut behind the last block":
+            return bytes(packed[:-4])
+        case "cut in its checksum":
+            return bytes(packed[:-1])
+        case "a byte behind it":
+            return bytes(packed + b"x")
+        case "zeros behind it":
+            return bytes(packed + bytes(4))
+        case "no block":
+            return stored(b"")
+        case "a frame behind it":
+            return bytes(packed + stored(b"x"))
+        case "a skippable frame behind it":
+            return bytes(packed) + b"\x50\x2a\x4d\x18\x04\0\0\0more"
+        case "a skippable frame before it":
+            return b"\x50\x2a\x4d\x18\x04\0\0\0more" + bytes(packed)
+        case "the last block ends too early":
+            head(1, BLOCK, last=True)
+        case "no block is the last":
+            head(2, 1000)
+        case "one byte repeated":
+            head(1, BLOCK, kind=1)
+        case "a compressed block":
+            head(1, BLOCK, kind=2)
+        case "a reserved kind of block":
+            head(1, BLOCK, kind=3)
+        case "a longer block":
+            head(0, BLOCK + 1)
+        case "a shorter block":
+            head(0, BLOCK - 1)
+        case "the last block is longer":
+            head(2, 1001, last=True)
+        case "the last block is shorter":
+            head(2, 999, last=True)
+        case "it states more":
+            packed[5:9] = (size + 1).to_bytes(4, "little")
+        case "it states less":
+            packed[5:9] = (size - 1).to_bytes(4, "little")
+        case "it states as many blocks of other bytes":
+            packed[5:9] = (3 * BLOCK).to_bytes(4, "little")
+        case "it states nothing":
+            packed[5:9] = bytes(4)
+        case "it states gigabytes":
+            packed[5:9] = b"\xff" * 4
+        case "a dictionary":
+            packed[4] |= 1
+        case "no checksum":
+            packed[4] &= ~4
+        case "a reserved bit":
+            packed[4] |= 8
+        case "a window":
+            packed[4] &= ~0x20
+        case "another magic number":
+            packed[0] ^= 1
+        case "another checksum":
+            packed[-4] ^= 1
+        case "other bytes in the first block":
+            packed[blocks[0] + 3] ^= 1
+        case "other bytes in the last block":
+            packed[-5] ^= 1
+        case _:
+            raise KeyError(name)
+    return bytes(packed)
+
+
+ALTERED = """cut in its header|cut in a block's header|cut in a block|cut behind the last block|cut in its checksum
+a byte behind it|zeros behind it|no block|a frame behind it|a skippable frame behind it|a skippable frame before it
+the last block ends too early|no block is the last|one byte repeated|a compressed block|a reserved kind of block
+a longer block|a shorter block|the last block is longer|the last block is shorter
+it states more|it states less|it states as many blocks of other bytes|it states nothing|it states gigabytes
+a dictionary|no checksum|a reserved bit|a window|another magic number
+another checksum|other bytes in the first block|other bytes in the last block""".replace("\n", "|").split("|")
+
+
+@pytest.mark.parametrize("name", ALTERED)
+@pytest.mark.parametrize("view", [bytes, memoryview])
+def test_a_stored_chunk_that_is_not_taken_as_it_is_is_for_zstd_to_judge(name: str, view: Any) -> None:
+    """Whatever zstd refuses is refused, with its reason. Mutants seen, each by a name of its own above: the length of
+    the whole, a block's length, kind or last flag, the size's bounds, the flags, the checksum are not looked at.
+    """
+    packed = altered(name)
+    assert packed != stored(NOISE[: 2 * BLOCK + 1000])
+    assert stored_pieces(view(packed)) is None
+    with pytest.raises(Refused) as caught:
+        chunk_pieces(view(packed))
+    assert caught.value.reason == "BAD_CHUNK"
+
+
+def raw(*blocks: bytes) -> bytes:
+    """A frame of raw blocks of any length."""
+    data = b"".join(blocks)
+    heads = [(len(block) << 3 | (at == len(blocks) - 1)).to_bytes(3, "little") for at, block in enumerate(blocks)]
+    body = b"".join(head + block for head, block in zip(heads, blocks, strict=True))
+    checksum = xxhash.xxh64_intdigest(data) & 0xFFFFFFFF
+    return b"\x28\xb5\x2f\xfd\xa4" + len(data).to_bytes(4, "little") + body + checksum.to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [[b"ab", b"c"], [b"", b"abc"], [b"abc", b""], [NOISE[:1000]] * 200, [b"x"] * 50_000],
+    ids=["short", "an empty one first", "an empty one last", "many", "a byte each"],
+)
+def test_raw_blocks_of_other_lengths_are_legal_and_zstds(blocks: list[bytes]) -> None:
+    """No Python looks at thousands of blocks. Mutant seen: any length is taken as it is."""
+    assert stored_pieces(raw(*blocks)) is None
+    assert b"".join(chunk_pieces(raw(*blocks))) == b"".join(blocks)
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK])
+def test_a_stored_chunk_is_taken_where_it_lies(size: int) -> None:
+    """Mutants seen: a copy; at most `CHUNK` - 1."""
+    packed = bytearray(stored(NOISE[:size]))
+    pieces = stored_pieces(packed)
+    assert pieces is not None
+    assert b"".join(pieces) == NOISE[:size]
+    assert all(piece.obj is packed for piece in pieces)
+    assert b"".join(chunk_pieces(memoryview(packed))) == NOISE[:size]
+
+
+def test_a_stored_chunk_that_is_too_long_is_refused() -> None:
+    """Mutant seen: it is taken."""
+    packed = raw(*[NOISE[:BLOCK]] * 8, b"x")
+    assert stored_pieces(packed) is None
+    with pytest.raises(Refused):
+        chunk_pieces(packed)
 
 
 def test_zstd_itself_takes_it(tmp_path: os.PathLike[str]) -> None:

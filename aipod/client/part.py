@@ -7,6 +7,7 @@ nobody looks for, `.NAME.RANDOM.part`. Mode 0600, and flocked for as long as it 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fcntl
 import os
@@ -16,7 +17,7 @@ import threading
 from io import FileIO
 from pathlib import Path
 
-from aipod.codec import new_hasher
+from aipod.codec import cut, new_hasher
 from aipod.config import MIB
 
 # Times that a file is opened which its writer makes the answer of, or removes, in that moment.
@@ -68,15 +69,16 @@ class Part:
                 self.hasher.update(piece)
                 self.size += len(piece)
 
-    def write(self, data: bytes) -> None:
+    def write(self, *pieces: bytes | memoryview) -> None:
         """Raises OSError."""
         with self._lock:
             if self._left.is_set():
                 return
-            file = self._opened()
-            view = memoryview(data)
-            while view and not self._left.is_set():
-                view = view[file.write(view) :]
+            fd = self._opened().fileno()
+            rest = collections.deque(memoryview(piece) for piece in pieces if piece)
+            while rest and not self._left.is_set():
+                for _ in cut(rest, os.writev(fd, rest)):
+                    pass
 
     def deliver(self) -> bool:
         """Make it the answer; False where it was left meanwhile. Raises OSError."""

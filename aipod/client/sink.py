@@ -18,7 +18,7 @@ from typing import Any
 
 from aipod.client.failure import BadAnswer
 from aipod.client.part import Part, followed, is_special
-from aipod.codec import decode_chunk, new_hasher
+from aipod.codec import chunk_pieces, new_hasher
 from aipod.config import MIB
 from aipod.errors import AipodError, Refused, UsageError
 from aipod.transport.inbox import recycle
@@ -109,20 +109,21 @@ class Sink:
         if not message.data:
             return
         try:
-            data = decode_chunk(message.data)
+            pieces = chunk_pieces(message.data)
         except Refused as exc:
             raise BadAnswer(f"it cannot be read: {exc}") from None
-        if self._target is None:
-            self._memory += data
-        elif self._part is not None:
-            self._part.write(data)
-        else:
-            view = memoryview(data)
-            with self._lock:
-                while view and not self._discarded.is_set():
-                    view = view[self._file.write(view) :]
-        self._hasher.update(data)
-        self.received += len(data)
+        if self._part is not None:
+            self._part.write(*pieces)
+        for piece in pieces:
+            if self._target is None:
+                self._memory += piece
+            elif self._part is None:
+                view = memoryview(piece)
+                with self._lock:
+                    while view and not self._discarded.is_set():
+                        view = view[self._file.write(view) :]
+            self._hasher.update(piece)
+            self.received += len(piece)
 
     def finish(self, *, durable: bool = False) -> Any:
         """The answer: a path where it was saved, on the disk where it shall be `durable`, else bytes or what the JSON

@@ -87,9 +87,9 @@ class End:
         with going_on(job):
             if self.outcome is not None:
                 self.outcome, self.why = _store(job, self.outcome)
-        if not self.why and not job.request.plain and not entry.has_rest:
+        if not self.why and not job.request.plain:
             with going_on(job):
-                entry.let_go()
+                entry.let_go(free=False)
                 self.over = True
 
     def _publish(self, versions: Versions) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import trio
 from trio.from_thread import check_cancelled
 
-from aipod.codec import StreamDecoder, decode_chunk, new_hasher
+from aipod.codec import StreamDecoder, chunk_pieces, new_hasher
 from aipod.config import MIB
 from aipod.errors import Refused
 from aipod.job.request import Request
@@ -149,13 +149,13 @@ class ChunkSink:
         have = self._entry.written
         if message.offset > have:
             raise Refused("OFFSET_MISMATCH", f"a chunk at {message.offset}, where {have} bytes have arrived")
-        data = decode_chunk(message.data)
-        end = message.offset + len(data)
+        pieces = chunk_pieces(message.data)
+        end = message.offset + sum(map(len, pieces))
         if self._size is not None and end > self._size:
             raise Refused("SIZE_MISMATCH", f"the payload is longer than the {self._size} bytes that were declared")
         check_limit(end, self._limit)
         if end > have:
-            self._entry.write(memoryview(data)[have - message.offset :])
+            self._entry.write(*_behind(pieces, have - message.offset))
         return end
 
     def finish(self) -> None:
@@ -182,6 +182,14 @@ class ChunkSink:
                 hasher.update(piece[:left])  # behind it is noise
                 left -= min(left, len(piece))
         return hasher.digest()
+
+
+def _behind(pieces: list[bytes | memoryview], start: int) -> Iterator[bytes | memoryview]:
+    """What is in `pieces` from byte `start` on."""
+    for piece in pieces:
+        if start < len(piece):
+            yield memoryview(piece)[start:] if start else piece
+        start = max(0, start - len(piece))
 
 
 def check_limit(size: int, limit: int) -> None:

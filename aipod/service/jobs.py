@@ -351,6 +351,9 @@ class Jobs:
         finally:
             queue.give_back()
             self._drop(job)
+            if job.entry.has_rest:  # who waits for the outcome has it by now
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(job.entry.free)
         await settle_later(job, terms.tick)
 
     async def adopt(self, job_id: str, *, asked: bool = True) -> None:

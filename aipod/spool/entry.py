@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import logging
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from aipod.codec import new_hasher
+from aipod.codec import cut, new_hasher
 from aipod.config import MIB
 from aipod.errors import Refused, refused_when_exhausted
 from aipod.results import INLINE
@@ -157,20 +158,20 @@ class Entry(Look):
 
     # The upload
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append payload bytes. Raises `Refused` (SPOOL_FULL); then what had room is written."""
+    def write(self, *pieces: bytes | memoryview) -> None:
+        """Append payload bytes, in one go. Raises `Refused` (SPOOL_FULL); then what had room is written."""
         assert self._fd is not None, "the payload is sealed"
         if self.written >= self._space_until:
             self._home.check_growth(self.id, self.written)
             self._space_until = self.written + SYNC_BYTES
-        view = memoryview(data)
+        left = collections.deque(memoryview(piece) for piece in pieces if piece)
         with refused_when_exhausted():
-            while view:
-                count = os.write(self._fd, view)
-                if self._hasher is not None:
-                    self._hasher.update(view[:count])
+            while left:
+                count = os.writev(self._fd, left)
                 self.written += count
-                view = view[count:]
+                for piece in cut(left, count):
+                    if self._hasher is not None:
+                        self._hasher.update(piece)
 
     def checkpoint(self, *, now: bool = False) -> None:
         """Make what was written before durable: `now`, or where a tick has passed or half of `SYNC_BYTES` are at stake.
@@ -341,7 +342,7 @@ class Entry(Look):
                 self.record(fields)
             except Refused:
                 self._drop_payload()  # it may be what the disk is full of
-                self._free()
+                self.free()
                 self.record(fields)
         self.tidy(fields.get("phase", ""))
 
@@ -394,18 +395,19 @@ class Entry(Look):
 
     @property
     def has_rest(self) -> bool:
-        """To let go of it takes the disk a while: whoever wants the outcome had better be told first."""
+        """To give its room back takes the disk a while: whoever wants the outcome had better have it first."""
         return self._rest is not None
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Give the room of a long payload back, where that is still to be done. Idempotent."""
         rest, self._rest = self._rest, None
         if rest is not None:
             os.close(rest)
 
-    def let_go(self) -> None:
+    def let_go(self, *, free: bool = True) -> None:
         """Make what there is durable, and let go of the entry: others may go on with it. Idempotent.
 
-        One without a journal, as a model can leave it, is nobody's: it is removed.
+        One without a journal, as a model can leave it, is nobody's: it is removed. `free`: or do that afterwards.
         """
         try:
             if self._lock.is_locked and not self._recorded and self._is_nothing():
@@ -413,7 +415,8 @@ class Entry(Look):
             self.stop_writing()
         finally:
             self._journal.close()
-            self._free()
+            if free:
+                self.free()
             if self._lock.is_locked:
                 self._home.quota.measure(self.id, held=False)
             self._lock.release()
@@ -430,7 +433,7 @@ class Entry(Look):
             return  # whatever has this name now is somebody else's
         try:
             self._close()
-            self._free()
+            self.free()
             self._journal.close()
             # Most of those that have ended are a journal and nothing else. What stays is swept later.
             remove_at_once(self.path, "state", self._home.path / ".trash-")
