@@ -22,7 +22,7 @@ from aipod.client.event import Rate, merged
 from aipod.client.flow import Flow
 from aipod.codec import frame
 from aipod.wire.ai import Raw, State
-from tests.conftest import FIRST, ROOT, Served, left_in, wait_until
+from tests.conftest import ROOT, Served, left_in, wait_until
 from tests.faces import said
 
 MODEL = "tests.models_faces:Faces"
@@ -309,51 +309,6 @@ def test_clients_of_several_trio_runs_one_after_the_other(served: Served) -> Non
 
 
 # One definition
-
-
-@pytest.mark.skipif(not FIRST, reason="the same on every Python, and takes mypy 15 s where it has no cache")
-def test_types_are_those_of_the_client(tmp_path: Path) -> None:
-    """What mypy, strictly, sees of the faces."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        textwrap.dedent(
-            """
-            import aipod
-
-            def sync(client: aipod.SyncClient) -> None:
-                reveal_type(client.predict(b"", version="1", timeout=3))
-                client.predict(b"", version=1)
-                client.submit()
-                reveal_type(client.submit("train"))
-                reveal_type(client.submit("train").save("x"))
-                for event in client.attach("").events():
-                    reveal_type(event.rate)
-                with client.stream("predict") as call:
-                    for chunk in call.chunks():
-                        reveal_type(chunk)
-
-            async def trio(client: aipod.TrioClient) -> None:
-                await client.predict(b"", on_event=3)
-                reveal_type(await client.submit("train"))
-                async with client.stream("predict", timeout=3) as call:
-                    async for event in call.events():
-                        reveal_type(event)
-            """
-        )
-    )
-    command = [sys.executable, "-m", "mypy", "--strict", str(program)]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT, check=False).stdout
-    found = [line.partition(": ")[2] for line in lines.splitlines() if "program.py" in line]
-    notes = [line.partition('"')[2].rstrip('"') for line in found if line.startswith("note: Revealed")]
-    assert notes == [
-        "Any", "aipod.faces.sync.SyncJob", "pathlib.Path", "float", "bytes", "aipod.faces.trio.TrioJob",
-        "aipod.client.event.Event",
-    ]  # fmt: skip
-    errors = [line for line in found if line.startswith("error")]
-    assert len(errors) == 3, errors
-    assert 'Argument "version"' in errors[0]
-    assert "Too few arguments" in errors[1]
-    assert 'Argument "on_event"' in errors[2]
 
 
 def test_help_shows_real_signatures() -> None:
