@@ -159,10 +159,10 @@ class Config:
     max_window: int = _setting(16 * MIB, "HTTP/2 window that a stream may grow to.", low=64 * KIB, high=1 * GIB)
     # What is on the wire at once; also what the windows of its streams may grow by, all together.
     connection_window: int = _setting(64 * MIB, "HTTP/2 window of a connection.", low=64 * KIB, high=2 * GIB - 1)
-    # Per-frame work in Python dominates: 16 KiB frames carry a third of what these do. Larger ones gain nothing, and
-    # other streams would wait for them.
+    # Per-frame work in Python dominates: 16 KiB frames carry a third of what these do. A chunk and its fields go into
+    # one; larger ones gain nothing, and other streams would wait for them.
     max_frame: int = _setting(
-        512 * KIB, "Longest HTTP/2 DATA frame, in both directions.", low=16 * KIB, high=16 * MIB - 1
+        1088 * KIB, "Longest HTTP/2 DATA frame, in both directions.", low=16 * KIB, high=16 * MIB - 1
     )
     # What gRPC's C core takes at most; 40 bytes of it can come as one byte.
     max_headers: int = _setting(16 * KIB, "Largest list of headers, uncompressed.", low=4 * KIB, high=64 * KIB)

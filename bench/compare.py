@@ -2,7 +2,9 @@
 
 A `Comparison` is a row of a benchmark: what is done (a command of every client, with its arguments), our way to do it,
 its peers', and the figures that are compared. A round runs each way once, in turn, the next round in the other order,
-so that a machine whose speed drifts slows all. A ratio is of the two runs of one round, and says how many times better
+so that a machine whose speed drifts slows all. Before a run that writes files nothing is left of the one before: what
+it wrote is on the disk, what it removed has been given back (a server may do that when it has answered), and its
+servers rest. A ratio is of the two runs of one round, and says how many times better
 ours is; it is quoted as the median over the rounds with its spread.
 """
 
@@ -14,12 +16,18 @@ import fcntl
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bench.pages import WORTH, Filler
 from bench.processes import Failed, Run, Server, run_client
+
+LOOK = 0.1  # seconds between two looks at whether the last run has left nothing
+SETTLE = 10.0  # seconds for that, at most
+BUSY = 0.02  # CPU seconds of a server between two looks: two of the system's ticks
+GIVEN_BACK = 256  # blocks of the disk, a MiB as a rule: others on this machine remove files too
 
 Hop = tuple[str, tuple[str, ...]]  # a peer that is between, with its options
 
@@ -170,6 +178,20 @@ class Bed:
             options = [option.replace("{dir}", own) for option in options]
         return options
 
+    def _settle(self) -> None:
+        """Wait until nobody pays for what another has written or still removes: nothing changes from look to look."""
+        before, until = None, time.monotonic() + SETTLE
+        while True:
+            os.sync()
+            cpu = [sum(server.times().values()) for server in self._servers.values()]
+            now = os.statvfs(self._directory).f_bfree, cpu
+            if before is not None and _rests(before, now):
+                return
+            if time.monotonic() > until:
+                return  # others write on this disk, or something that is measured never rests
+            before = now
+            time.sleep(LOOK)
+
     def run(self, comparison: Comparison, way: Way) -> Run:
         """One run by a fresh client. Raises `Failed` where it was not answered what it should."""
         key = (way.server, way.server_options, way.name if way.apart else "")
@@ -178,7 +200,7 @@ class Bed:
             name, options = way.hop
             front = self._server((way.hop, *key), name, [f"--to={server.port}", *options])
         if comparison.writes:
-            os.sync()  # nobody pays for what another has written
+            self._settle()
         if comparison.writes >= WORTH:
             self._filler.fill()
         command = way.command or comparison.command
@@ -196,6 +218,15 @@ class Bed:
         if comparison.answers and "answer" in run and run["answer"] not in comparison.answers:
             raise Failed(f"{comparison.row}, {way.name}: the answer is {run['answer']}, not {comparison.answers}")
         return run
+
+
+Rest = tuple[int, list[float]]  # free blocks of the disk, and the CPU seconds of each server
+
+
+def _rests(before: Rest, now: Rest) -> bool:
+    """Whether what a peer removes, or still does, cannot be seen any more."""
+    given_back = now[0] - before[0]
+    return given_back <= GIVEN_BACK and all(b - a <= BUSY for a, b in zip(before[1], now[1], strict=True))
 
 
 @contextlib.contextmanager

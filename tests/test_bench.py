@@ -23,7 +23,7 @@ import pytest
 
 from bench import data, file, levels, machine
 from bench.__main__ import BENCHMARKS, status
-from bench.compare import Comparison, Figure, Measured, measure, same
+from bench.compare import Comparison, Figure, Measured, _rests, measure, same
 from bench.faults.run import Totals
 from bench.faults.runs import check_starts
 from bench.options import Options
@@ -501,3 +501,14 @@ def test_what_must_not_be_in_a_run_of_faults_is_told() -> None:
         "work-7: an answer without a start",
     ]
     assert totals.ends == {"right": 3, "left": 1, "interrupted": 1, "wrong": 1, "failed": 1}
+
+
+@pytest.mark.parametrize(
+    ("free", "cpu", "rests"),
+    [(0, 0.0, True), (256, 0.02, True), (257, 0.0, False), (0, 0.03, False), (-10_000, 0.0, True)],
+    ids=["nothing", "little", "room is given back", "a server works", "somebody writes"],
+)
+def test_a_run_begins_when_the_one_before_has_left_nothing(free: int, cpu: float, rests: bool) -> None:
+    """Mutants seen: without a look at the disk; at the servers; at all but the first of them."""
+    assert _rests((1000, [1.0, 2.0]), (1000 + free, [1.0, 2.0 + cpu])) is rests
+    assert _rests((1000, [1.0, 2.0]), (1000 + free, [1.0 + cpu, 2.0])) is rests

@@ -46,7 +46,7 @@ def test_frames(bounded: tuple[Served, bool]) -> None:
     served, low = bounded
     with Peer(served) as peer:
         honest(peer)
-        assert peer.h2.remote_settings[SettingCodes.MAX_FRAME_SIZE] == (16 if low else 512) * 1024
+        assert peer.h2.remote_settings[SettingCodes.MAX_FRAME_SIZE] == (16 if low else 1088) * 1024
     with Bare(served) as bare:
         bare.send(bare.headers(1) + raw_frame(DATA, 0, 1, bytes(16 * 1024 + 1)) + raw_frame(PING, 0, 0, bytes(8)))
         if low:

@@ -413,7 +413,7 @@ def test_the_first_settings_frame_says_everything(peer: Peer) -> None:
     settings = peer.h2.remote_settings
     assert settings[codes.MAX_CONCURRENT_STREAMS] == 1000
     assert settings[codes.INITIAL_WINDOW_SIZE] == 256 * 1024
-    assert settings[codes.MAX_FRAME_SIZE] == 512 * 1024
+    assert settings[codes.MAX_FRAME_SIZE] == 1088 * 1024
     assert settings[codes.MAX_HEADER_LIST_SIZE] == 16 * 1024
 
 

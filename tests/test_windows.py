@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gzip
 import os
+import socket
 import threading
 import time
 import zlib
@@ -21,6 +22,7 @@ import h2.events
 import h2.settings
 import pytest
 from h2.errors import ErrorCodes
+from hyperframe.frame import DataFrame
 
 from aipod.codec import Compressor
 from aipod.config import Config
@@ -314,8 +316,8 @@ def test_bombs_that_go_off_together_cost_one_limit(serve: Serve) -> None:
 class Wire(asyncio.Transport):
     """What a connection writes to; it counts how often it was told not to read."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, extra: dict[str, Any] | None = None) -> None:
+        super().__init__(extra)
         self.written = b""
         self.pauses = 0
         self.over = False
@@ -390,6 +392,38 @@ async def downloaded(size: int) -> AsyncIterator[tuple[H2Protocol, Wire, int]]:
     yield protocol, wire, credits
     wire.abort()
     protocol.connection_lost(None)
+
+
+def test_the_system_is_asked_for_as_much_of_a_frame_as_is_still_to_come() -> None:
+    """And for anything behind its end, or where little is left. Mutants seen: never; for as much as the frame began
+    with; it is not set back.
+    """
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        protocol, wire = H2Protocol(Answers(0), Config(frame_rate=100), Wakes(), client=False), Wire({"socket": ours})
+        protocol.connection_made(wire)
+        client = h2.connection.H2Connection()
+        client.initiate_connection()
+        client.send_headers(1, HEADERS)
+        give(protocol, client.data_to_send())
+        told: list[int] = []
+
+        def then(data: bytes) -> None:
+            give(protocol, data)
+            told.append(ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
+
+        frame = DataFrame(1, bytes(200 * KIB)).serialize()
+        for start, end in ((0, 5), (5, 9), (9, 50 * KIB), (50 * KIB, 150 * KIB), (150 * KIB, len(frame))):
+            then(frame[start:end])
+        head = len(frame) - 200 * KIB
+        assert told == [1, 200 * KIB, 150 * KIB + head, 1, 1]
+        wire.abort()
+        protocol.connection_lost(None)
+        ours.close()
+        theirs.close()
+
+    run(main)
 
 
 def give(protocol: H2Protocol, data: bytes) -> None:

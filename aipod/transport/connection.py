@@ -110,6 +110,10 @@ class H2Connection(base.Connection):
 
     # Receiving
 
+    def wait_for(self, size: int) -> None:
+        """As `Socket.wait_for`."""
+        self._socket.wait_for(size)
+
     def arrived(self, size: int) -> None:
         """DATA of `size` bytes came: its room in the connection's window is given back, in halves of the window."""
         self._arrived += size

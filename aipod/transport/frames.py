@@ -84,6 +84,11 @@ class FrameReader:
         self.closed = False
         self.held = False  # nothing more is taken for now
 
+    @property
+    def owed(self) -> int:
+        """Bytes of payload that the frame under way has announced, and that have not come."""
+        return self._payload
+
     def feed(self, data: memoryview) -> int:
         """Take what has come. Returns how many bytes at its end must come again: an incomplete frame, or all that is
         left where `held` was set meanwhile.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import socket
 import sys
 import termios
 from collections.abc import Iterator
 from typing import Any
 
+from aipod.config import KIB
+
 # Seconds that a closed connection may take to send what was written last, and its peer to close it too.
 _LINGER = 10.0
+# Fewer bytes are not waited for: they come with what follows them.
+_WORTH_WAITING = 64 * KIB
 
 
 class Socket:
@@ -26,6 +31,7 @@ class Socket:
         self._lingers = lingers
         self._closed = False
         self._written = 0  # bytes
+        self._least = 1  # bytes that must be there before the system tells of them
         self._joined: list[bytes] | None = None  # what is to be written as one
         self.abort = transport.abort
         self.get_extra_info = transport.get_extra_info
@@ -49,6 +55,22 @@ class Socket:
         with contextlib.suppress(OSError, ValueError):
             queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
         return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
+    def wait_for(self, size: int) -> None:
+        """`size` bytes at least are sure to come: have the system tell of them when they are there.
+
+        Else it tells of each few packets, and each time costs as much as copying 100 KiB. An end, an error or a full
+        buffer is told at once (tcp(7), SO_RCVLOWAT of socket(7)); not every system, nor every kind of socket, knows it.
+        With TLS it is asyncio that reads.
+        """
+        least = size if size >= _WORTH_WAITING else 1
+        if least == self._least or self._closed:
+            return
+        self._least = least
+        sock = self.get_extra_info("socket")
+        if sock is not None and self.get_extra_info("ssl_object") is None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
