@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import trio
@@ -74,6 +76,33 @@ async def test_short_steps_that_make_a_long_line_get_more_threads() -> None:
             nursery.start_soon(hands.do, step)
     assert len(threads) > 1
     assert most <= hands.SOME_HANDS
+
+
+async def test_a_step_that_comes_as_the_thread_goes_is_done() -> None:
+    """It saw the thread, which saw nothing to do. Mutant seen: that does not look again."""
+    empty, go = threading.Event(), threading.Event()
+
+    class Line(collections.deque[Any]):
+        def popleft(self) -> Any:
+            if not self:
+                empty.set()
+                assert go.wait(20)
+                raise IndexError
+            return super().popleft()
+
+    alone = hands.Hands()  # nobody watches
+    alone._todo = Line()
+    assert await alone.do(lambda: 1) == 1
+    assert await trio.to_thread.run_sync(empty.wait, 20)
+    done = threading.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(alone.do, done.set)
+        await trio.testing.wait_all_tasks_blocked()
+        go.set()
+        was_done = await trio.to_thread.run_sync(done.wait, 20)
+        if not was_done:
+            alone._start()  # or this would never end
+    assert was_done
 
 
 # A thread wants more memory for its stack than there is, until there is more: the system has none to give, as where
