@@ -22,7 +22,7 @@ from aipod import Config
 from aipod.spool import SpoolError
 from aipod.transport.listeners import BindError
 from aipod.transport.tls import TLSError
-from tests.conftest import ROOT, alive, children, left_in, run, wait_until
+from tests.conftest import FIRST, ROOT, alive, children, left_in, run, wait_until
 
 MODELS = "tests.models_embedded"
 
@@ -73,6 +73,7 @@ def test_a_server_lives_as_long_as_its_scope(tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_a_thread_may_have_one_and_learns_of_its_end_when_it_leaves(tmp_path: Path) -> None:
     def serve() -> None:
         with aipod.serving(config(tmp_path, bind=(f"unix:{tmp_path}/socket",))) as server:
@@ -90,6 +91,7 @@ def test_a_thread_may_have_one_and_learns_of_its_end_when_it_leaves(tmp_path: Pa
         serve()
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 @pytest.mark.parametrize(
     ("settings", "kind", "reason"),
     [
@@ -142,6 +144,7 @@ def test_its_log_is_the_applications(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "ValueError: no good" in logging.Formatter().format(failed), "a traceback comes with its line"
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_a_handler_that_waits_holds_nothing_up(tmp_path: Path) -> None:
     """Mutant seen: the lines are logged on the loop."""
     come, go = threading.Event(), threading.Event()
@@ -195,6 +198,7 @@ def test_an_application_learns_that_its_server_has_ended(tmp_path: Path) -> None
     run(main)
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_who_cancels_the_application_is_heard_though_its_server_has_ended(tmp_path: Path) -> None:
     """Mutant seen: ServeError takes the place of any CancelledError."""
 
@@ -219,6 +223,7 @@ def test_who_cancels_the_application_is_heard_though_its_server_has_ended(tmp_pa
     run(main)
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_what_the_body_raises_is_raised(tmp_path: Path) -> None:
     async def main() -> int:
         with pytest.raises(KeyError):
@@ -238,6 +243,7 @@ def test_what_the_body_raises_is_raised(tmp_path: Path) -> None:
     assert run(main) == 0
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_leaving_waits_for_jobs_that_run(tmp_path: Path) -> None:
     async def main() -> None:
         begun, until = tmp_path / "begun", tmp_path / "until"
@@ -346,6 +352,7 @@ def test_it_dies_with_its_application(tmp_path: Path, name: str, method: str, fo
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_another_server_on_its_address_is_no_mystery(tmp_path: Path) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, left_in
+from tests.conftest import FIRST, ROOT, left_in
 
 
 def test_two_servers_in_an_application_and_again(tmp_path: Path) -> None:
@@ -67,6 +67,7 @@ def test_asyncio_keeps_its_loops(before: str, loops: str) -> None:
     assert done.stdout.split() == [loops]
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_headers_are_not_logged_unasked() -> None:
     """An application that logs everything at DEBUG would have its callers' tokens in its log."""
     code = """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import FIRST, ROOT
 
 MODEL = '''
 import asyncio
@@ -126,7 +126,8 @@ def pytest_in(directory: Path, text: str, *options: str) -> subprocess.Completed
     (directory / "model.py").write_text(MODEL)
     (directory / "test_mine.py").write_text(text)
     (directory / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:asyncio"]
+    command += options
     with tempfile.TemporaryDirectory(prefix="t") as temporary:  # a short one: it has sockets in it
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{directory}", "TMPDIR": temporary}
         done = subprocess.run(
@@ -151,6 +152,7 @@ def test_tests_of_any_flavor(tmp_path: Path, text: str, options: tuple[str, ...]
     assert f"{passed} passed" in done.stdout
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_tests_that_fail(tmp_path: Path) -> None:
     """A model's traceback is in the report; and a method that does not end fails its test."""
     done = pytest_in(tmp_path, FAILS, "-p", "no:logging")

@@ -131,6 +131,7 @@ def test_an_upload_becomes_an_answer_and_the_application_ends_with_its_server(st
     assert "ServeError" in app.text
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_a_limit_holds_where_nothing_was_announced(monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
     """Of what comes in pieces, the size is known when it is too late to refuse it first. Mutant seen: not counted."""
     served = serve("aipod.examples.basics:Echo")
@@ -165,6 +166,7 @@ def refuses_what_is_no_upload(app: App) -> None:
         assert httpx.get(app.url + path, cookies={"ticket": "0" * 32}).status_code == 404
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 def test_twenty_uploads_half_of_which_are_cut(start: Callable[..., App], serve: Serve) -> None:
     """Those that are whole get their answers, those whose browser left are given up, and nothing of them is kept.
 

@@ -10,7 +10,8 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -23,6 +24,9 @@ from aipod.packing import BATCH, Piece
 HUGE = 256 * MIB
 # Places at which a file is looked at for that.
 _LOOKS = 16
+# Seconds after which what a slow source has given goes out, though it is less than could go at once: a browser may take
+# minutes for that, and a server waits one for a message (`Config.upload_stall`).
+SLOW = 1.0
 
 Payload = bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes] | Iterable[bytes] | AsyncIterable[bytes]
 
@@ -306,14 +310,29 @@ def _rechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield bytes(held)
 
 
-async def grouped(pieces: AsyncIterable[bytes]) -> AsyncGenerator[list[Piece], None]:
-    """Pieces of any length as lists of at most `BATCH` chunks. This is an asyncio-flavored generator."""
-    held = bytearray()
+async def grouped(
+    pieces: AsyncIterable[bytes], clock: Callable[[], float] = time.monotonic
+) -> AsyncGenerator[list[Piece], None]:
+    """Pieces of any length as lists of at most `BATCH` chunks, of less where they come slowly.
+
+    This is an asyncio-flavored generator.
+    """
+    held, since = bytearray(), 0.0
     async for piece in pieces:
         _check_bytes(piece)
+        now = clock()
+        since = since if held else now
         held += piece
         while len(held) >= BATCH * CHUNK:
-            yield [bytes(held[start : start + CHUNK]) for start in range(0, BATCH * CHUNK, CHUNK)]
+            yield _chunks(held[: BATCH * CHUNK])
             del held[: BATCH * CHUNK]
+            since = now
+        if held and now - since >= SLOW:
+            yield _chunks(held)
+            held.clear()
     if held:
-        yield [bytes(held[start : start + CHUNK]) for start in range(0, len(held), CHUNK)]
+        yield _chunks(held)
+
+
+def _chunks(data: bytearray) -> list[Piece]:
+    return [bytes(data[start : start + CHUNK]) for start in range(0, len(data), CHUNK)]

@@ -1,1 +1,1 @@
-"""Models to start from: `corpus` trains, predicts and serves its log; `basics` has small ones."""
+"""To start from: `corpus` trains, predicts and serves its log; `basics` has small models; `web` is an application."""
