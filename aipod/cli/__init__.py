@@ -242,8 +242,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _complete(arguments: list[str], flags: Flags) -> NoReturn:
-    """Tell a shell what could come next: without a word on stderr, where somebody types, and without waiting."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    """Tell a shell what could come next: without a word on what is wrong, as somebody types, and without waiting."""
     try:
         cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
     finally:
