@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ MESSAGE = "epoch 3 表示 of many more than anybody would like to wait for, and 
 
 class Person(aipod.Model):
     def predict(self, context: Context, path: Path, *, mark: str = "", gate: str = "") -> dict[str, int]:
-        """Count bytes, until the file `gate` is there."""
+        """Count bytes, until the file `gate` is there. What is in a file beside it is logged."""
         if mark:
             with open(mark, "a") as file:
                 file.write("run\n")
@@ -24,6 +25,9 @@ class Person(aipod.Model):
             if context.cancelled:
                 Path(f"{mark}.cancelled").touch()
                 raise RuntimeError("cancelled")
+            with contextlib.suppress(FileNotFoundError):
+                context.log(Path(f"{gate}.say").read_text())
+                Path(f"{gate}.say").unlink()
             time.sleep(0.01)
         return {"size": path.stat().st_size}
 

@@ -87,6 +87,12 @@ class Session:
                 assert self.process.poll() is None or self._read(0), f"{wanted!r} was not there:\n{self.text}"
         return self.text
 
+    def rest(self, seconds: float) -> None:
+        """Read for so long."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._read(0.05)
+
     def end(self, *, seconds: float = 60) -> int:
         """Read until the command has ended; its exit status."""
         until = time.monotonic() + seconds

@@ -345,7 +345,8 @@ def test_a_reader_that_goes_away_is_no_noise(to: tuple[str, str]) -> None:
         (("call", "chaos", "--version", "../x"), 1, "BAD_VERSION: "),
         (("call", "random", "-k", "length=x"), 1, "MODEL_ERROR: TypeError: "),
         (("call", "slow_echo", "-k", "seconds=60", "--timeout", "5"), 1, "DEADLINE_EXCEEDED: .*the job was asked to"),
-        (("nothing",), 2, "USAGE: No such command 'nothing'"),
+        (("nothing",), 2, "USAGE: No such command 'nothing' .see"),
+        (("atach", "x"), 2, "USAGE: No such command 'atach'; did you mean attach. .see aipod --help"),
         ((), 2, "USAGE: a command is missing"),
     ],
 )

@@ -17,7 +17,7 @@ from aipod.cli.help import COMMANDS
 from aipod.cli.lines import EVERY, Lines
 from aipod.cli.tally import WINDOW, Tally
 from aipod.client import Event
-from tests.conftest import Served, free_port, left_in, require
+from tests.conftest import FIRST, Served, free_port, left_in, require
 from tests.terminal import CLEAN, ROOT
 from tests.test_cli import Done, aipod, start
 
@@ -150,6 +150,7 @@ def completed(line: str, environ: dict[str, str] | None = None) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.skipif(not FIRST, reason="done by the first Python")
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [

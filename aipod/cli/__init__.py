@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import functools
 import gc
 import importlib
@@ -113,7 +114,13 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        found = super().resolve_command(ctx, args)
+        try:
+            found = super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            close = difflib.get_close_matches(args[0], COMMANDS, 1)
+            if not close:
+                raise
+            raise click.UsageError(f"{exc.message.rstrip('.')}; did you mean {close[0]}?", ctx) from None
         ctx.obj.command = found[0] or ""
         if ctx.obj.command not in _UNTRACED and not ctx.resilient_parsing:  # which is how a shell completes
             ctx.with_resource(exported_spans())
@@ -242,8 +249,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _complete(arguments: list[str], flags: Flags) -> NoReturn:
-    """Tell a shell what could come next: without a word on stderr, where somebody types, and without waiting."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    """Tell a shell what could come next: without a word on what is wrong, as somebody types, and without waiting."""
     try:
         cli.main(arguments, prog_name="aipod", standalone_mode=False, obj=flags)
     finally:
