@@ -413,7 +413,7 @@ def test_who_is_silent_or_not_there_is_passed_over(its: Flavor, served: Served) 
         with proxied(served.port) as mute:
             mute.hold()
             targets = ["127.0.0.1:1", mute.address, served.address]
-            async with its.client(targets, connect_timeout=600) as client:
+            async with its.client(targets, connect_timeout=600, handshake_timeout=600) as client:
                 assert (await client.predict(b""))["size"] == 0
 
     its.run(scenario)
