@@ -21,9 +21,12 @@ from aipod.client import Event
 from aipod.client.event import Rate, merged
 from aipod.client.flow import Flow
 from aipod.codec import frame
+from aipod.faces.host import Host
+from aipod.faces.trio import _run as run_in_trio
 from aipod.wire.ai import Raw, State
-from tests.conftest import ROOT, Served, left_in, wait_until
+from tests.conftest import ROOT, Serve, Served, left_in, run, wait_until
 from tests.faces import said
+from tests.proxy import open_proxy
 
 MODEL = "tests.models_faces:Faces"
 
@@ -278,18 +281,33 @@ async def test_a_payload_that_does_not_end_is_let_go(served: Served) -> None:
         assert ended == ["let go"]
 
 
-async def test_an_answer_that_is_here_is_given_although_the_scope_is_cancelled(served: Served) -> None:
-    async with aipod.TrioClient(served.address) as client:
-        with trio.CancelScope() as scope:
+async def test_an_answer_that_comes_all_the_same_is_given_although_the_scope_is_cancelled() -> None:
+    """Mutant seen: what is cancelled raises, whatever has come."""
+    host = Host(lambda: None)
+    begun = threading.Event()
+    answers: list[str] = []
 
-            def leave(event: Event) -> None:
-                if event.phase == "DONE":
-                    scope.cancel()
+    async def too_late() -> str:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return "answer"
+        raise AssertionError
 
-            answer = await client.predict(b"x", on_event=leave)
-            assert answer["size"] == 1
-            await trio.sleep(0)
-        assert scope.cancelled_caught
+    async def call() -> None:
+        answers.append(await run_in_trio(host, too_late))
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            while not begun.is_set():
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert answers == ["answer"]
+    thread = host.leave()
+    assert thread is not None
+    thread.join(20)
 
 
 def test_clients_of_several_trio_runs_one_after_the_other(served: Served) -> None:
@@ -306,6 +324,29 @@ def test_clients_of_several_trio_runs_one_after_the_other(served: Served) -> Non
 
     trio.run(close)
     wait_until(lambda: not hosts())
+
+
+# Several addresses
+
+
+def test_a_job_is_asked_for_where_it_is_and_not_where_new_ones_go(serve: Serve, tmp_path: Path) -> None:
+    """Mutant seen: it is found all the same, but by asking the others first."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = (serve(MODEL, directory=tmp_path / name) for name in ("one", "two"))
+
+    async def main() -> None:
+        async with open_proxy(one.port) as near, open_proxy(two.port) as far:
+            async with aipod.Client([near.address, far.address]) as client:
+                job = await client.submit("echo", b"here")
+                near.cut()
+                assert await client.predict(iter([b"x"])) == {"size": 1, "kwargs": {}}
+                assert far.connections == 1  # new jobs go there now
+                assert await job.wait() == b"here"
+                assert job._misses == 0
+                await job.release()
+
+    run(main)
 
 
 # One definition
