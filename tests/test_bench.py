@@ -512,3 +512,24 @@ def test_a_run_begins_when_the_one_before_has_left_nothing(free: int, cpu: float
     """Mutants seen: without a look at the disk; at the servers; at all but the first of them."""
     assert _rests((1000, [1.0, 2.0]), (1000 + free, [1.0, 2.0 + cpu])) is rests
     assert _rests((1000, [1.0, 2.0]), (1000 + free, [1.0 + cpu, 2.0])) is rests
+
+
+@first_only("one Python is enough for what only records")
+def test_traces_are_recorded_as_the_tests_of_levels_replay_them(tmp_path: Path) -> None:
+    """All bytes of each upload, at the level that was asked for; a file that is there is added to.
+
+    Mutants seen: the level is the client's own; what was recorded before is lost; the client does not tell what waits.
+    """
+    file = tmp_path / "traces.json"
+    what = ["--kinds", "json", "--links", "1 Gbit/s", "--size", "16MiB", "--directory", str(tmp_path)]
+    for asked in ("3,stored", "auto"):
+        command = [sys.executable, "-m", "bench.traces", str(file), *what, "--levels", asked]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    traces = json.loads(file.read_text())
+    assert list(traces) == ["json 1 Gbit/s"]
+    traces = traces["json 1 Gbit/s"]
+    used = {name: {row[0] for row in rows} for name, rows in traces.items()}
+    assert (used["3"], used["stored"], traces["auto"][0][0]) == ({3}, {None}, 1)
+    assert all(sum(row[1] for row in rows) == 16 * MIB for rows in traces.values())
+    assert {len(row) for rows in traces.values() for row in rows} == {7}
+    assert max(row[6] for row in traces["stored"]) > MIB // 8, "a client tells what waits on its machine"
