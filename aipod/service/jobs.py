@@ -35,6 +35,7 @@ from aipod.job.watched import KEEP_ANSWERED, Keep, Told
 from aipod.job.whole import whole_payload
 from aipod.metrics import Metrics
 from aipod.results import INLINE
+from aipod.service.place import Place
 from aipod.service.recover import Ended, end, recover
 from aipod.service.refusals import Refusals
 from aipod.service.room import Room
@@ -64,7 +65,7 @@ class Jobs:
         methods: Mapping[str, Any],
         spool: Spool,
         versions: Versions,
-        make_queue: Any,
+        make_queue: Callable[[str, str], Place],
         nursery: trio.Nursery,
         metrics: Metrics,
     ) -> None:
@@ -109,7 +110,8 @@ class Jobs:
                 if fields.get("phase", "RECEIVING") != "RECEIVING":
                     self._metrics.resumed["watch"] += 1
                     return await self.attach(job_id)
-                self._check_open()
+                if self.draining:
+                    raise Refusals.draining()
                 with self.room.coming(job_id):
                     older = self.held.get(job_id)
                     if older is not None and older.epoch < epoch:
@@ -208,10 +210,12 @@ class Jobs:
                 raise self.refusals.not_started()
             return {}, None
         fields = {}
-        payload, queue = whole_payload(request), self._make_queue(request.version, request.method)
-        # Where an instance is free, one line for all that there is to be written before the run.
-        lease = queue.take() if payload is not None and len(request.kwargs or b"") <= INLINE else None
-        begin = None if lease is None else running(lease, 1)
+        payload, queue, begin = whole_payload(request), None, None
+        if payload is not None and len(request.kwargs or b"") <= INLINE:
+            queue = self._make_queue(request.version, request.method)
+            # Where an instance is free, one line for all that there is to be written before the run.
+            if (lease := queue.take()) is not None:
+                begin = running(lease, 1)
 
         def claim() -> Entry | None:
             fields.update(self._read(look)[0])
@@ -286,16 +290,13 @@ class Jobs:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(job.entry.stop_writing)
             if job.stop_asked:
-                await self._store_stopped(job)
+                outcome = job.stopped()
+                fields = {"phase": "CANCELLED", "reason": outcome.reason, "message": outcome.message}
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(job.entry.store, fields)
+                job.end(outcome)
         finally:
             await self._let_go(job)
-
-    async def _store_stopped(self, job: Job) -> None:
-        outcome = job.stopped()
-        fields = {"phase": "CANCELLED", "reason": outcome.reason, "message": outcome.message}
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(job.entry.store, fields)
-        job.end(outcome)
 
     async def _held(
         self, claim: Callable[[], Entry | None], undo: Callable[[Entry], None] = Entry.let_go
@@ -336,7 +337,7 @@ class Jobs:
 
     # Running
 
-    def start(self, job: Job, deadline: float, queue: Any = None) -> None:
+    def start(self, job: Job, deadline: float, queue: Place | None = None) -> None:
         """Run the job in a task of its own. `deadline`: the caller's, by trio's clock. `queue`: with what was taken."""
         options = self._methods[job.request.method]
         restartable = bool(options.get("restartable"))
@@ -345,7 +346,7 @@ class Jobs:
         self.held[job.entry.id] = job
         self._nursery.start_soon(self._run, job, queue, terms)
 
-    async def _run(self, job: Job, queue: Any, terms: Terms) -> None:
+    async def _run(self, job: Job, queue: Place, terms: Terms) -> None:
         try:
             await run_job(job, queue, self._versions, terms)
         finally:
@@ -445,9 +446,3 @@ class Jobs:
             words = await trio.to_thread.run_sync(lambda: [job.entry.words() for job in jobs])
             for job, word in zip(jobs, words, strict=True):
                 job.heed(word, time.monotonic(), self._config.grace)
-
-    # Checks
-
-    def _check_open(self) -> None:
-        if self.draining:
-            raise Refusals.draining()

@@ -86,7 +86,7 @@ class FrameReader:
 
     @property
     def owed(self) -> int:
-        """Bytes of payload that the frame under way has announced, and that have not come."""
+        """Bytes of payload that the frame under way has announced, and that were not taken."""
         return self._payload
 
     def feed(self, data: memoryview) -> int:

@@ -237,7 +237,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
             self._rest = bytes(view[len(view) - left :])
             self.processor.wake_senders()
             self.connection.flush()
-            self.connection.wait_for(min(self._reader.owed - left, _READ_PAYLOAD))
+            self.connection.wait_for(min(self._reader.owed, _READ_PAYLOAD))
         except ProtocolError as exc:
             if not self.greeted.is_set():
                 self.instead = bytes(view[:5])
