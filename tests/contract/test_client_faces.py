@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import re
 import time
@@ -174,20 +175,37 @@ def test_events_come_to_the_caller_and_what_it_raises_ends_the_call(
 
 
 def test_a_busy_listener_misses_no_line_of_the_log(its: Flavor, served: Served) -> None:
-    """Mutant seen: nobody waits for it, and what was not taken is dropped."""
+    """What it has no time for waits at the server, where it can be had again: here each heartbeat is one event.
+
+    Mutants seen: nobody waits for who iterates; for whose `on_event` is called somewhere else.
+    """
+    wanted = "".join(f"line {n}\n" for n in range(20))
+
+    def check(seen: list[Event]) -> None:
+        assert "".join(event.log for event in seen) == wanted
+        assert seen[-1].phase == "DONE"
+        beats = [event.heartbeats for event in seen]
+        assert all(after - before <= 1 for before, after in itertools.pairwise(beats)), beats
+
+    def note(event: Event) -> None:
+        seen.append(event)
+        time.sleep(0.2)
 
     async def scenario(its: Flavor) -> None:
         async with its.client(served.address) as client:
             job = await client.submit("steps", count=20)
-            text = ""
+            iterated: list[Event] = []
             async for event in job.events():
-                text += event.log
+                iterated.append(event)
                 await its.sleep(0.2)
-            assert text == "".join(f"line {n}\n" for n in range(20))
-            assert event.phase == "DONE"
-            assert await job.wait() == "walked"
+            check(iterated)
+            await job.release()
+            job = await client.submit("steps", count=20)
+            assert await job.wait(on_event=note) == "walked"
+            check(seen)
             await job.release()
 
+    seen: list[Event] = []
     its.run(scenario)
 
 
