@@ -112,6 +112,29 @@ def test_errors(its: Flavor, served: Served, tmp_path: Path) -> None:
     its.run(scenario)
 
 
+def test_a_warning_names_the_line_that_calls(its: Flavor, served: Served) -> None:
+    """Mutant seen: the line of asyncio that runs the call, in the thread of a face."""
+    data = bytes(40_000)
+
+    async def scenario(its: Flavor) -> None:
+        async with its.client(served.address) as client:
+            await client.predict(data)
+            await client.predict(text="x" * 40_000)
+            job = await client.submit("predict", data)
+            async with client.stream("predict", data) as call:
+                await call.wait()
+            await job.release()
+
+    with pytest.warns(UserWarning, match="in memory|keyword arguments") as caught:
+        its.run(scenario)
+    lines, first = inspect.getsourcelines(scenario)
+    wanted = [first + n for n, line in enumerate(lines) if "data" in line or "text=" in line]
+    if its.name == "sync":  # by way of what puts `await` in front of it
+        assert {Path(one.filename).name for one in caught} == {"faces.py"}
+    else:
+        assert [(one.filename, one.lineno) for one in caught] == [(__file__, line) for line in wanted]
+
+
 def test_what_a_payload_raises_and_that_it_is_let_go(its: Flavor, served: Served) -> None:
     """An async iterator of this flavor: for threads an ordinary one."""
     ended: list[str] = []
