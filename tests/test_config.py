@@ -137,7 +137,22 @@ def command(**options: Any) -> Config:
     return make_config(options)
 
 
-def configured(*arguments: str | Path) -> Config:
+CERTIFICATES = ("tls_ca", "tls_cert", "tls_key")
+
+
+@click.command()
+@config_options(CERTIFICATES)
+def server(**options: Any) -> Config:
+    return make_config(options)
+
+
+@click.command()
+@config_options(CERTIFICATES, text="client")
+def client(**options: Any) -> Config:
+    return make_config(options)
+
+
+def configured(*arguments: str | Path, command: click.Command = command) -> Config:
     config = command.main([str(argument) for argument in arguments], standalone_mode=False)
     assert isinstance(config, Config)
     return config
@@ -151,6 +166,26 @@ def test_command_line_then_environment_then_file_then_default(tmp_path: Path, mo
     config = configured("--config", file, "--tick", "250ms")
     assert (config.tick, config.drain, config.max_payload) == (0.25, 4, MIB)
     assert (config.bind, config.insecure, config.spool) == (("127.0.0.1:1",), True, "")
+
+
+@pytest.mark.parametrize("where", ["environment", "file"])
+def test_a_server_and_a_client_of_one_environment_have_certificates_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Mutant seen: one name for both, so that a server asks everybody for certificates of its own authority."""
+    pairs = {f"{prefix}{name}": f"{prefix}{name}.pem" for prefix in ("", "client_") for name in CERTIFICATES}
+    arguments: tuple[str | Path, ...] = ()
+    if where == "file":
+        file = tmp_path / "aipod.toml"
+        file.write_text("[aipod]\n" + "".join(f'{name} = "{value}"\n' for name, value in pairs.items()))
+        arguments = ("--config", file)
+    else:
+        for name, value in pairs.items():
+            monkeypatch.setenv(f"AIPOD_{name.upper()}", value)
+    for command, prefix in ((server, ""), (client, "client_")):
+        config = configured(*arguments, command=command)
+        assert [getattr(config, name) for name in CERTIFICATES] == [f"{prefix}{name}.pem" for name in CERTIFICATES]
+    assert configured(*arguments, "--tls-ca", "given", command=client).tls_ca == "given"
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,29 @@ async def test_an_answer_that_comes_all_the_same_is_given_although_the_scope_is_
     thread.join(20)
 
 
+@pytest.mark.parametrize("face", ["sync", "trio"])
+def test_what_is_left_after_its_client_begins_no_thread(served: Served, tmp_path: Path, face: str) -> None:
+    """Mutant seen: an iterator that is closed last asks in a new one (as it did in trio)."""
+    gate: Any = {"mark": str(tmp_path / "mark"), "until": str(tmp_path / "go")}
+
+    async def in_trio() -> None:
+        async with aipod.TrioClient(served.address) as client:
+            events = (await client.submit("forever", **gate)).events()
+            await anext(events)
+        await events.aclose()
+        assert hosts() == [], "while the client is there"
+
+    if face == "trio":
+        trio.run(in_trio)
+    else:
+        with aipod.SyncClient(served.address) as client:
+            events = client.submit("forever", **gate).events()
+            next(events)
+        events.close()
+        assert hosts() == [], "while the client is there"
+    (tmp_path / "go").touch()
+
+
 def test_clients_of_several_trio_runs_one_after_the_other(served: Served) -> None:
     client = aipod.TrioClient(served.address)
 

@@ -146,7 +146,8 @@ def cli() -> None:
 
     Every option of a command (but token and nginx-conf) is also AIPOD_<NAME> in the environment; those of serve and of
     what calls it are also keys in table [aipod] of a TOML file (--config). Command line, then environment, then file,
-    then default.
+    then default. What would be the server's as well is AIPOD_CLIENT_<NAME> for who calls it: --tls-ca, --tls-cert and
+    --tls-key.
 
     Exit status: 0; 1 the job failed, was cancelled or was refused, or its time was up; 2 wrong usage; 3 no server
     answers, or the job is lost; 130 Ctrl-C, TERM or HUP (with which a server drains, and ends with 0). The last line on

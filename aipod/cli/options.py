@@ -35,6 +35,9 @@ _BYTES = {
 _DEFAULTS = Config()
 # Settings of `call` that are no part of `Config`; one file may serve both commands.
 CALL_SETTINGS = ("token_file", "to", "version", "upstream", "meta", "timeout", "output", "ticket")
+# What says one thing to a server and another to who calls it: a client's has a variable, and a key in the file, of its
+# own, as both may be started with the same ones. A server would ask everybody for certificates of its own authority.
+_OWN = {name: f"client_{name}" for name in ("tls_ca", "tls_cert", "tls_key")}
 # What of `Config` says how a client connects, and how long it tries.
 _CONNECTION = ("tls", "tls_ca", "tls_cert", "tls_key", "silence", "connect_timeout", "attempts", "reconnect")
 # The names of what every command has that calls a server.
@@ -232,9 +235,13 @@ def _option(
     default = getattr(_DEFAULTS, field.name)
     default = ", ".join(default) if isinstance(default, tuple) else default
     told = f" [{_show(field.name, default, kind)}]" if default not in ("", False) and kind is not bool else ""
+    variable = f"AIPOD_{field.name.upper()}"
+    if text == "client" and field.name in _OWN:
+        variable = f"AIPOD_{_OWN[field.name].upper()}"
+        told = f"; {variable} in the environment"
     # No default of click's own: a value that was not given must not hide the one in the file.
     common: dict[str, Any] = {
-        "envvar": f"AIPOD_{field.name.upper()}",
+        "envvar": variable,
         "default": None,
         "help": field.metadata[text].removesuffix(".") + told,
         **more,
@@ -283,16 +290,26 @@ def _use_file(context: click.Context, _: click.Parameter, path: Path | None) -> 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise click.UsageError(f"{path} is no TOML file: {exc}") from exc
     known = [field.name for field in dataclasses.fields(Config) if field.repr]  # a secret is not for such a file
+    known += [*CALL_SETTINGS, *_OWN.values()]
     if not isinstance(table, dict):
         raise click.UsageError(f"{path}: aipod is not a table; write [aipod]")
     for name in table:
-        if name not in known and name not in CALL_SETTINGS:
+        if name not in known:
             raise click.UsageError(f"{path}: unknown setting {name!r}; known ones: {', '.join(sorted(known))}")
-    # A single value for an option that may be repeated.
+    found: dict[str, Any] = {}
     for param in context.command.params:
-        if isinstance(table.get(str(param.name)), bool) and isinstance(param, click.Option) and not param.is_flag:
-            raise click.UsageError(f"{path}: {param.name} is true or false, which it cannot be")
-    several = {param.name for param in context.command.params if isinstance(param, click.Option) and param.multiple}
-    context.default_map = {
-        name: [value] if name in several and isinstance(value, str) else value for name, value in table.items()
-    }
+        key = _key(param)
+        if key not in table:
+            continue
+        value = found[str(param.name)] = table[key]
+        if isinstance(param, click.Option):
+            if isinstance(value, bool) and not param.is_flag:
+                raise click.UsageError(f"{path}: {key} is true or false, which it cannot be")
+            if param.multiple and isinstance(value, str):
+                found[str(param.name)] = [value]
+    context.default_map = found
+
+
+def _key(param: click.Parameter) -> str:
+    """What a setting is called in the file: as its variable."""
+    return param.envvar.removeprefix("AIPOD_").lower() if isinstance(param.envvar, str) else str(param.name)

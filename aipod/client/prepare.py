@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import json
 import os
@@ -21,9 +22,13 @@ from aipod.codec import Compressor, frame
 from aipod.config import KIB, Config
 from aipod.errors import UsageError
 
+Place = tuple[str, int, str | None, dict[Any, Any]]
+
 # Above it bytes are better in a file, and kwargs better in the payload: both are held in memory whole.
 WARN_ABOVE = 32 * KIB
 RPCS = ("chaos", "train", "predict", "log")
+# The place in the caller's code of what calls from another thread, as `warnings.warn_explicit` takes it.
+CALLED_AT: contextvars.ContextVar[Place] = contextvars.ContextVar("CALLED_AT")
 # Bytes of `max_headers` for what every call brings besides metadata: path, authority, job, token, trace.
 OWN_HEADERS = 2 * KIB
 
@@ -50,9 +55,7 @@ async def prepare(
         kwargs = {**kwargs, "version": version}  # Raw has no field for it
     in_memory = isinstance(payload, bytes | bytearray | memoryview)
     if isinstance(payload, bytes | bytearray | memoryview) and len(payload) > WARN_ABOVE:
-        warnings.warn(
-            f"{len(payload)} bytes of payload in memory; a path is sent without loading it", stacklevel=stacklevel
-        )
+        _warn(f"{len(payload)} bytes of payload in memory; a path is sent without loading it", stacklevel + 1)
     text = _text(kwargs, link.config, stacklevel + 1)
     level = link.config.small_level
     # What is large would have the loop's own one keep as much memory.
@@ -84,8 +87,16 @@ def _text(kwargs: dict[str, Any], config: Config, stacklevel: int) -> bytes:
     if len(text) > config.kwargs_limit:
         raise UsageError(f"{len(text)} bytes of keyword arguments; the limit is {config.kwargs_limit}")
     if len(text) > WARN_ABOVE:
-        warnings.warn(f"{len(text)} bytes of keyword arguments; send large data as the payload", stacklevel=stacklevel)
+        _warn(f"{len(text)} bytes of keyword arguments; send large data as the payload", stacklevel + 1)
     return text
+
+
+def _warn(text: str, stacklevel: int) -> None:
+    place = CALLED_AT.get(None)
+    if place is None:
+        warnings.warn(text, stacklevel=stacklevel)
+    else:
+        warnings.warn_explicit(text, UserWarning, *place)
 
 
 def _fingerprint(request: Request, kwargs: bytes, source: Source) -> str:

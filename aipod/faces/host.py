@@ -8,6 +8,7 @@ import collections
 import contextlib
 import contextvars
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aipod.client.event import Event, Listener, merged
+from aipod.client.prepare import CALLED_AT
 from aipod.errors import UsageError
 
 # Seconds that whoever closes a client waits for its thread: a call that pauses between two connections holds it.
@@ -181,6 +183,11 @@ class Crossing(Listener):
     def __init__(self, ring: Callable[[], None]) -> None:
         self._ring = ring
         self._context = contextvars.copy_context()  # the caller's: of its trace, say
+        # Who makes this is called by a method of a face's, and that by the caller's code, or a collector of garbage.
+        if (code := sys._getframe(2).f_back) is not None:
+            known = code.f_globals.setdefault("__warningregistry__", {})
+            place = code.f_code.co_filename, code.f_lineno, code.f_globals.get("__name__"), known
+            self._context.run(CALLED_AT.set, place)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self._is_cancelled = False

@@ -111,8 +111,9 @@ def _iterates(
             while (item := await _run(self._host, next_of, items)) is not _NOTHING:
                 yield item
         finally:
-            with trio.CancelScope(shield=True):
-                await _run(self._host, items.aclose)
+            if not self._host.is_idle:  # else the client was closed, and the iterator with it
+                with trio.CancelScope(shield=True):
+                    await _run(self._host, items.aclose)
 
     like(call, method, "Trio", _WORDS)
     return call

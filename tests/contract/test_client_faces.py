@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import re
 import time
@@ -111,6 +112,29 @@ def test_errors(its: Flavor, served: Served, tmp_path: Path) -> None:
     its.run(scenario)
 
 
+def test_a_warning_names_the_line_that_calls(its: Flavor, served: Served) -> None:
+    """Mutant seen: the line of asyncio that runs the call, in the thread of a face."""
+    data = bytes(40_000)
+
+    async def scenario(its: Flavor) -> None:
+        async with its.client(served.address) as client:
+            await client.predict(data)
+            await client.predict(text="x" * 40_000)
+            job = await client.submit("predict", data)
+            async with client.stream("predict", data) as call:
+                await call.wait()
+            await job.release()
+
+    with pytest.warns(UserWarning, match="in memory|keyword arguments") as caught:
+        its.run(scenario)
+    lines, first = inspect.getsourcelines(scenario)
+    wanted = [first + n for n, line in enumerate(lines) if "data" in line or "text=" in line]
+    if its.name == "sync":  # by way of what puts `await` in front of it
+        assert {Path(one.filename).name for one in caught} == {"faces.py"}
+    else:
+        assert [(one.filename, one.lineno) for one in caught] == [(__file__, line) for line in wanted]
+
+
 def test_what_a_payload_raises_and_that_it_is_let_go(its: Flavor, served: Served) -> None:
     """An async iterator of this flavor: for threads an ordinary one."""
     ended: list[str] = []
@@ -174,20 +198,37 @@ def test_events_come_to_the_caller_and_what_it_raises_ends_the_call(
 
 
 def test_a_busy_listener_misses_no_line_of_the_log(its: Flavor, served: Served) -> None:
-    """Mutant seen: nobody waits for it, and what was not taken is dropped."""
+    """What it has no time for waits at the server, where it can be had again: here each heartbeat is one event.
+
+    Mutants seen: nobody waits for who iterates; for whose `on_event` is called somewhere else.
+    """
+    wanted = "".join(f"line {n}\n" for n in range(20))
+
+    def check(seen: list[Event]) -> None:
+        assert "".join(event.log for event in seen) == wanted
+        assert seen[-1].phase == "DONE"
+        beats = [event.heartbeats for event in seen]
+        assert all(after - before <= 1 for before, after in itertools.pairwise(beats)), beats
+
+    def note(event: Event) -> None:
+        seen.append(event)
+        time.sleep(0.2)
 
     async def scenario(its: Flavor) -> None:
         async with its.client(served.address) as client:
             job = await client.submit("steps", count=20)
-            text = ""
+            iterated: list[Event] = []
             async for event in job.events():
-                text += event.log
+                iterated.append(event)
                 await its.sleep(0.2)
-            assert text == "".join(f"line {n}\n" for n in range(20))
-            assert event.phase == "DONE"
-            assert await job.wait() == "walked"
+            check(iterated)
+            await job.release()
+            job = await client.submit("steps", count=20)
+            assert await job.wait(on_event=note) == "walked"
+            check(seen)
             await job.release()
 
+    seen: list[Event] = []
     its.run(scenario)
 
 
