@@ -31,7 +31,7 @@ from aipod.errors import AipodError, ServeError
 log = logging.getLogger("aipod.serving")
 
 # Seconds that the child has, beyond what a drain takes at most, to end by itself; and to end at once.
-AIR = 5.0
+BEYOND = 5.0
 AT_ONCE = 3.0
 # Seconds between two looks whether the child has ended, while nothing is heard, and when it has closed its socket.
 _LOOK, _LOOK_AT_ONCE = 1.0, 0.02
@@ -97,7 +97,7 @@ class serving:
         died = self._leave()
         try:
             with contextlib.suppress(TimeoutError):
-                self._child.ended.result(self._config.longest_stop + AIR)
+                self._child.ended.result(self._config.longest_stop + BEYOND)
         except BaseException:
             self._child.hurry()
             raise
@@ -142,7 +142,7 @@ class serving:
     ) -> None:
         died = self._leave()
         try:
-            await self._wait(self._config.longest_stop + AIR)
+            await self._wait(self._config.longest_stop + BEYOND)
         except BaseException:
             self._child.hurry()
             raise

@@ -49,8 +49,8 @@ def main() -> None:
 
     write = Part.write
 
-    def write_and_step(self: Part, data: bytes) -> None:
-        write(self, data)
+    def write_and_step(self: Part, *pieces: bytes) -> None:
+        write(self, *pieces)
         step()
 
     Part.write = write_and_step  # type: ignore[method-assign]

@@ -45,7 +45,7 @@ def test_one_version_does_not_take_the_room_of_others(serve: Serve, tmp_path: Pa
             assert caught.value.reason == "OVERLOADED"
             assert caught.value.retry_after is not None
             assert entries() == before
-            other = await client.submit("predict", version="b", **kwargs)
+            other = await client.submit("predict", version="b", **{**kwargs, "mark": f"{mark}.b"})
             until.touch()
             assert [await job.wait() for job in (*jobs, other)] == ["done"] * (LIMIT + 2)
             for _ in range(2 * LIMIT):

@@ -505,7 +505,7 @@ def test_what_must_not_be_in_a_run_of_faults_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("free", "cpu", "rests"),
-    [(0, 0.0, True), (256, 0.02, True), (257, 0.0, False), (0, 0.03, False), (-10_000, 0.0, True)],
+    [(0, 0.0, True), (256, 1 / 64, True), (257, 0.0, False), (0, 1 / 32, False), (-10_000, 0.0, True)],
     ids=["nothing", "little", "room is given back", "a server works", "somebody writes"],
 )
 def test_a_run_begins_when_the_one_before_has_left_nothing(free: int, cpu: float, rests: bool) -> None:

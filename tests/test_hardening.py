@@ -42,7 +42,7 @@ from tests.test_transport import HEADERS, REQUEST, Answer, Peer, descriptors, ho
 KIB, MIB = 1024, 1024 * 1024
 LONG = int(os.environ.get("AIPOD_TEST_LONG", "1"))
 LIMIT = 2 * MIB  # --max-message
-MAX_FRAME, MAX_CONTROL_FRAME = 512 * KIB, 64 * KIB
+MAX_FRAME, MAX_CONTROL_FRAME = 1088 * KIB, 64 * KIB
 # What a server may compute in seconds while a good call beside an attack waits; stock grpclib's loop stands still for
 # tens of them.
 LATE = 5.0

@@ -111,7 +111,7 @@ class Hangs(aipod.Model):
         time.sleep(1000)
 
 def test_hangs(monkeypatch, aipod_server):
-    monkeypatch.setattr(aipod.testing, "PATIENCE", 0.5)
+    monkeypatch.setattr(aipod.testing, "LEFT", 0.5)
 
     async def call():
         async with aipod.Client(aipod_server(Hangs).address) as client:

@@ -28,7 +28,7 @@ __all__ = ["Served", "serve"]
 
 # Seconds that methods which run when the scope is left may take: nothing ends a thread. A test that hangs there is one
 # that fails.
-PATIENCE = 10.0
+LEFT = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def serve(model: type | str, **settings: Any) -> Iterator[Served]:
             with contextlib.suppress(trio.RunFinishedError):
                 end()
             try:
-                ended.result(PATIENCE)
+                ended.result(LEFT)
             except TimeoutError:
-                text = f"a method still runs {PATIENCE:g} s after its test; have it look at context.cancelled"
+                text = f"a method still runs {LEFT:g} s after its test; have it look at context.cancelled"
                 raise AipodError("STILL_RUNNING", text) from None
