@@ -194,7 +194,8 @@ def test_completion_says_nothing_where_something_is_wrong(broken: dict[str, str]
 def test_completion_does_not_wait_for_a_server_that_is_silent() -> None:
     """It takes what connects, and says nothing. Mutant seen: it is asked with the patience of a call (15 s)."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        environ = {"AIPOD_TO": f"127.0.0.1:{silent.getsockname()[1]}", "AIPOD_SILENCE": "3600"}
+        forever = {"AIPOD_SILENCE": "3600", "AIPOD_CONNECT_TIMEOUT": "3600"}
+        environ = {"AIPOD_TO": f"127.0.0.1:{silent.getsockname()[1]}", **forever}
         done = completed("aipod call ", environ)
     assert (done.status, done.out.decode().strip(), done.err) == (0, "", "")
 
