@@ -294,7 +294,7 @@ def test_a_job_is_handed_over_watched_and_found_again(its: Flavor, served: Serve
 
 
 def test_a_call_step_by_step(its: Flavor, served: Served) -> None:
-    """Mutant seen: chunks that are asked for again go on where they were left."""
+    """Mutants seen: chunks that are asked for again go on where they were left; a call that was left runs it."""
     data = payload_of(5 * MIB)
 
     async def scenario(its: Flavor) -> None:
@@ -324,6 +324,13 @@ def test_a_call_step_by_step(its: Flavor, served: Served) -> None:
             with pytest.raises(aipod.UsageError, match="not JSON"):
                 async with client.stream("predict", a=object()):
                     raise AssertionError
+            call = client.stream("predict", b"x")
+            with pytest.raises(aipod.UsageError, match="within its block"):
+                await call.wait()
+            async with call:
+                pass
+            with pytest.raises(aipod.UsageError, match="within its block"):
+                [event async for event in call.events()]
 
     its.run(scenario)
 
