@@ -210,6 +210,30 @@ def test_ctrl_c_cancels_the_job_where_that_is_answered_or_it_is_pressed_twice(wo
     assert work.tickets == []
 
 
+@only_first
+def test_what_has_arrived_of_a_cancelled_jobs_answer_goes(work: Work) -> None:
+    """Mutant seen: it stays beside -o, where nobody has a use for it."""
+    work.payload.write_bytes(os.urandom(40_000_000))
+
+    async def main() -> None:
+        faults = Fault(cut_down=5_000_000), *[Fault(cut_down=1)] * 1000
+        async with open_proxy(int(work.address.rpartition(":")[2]), *faults) as proxy:
+
+            def look() -> None:
+                with work.session("call", "echo", "payload", "-o", "out", to=proxy.address) as session:
+                    session.until(lambda: re.search(r"^retry ", session.text, re.MULTILINE) and proxy.connections > 2)
+                    assert list(work.directory.glob(".out.*.part")) != []
+                    session.type("\x03")
+                    session.until(QUESTION)
+                    session.type("c\n")
+                    assert session.end() == 130
+
+            await asyncio.to_thread(look)
+
+    run(main)
+    assert sorted(path.name for path in work.directory.iterdir()) == ["payload"]
+
+
 def test_ctrl_c_and_enter_go_on(served: Served, work: Work) -> None:
     """Mutant seen: what comes while the question is there is shown over it, or lost."""
     with work.call() as session:

@@ -22,11 +22,11 @@ from aipod.cli.question import is_asked_for
 from aipod.cli.request import Asked, request_options, take_request
 from aipod.cli.ticket import HeldTicket, check_ticket_file, telling, ticket_option
 from aipod.client import Client, Event, Job
+from aipod.client.prepare import named
 from aipod.client.sink import make_durable
 from aipod.client.ticket import TicketFile
 from aipod.errors import AipodError, JobFailed
 
-RPCS = ("train", "predict", "log")
 # Seconds for telling the server that its answer is here.
 RELEASE = 2.0
 
@@ -72,14 +72,12 @@ async def _call(
     context: click.Context, server: Server, asked: Asked, timeout: float | None, output: Path | None
 ) -> None:
     flags: Flags = context.obj
-    metadata = list(server.metadata)
-    if asked.method not in RPCS:
-        metadata.append(("x-func-name", asked.method))
+    rpc, metadata = named(asked.method, server.metadata, server.config)
     asks = is_asked_for(stdin_is_payload=asked.from_stdin, as_json=flags.lines is not None)
     # Elsewhere nobody could use the ticket: the job ends with this command, which needs no more than one call then.
     held = HeldTicket() if asks or shows_json_only(output, flags.lines) else None
     async with calling(server, lines=flags.lines) as (client, progress):
-        method = getattr(client, asked.method if asked.method in RPCS else "chaos")
+        method = getattr(client, rpc)
 
         async def ask(save_to: Path | None, on_event: Callable[[Event], None]) -> Any:
             def heard(event: Event) -> None:

@@ -49,7 +49,7 @@ def complete_method(context: click.Context, _: click.Parameter, incomplete: str)
                 first = (method["doc"].splitlines() or [""])[0]
                 found.append(CompletionItem(name, help=plain(first or method["signature"])))
 
-    # A thread: a name server that is silent would be waited for.
+    # A thread, which ends with the process: a name server that is silent would be waited for.
     thread = threading.Thread(target=ask, daemon=True, name="aipod-completion")
     thread.start()
     thread.join(PATIENCE)
@@ -65,7 +65,7 @@ def _methods(context: click.Context) -> dict[str, Any]:
 
     async def ask() -> dict[str, Any]:
         async with Client(server.to, config=server.config) as client:
-            told = await client.chaos(metadata=[*server.metadata, ("x-func-name", "aipod.methods")], timeout=PATIENCE)
+            told = await client.chaos(metadata=[*server.metadata, ("x-func-name", "aipod.methods")])
             methods: dict[str, Any] = told["methods"]
             return methods
 

@@ -14,7 +14,7 @@ import click
 
 from aipod.cli import plain
 from aipod.cli.amounts import sizes
-from aipod.cli.tally import Tally, amounts
+from aipod.cli.tally import Tally, amounts, detail
 from aipod.client.event import Event
 from aipod.config import KIB
 
@@ -175,7 +175,7 @@ class Progress:
             return " ".join(filter(None, (again, said, silence(event.quiet))))
         if event.phase not in ("RECEIVING", "DONE"):
             return ""
-        return "  ".join(filter(None, (sizes(done, total), self._tally.detail(event))))
+        return "  ".join(filter(None, (sizes(done, total), detail(event))))
 
 
 def can_draw(stream: IO[str]) -> bool:

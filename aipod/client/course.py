@@ -213,8 +213,6 @@ class Course:
             told = self.told
             done = told.get("received", 0) if told["phase"] == "DONE" else max(told.get("sent") or 0, self.offset)
             rate = self._rate.note(told["phase"], done, time.monotonic())
-            if told["phase"] not in ("RECEIVING", "DONE"):
-                rate = 0.0
             try:
                 request.on_event(Event(**told, rate=rate))
             except Exception as exc:

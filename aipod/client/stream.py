@@ -43,6 +43,7 @@ class Call:
         self._prepare = prepare
         self._timeout = timeout
         self._closes = link.closes  # when the caller called: one that was closed since is not opened again for that
+        self._over: asyncio.Future[None] | None = None  # None outside of its block
         self._is_busy = False
         self._is_had = False  # the caller has what was asked for
         self._given_up: BaseException | None = None  # what has ended it without an answer
@@ -61,6 +62,8 @@ class Call:
     ) -> None:
         course, source = self._course, self._request.source
         assert source is not None
+        assert self._over is not None
+        over, self._over = self._over, None
         error = exc or self._given_up
         try:
             try:
@@ -72,7 +75,7 @@ class Call:
                     self._delivered()
                 else:
                     self._leave(error)
-                self._link.end(self._over)
+                self._link.end(over)
         finally:
             continued = not self._is_had and _is_continued(course, error)
             if self._request.save_to is not None:
@@ -155,6 +158,8 @@ class Call:
         on_event: OnEvent | None = None,
         pour: Pour | None = None,
     ) -> Any:
+        if self._over is None:
+            raise UsageError("a call is used within its block: `with client.stream(...) as call`")
         if self._is_busy or self._is_had:
             why = "its answer was had" if self._is_had else "one of its methods is under way"
             raise UsageError(f"this call has no more to give: {why}; use `submit` for what is asked for several times")

@@ -255,6 +255,7 @@ def test_an_upload_has_a_rate(its: Flavor, served: Served) -> None:
 
 
 def test_a_job_is_handed_over_watched_and_found_again(its: Flavor, served: Served, tmp_path: Path) -> None:
+    """Mutant seen: it is released, as one whose answer was had."""
     data = payload_of(3 * MIB)
 
     async def scenario(its: Flavor) -> None:
@@ -264,6 +265,7 @@ def test_a_job_is_handed_over_watched_and_found_again(its: Flavor, served: Serve
             assert str(job) == job.ticket.hex()
             assert len(job.id) == 32
             assert [event.phase async for event in job.events()][-1] == "DONE"
+            assert (await client.predict(b""))["size"] == 0  # with which goes what is to be released
             assert await job.wait() == data
             assert await job.save(tmp_path / "out") == tmp_path / "out"
             assert (tmp_path / "out").read_bytes() == data
@@ -292,6 +294,7 @@ def test_a_job_is_handed_over_watched_and_found_again(its: Flavor, served: Serve
 
 
 def test_a_call_step_by_step(its: Flavor, served: Served) -> None:
+    """Mutants seen: chunks that are asked for again go on where they were left; a call that was left runs it."""
     data = payload_of(5 * MIB)
 
     async def scenario(its: Flavor) -> None:
@@ -300,7 +303,9 @@ def test_a_call_step_by_step(its: Flavor, served: Served) -> None:
                 seen = [event async for event in call.events()]
                 assert seen[-1].phase == "DONE"
                 assert seen[-1].job_id == call.id
-                chunks = [chunk async for chunk in call.chunks()]
+                async with contextlib.aclosing(call.chunks()) as early:
+                    assert data.startswith(await anext(early))
+                chunks = [chunk async for chunk in call.chunks()]  # from the first byte, all the same
                 assert max(map(len, chunks)) <= MIB
                 assert b"".join(chunks) == data
                 with pytest.raises(aipod.UsageError, match="its answer was had"):
@@ -319,12 +324,43 @@ def test_a_call_step_by_step(its: Flavor, served: Served) -> None:
             with pytest.raises(aipod.UsageError, match="not JSON"):
                 async with client.stream("predict", a=object()):
                     raise AssertionError
+            call = client.stream("predict", b"x")
+            with pytest.raises(aipod.UsageError, match="within its block"):
+                await call.wait()
+            async with call:
+                pass
+            with pytest.raises(aipod.UsageError, match="within its block"):
+                [event async for event in call.events()]
+
+    its.run(scenario)
+
+
+def test_chunks_that_are_left_early_can_be_had_again(its: Flavor, served: Served, tmp_path: Path) -> None:
+    """Although the last one has come. Mutants seen: the call's answer was had; the ticket file goes."""
+    data, ticket = payload_of(MIB + 1), tmp_path / "ticket"
+
+    async def scenario(its: Flavor) -> None:
+        async def leave(chunks: Any) -> None:
+            async with contextlib.aclosing(chunks) as early:
+                assert await anext(early) == data[:MIB]
+                await its.sleep(0.5)  # more than the last one needs
+
+        async with its.client(served.address) as client:
+            async with client.stream("echo", its.items([data])) as call:
+                await leave(call.chunks())
+                assert b"".join([chunk async for chunk in call.chunks()]) == data
+            job = await client.submit("echo", its.items([data]), ticket_file=ticket)
+            await leave(job.chunks())
+            assert ticket.exists()
+            assert b"".join([chunk async for chunk in job.chunks()]) == data
+            assert not ticket.exists()
+            await job.release()
 
     its.run(scenario)
 
 
 def test_leaving_cancels_the_job(its: Flavor, served: Served, tmp_path: Path) -> None:
-    """Mutants seen: no word for a call that was left in its block; a block whose answer was had is cancelled."""
+    """Mutants seen: no word for a call that was left in its block; a job that was handed over is cancelled."""
 
     async def scenario(its: Flavor) -> None:
         async with its.client(served.address) as client:
