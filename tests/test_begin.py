@@ -132,7 +132,6 @@ async def test_long_kwargs_and_no_instance_have_lines_of_their_own(tmp_path: Pat
         job = await server.find(b"u" * 16)
         assert (job.phase, job.place, job.begun) == (Phase.QUEUED, 0, False)
         taken.give_back()
-        taken.give_back()
         assert await over(job) == Phase.DONE
         await server.settle()
 
