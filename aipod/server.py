@@ -113,7 +113,9 @@ async def serve(
             spool, versions = disk or await open_disk()
             if description.is_async or config.runner == "thread" or cls is not None:
                 inside.enter_context(captured())
-            make = _runners(config, cls, description, spool, versions, files)
+                make = _inside(config, cls, description, versions)
+            else:
+                make = _processes(config, spool, versions, files)
             status = ServingStatus(reflection=config.reflection)
             metrics = Metrics(description.methods, TABLE)
             async with (
@@ -247,8 +249,7 @@ async def _look_at_model(config: Config, cls: type | None, files: int) -> Descri
             raise await load_failed(exc) from None
         description = Description.of(describe(cls))
     else:
-        bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
-        description = await ProcessRunner(config.model, "", Path(), None, **bounds, files=files).look()
+        description = await ProcessRunner(config.model, "", Path(), None, **_bounds(config), files=files).look()
     if config.runner in ("process", "thread") and description.is_async:
         raise ServeError("BAD_RUNNER", f"{config.model} has async methods; they run on the loop: --runner auto")
     if config.runner == "loop" and not description.is_async:
@@ -256,20 +257,19 @@ async def _look_at_model(config: Config, cls: type | None, files: int) -> Descri
     return description
 
 
-def _runners(
-    config: Config, cls: type | None, description: Description, spool: Spool, versions: Versions, files: int
-) -> MakeRunner:
-    bounds = {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
+def _bounds(config: Config) -> dict[str, float]:
+    return {"load_timeout": config.load_timeout, "grace": config.cancel_grace}
 
-    def process(version: str) -> ProcessRunner:
-        return ProcessRunner(config.model, version, versions.data_dir(version), spool, **bounds, files=files)
 
-    def inside(version: str) -> LoopRunner:
-        runner = LoopRunner if description.is_async else ThreadRunner
-        return runner(config.model, version, versions.data_dir(version), **bounds, cls=cls)
+def _inside(config: Config, cls: type | None, description: Description, versions: Versions) -> MakeRunner:
+    runner = LoopRunner if description.is_async else ThreadRunner
+    return lambda version: runner(config.model, version, versions.data_dir(version), **_bounds(config), cls=cls)
 
-    here = description.is_async or config.runner == "thread" or cls is not None
-    return inside if here else process
+
+def _processes(config: Config, spool: Spool, versions: Versions, files: int) -> MakeRunner:
+    return lambda version: ProcessRunner(
+        config.model, version, versions.data_dir(version), spool, **_bounds(config), files=files
+    )
 
 
 async def _sweep(sweeper: Sweeper, adopt: Callable[[list[str]], Awaitable[None]]) -> None:

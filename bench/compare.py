@@ -26,10 +26,11 @@ from bench.processes import Failed, Run, Server, run_client
 
 LOOK = 0.1  # seconds between two looks at whether the last run has left nothing
 SETTLE = 10.0  # seconds for that, at most
-BUSY = 0.02  # CPU seconds of a server between two looks: two of the system's ticks
+BUSY = 0.025  # CPU seconds of a server between two looks: two of the system's ticks, but not three
 GIVEN_BACK = 256  # blocks of the disk, a MiB as a rule: others on this machine remove files too
 
 Hop = tuple[str, tuple[str, ...]]  # a peer that is between, with its options
+Rest = tuple[int, list[float]]  # free blocks of the disk, and the CPU seconds of each server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +219,6 @@ class Bed:
         if comparison.answers and "answer" in run and run["answer"] not in comparison.answers:
             raise Failed(f"{comparison.row}, {way.name}: the answer is {run['answer']}, not {comparison.answers}")
         return run
-
-
-Rest = tuple[int, list[float]]  # free blocks of the disk, and the CPU seconds of each server
 
 
 def _rests(before: Rest, now: Rest) -> bool:

@@ -23,7 +23,7 @@ import pytest
 
 from bench import data, file, levels, machine
 from bench.__main__ import BENCHMARKS, status
-from bench.compare import Comparison, Figure, Measured, _rests, measure, same
+from bench.compare import Bed, Comparison, Figure, Measured, _rests, measure, same
 from bench.faults.run import Totals
 from bench.faults.runs import check_starts
 from bench.options import Options
@@ -512,6 +512,34 @@ def test_a_run_begins_when_the_one_before_has_left_nothing(free: int, cpu: float
     """Mutants seen: without a look at the disk; at the servers; at all but the first of them."""
     assert _rests((1000, [1.0, 2.0]), (1000 + free, [1.0, 2.0 + cpu])) is rests
     assert _rests((1000, [1.0, 2.0]), (1000 + free, [1.0 + cpu, 2.0])) is rests
+
+
+class Restless(Server):
+    """Works for the first looks at it, and notes how often it was looked at. No process."""
+
+    port, pid = "0", 0
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def times(self) -> dict[str, float]:
+        self.looks += 1
+        return {"user": float(min(self.looks, 4))}
+
+
+@pytest.mark.parametrize(("writes", "fewest"), [(0, 0), (1, 5)])
+def test_a_run_that_writes_waits_for_that(tmp_path: Path, writes: int, fewest: int) -> None:
+    """A look behind the last that tells of work, and none where nothing is written. Mutants seen: nobody waits; one
+    look will do; a run that writes nothing waits too.
+    """
+    way = same("nobody", "nobody")
+    with Bed(tmp_path) as bed:
+        server = bed._servers[way.server, way.server_options, ""] = Restless()
+        with pytest.raises(Failed, match="nobody"):
+            bed.run(Comparison("row", "command", (), way, (), writes=writes), way)
+    before_the_run = 2  # it is both ends
+    assert server.looks == before_the_run or writes
+    assert server.looks >= before_the_run + fewest
 
 
 @first_only("one Python is enough for what only records")

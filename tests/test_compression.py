@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from aipod.cli.progress import Progress
 from aipod.client import Event
 from aipod.config import MIB
 from tests import stranger
-from tests.conftest import Serve, run, wait_until
+from tests.conftest import ROOT, Serve, run, wait_until
 from tests.scrape import Scrape, metrics_of, until
 
 TEXT = b"".join(b'{"number": %d, "text": "one of many"}\n' % number for number in range(400_000))[: 8 * MIB]
@@ -88,3 +90,54 @@ def test_the_bar_shows_what_it_brings(ratio: float) -> None:
     shown = Progress(io.StringIO())._detail(dataclasses.replace(event, ratio=ratio), 5, 10)
     assert ("3.1:1" in shown) == (ratio > 3)
     assert ":1" not in shown or ratio > 3
+
+
+# A server in a thread, whose client is too busy to read: what its choosers of levels are told.
+TOLD = """
+import asyncio, os, sys, threading, time
+import aipod, aipod.packing, aipod.testing
+from aipod.levels import Levels
+
+MIB, told = 1 << 20, []
+
+class Listener(Levels):
+    def sent(self, batch):
+        if threading.current_thread().name == "aipod-test-server":
+            told.append(batch)
+        super().sent(batch)
+
+class Noise(aipod.Model):
+    def predict(self, context, path):
+        answer = context.work_dir / "answer"
+        answer.write_bytes(os.urandom(16 * MIB))
+        return answer
+
+async def main(address):
+    async with aipod.Client(address) as client:
+        busy(100)
+        await client.predict(save_to=sys.argv[1])
+
+def busy(times):
+    time.sleep(0.01)
+    if times:
+        asyncio.get_running_loop().call_later(0, busy, times - 1)
+
+aipod.packing.Levels = Listener  # what every Packer makes
+with aipod.testing.serve(Noise) as server:
+    asyncio.run(main(server.address))
+print(sum(batch.data for batch in told) // MIB, max(batch.held for batch in told))
+"""
+
+
+def test_a_server_knows_what_waits_on_its_own_machine(tmp_path: Path) -> None:
+    """Else what is in its buffers counts as sent, and looks like a fast wire.
+
+    Mutants seen: its choosers are not told; the connection is not asked.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD, str(tmp_path / "answer")], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    data, most = map(int, done.stdout.split())
+    assert data == 16
+    assert most > 64 * 1024

@@ -567,7 +567,8 @@ async def test_an_outcome_is_told_when_it_is_stored_and_not_before(story: Story,
 
         class Watched(Journal):
             def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
-                trio.from_thread.run_sync(lambda: None, trio_token=token)  # whoever waits for a change has its turn
+                # Whoever waits for a change has its turn, and has read what there is before this line.
+                trio.from_thread.run(trio.testing.wait_all_tasks_blocked, trio_token=token)
                 super().append(fields, sync=sync)
 
         job = await story.begin(open_=OWN, journal=Watched)

@@ -11,17 +11,20 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from aipod.codec import digest
-from aipod.config import MIB
+from aipod.codec import digest, frame, stored
+from aipod.config import KIB, MIB
+from aipod.job.upload import ChunkSink
 from aipod.results import INLINE
 from aipod.spool import ENDED, MAX_LOG, SYNC_AFTER, SYNC_BYTES, Journal, Spool, Sweeper
 from aipod.spool.entry import SLOW
+from aipod.wire.ai import Raw
 from bench.disk import forget, small_job
 from tests.conftest import left_in
 from tests.spools import (
@@ -66,6 +69,44 @@ def test_an_entry_from_its_claim_to_its_end(spool: Spool) -> None:
     entry.store({"phase": "DONE"})
     assert entry.read()["phase"] in ENDED
     assert left_in(spool.path) == [A, f"{A}.lock", f"{A}/res", f"{A}/state"]  # what it needed for its run has gone
+    entry.destroy()
+
+
+def test_pieces_are_written_in_one_go_and_all_count(spool: Spool) -> None:
+    """Mutants seen: the first one alone is in the digest; behind an empty one it never ends."""
+    entry = claimed(spool, A, PLAIN, size=9)
+    entry.write(b"abc", memoryview(b"def"), b"ghi", b"")
+    assert (entry.written, entry.digest) == (9, digest(b"abcdefghi"))
+    entry.seal()
+    assert entry.payload.read_bytes() == b"abcdefghi"
+    entry.destroy()
+
+
+def test_one_that_is_complete_begins_as_it_is_told_where_another_was_left(spool: Spool) -> None:
+    """Its maker was killed before its first line. Mutant seen: then it stands in line."""
+    (spool.path / A).mkdir()
+    entry = spool.claim(A, TICKETED, b"{}", size=3, payload=b"abc", begin={"phase": "RUNNING", "worker": "w"})
+    assert entry is not None
+    state = entry.read()
+    assert (state["phase"], state["worker"], state["offset"]) == ("RUNNING", "w", 3)
+    entry.destroy()
+
+
+@pytest.mark.parametrize("pack", [stored, lambda data: frame(data, 1)], ids=["stored", "packed"])
+@pytest.mark.parametrize("have", [0, 1, 128 * KIB, 300 * KIB + 7, MIB - 1, MIB])
+async def test_of_a_chunk_that_begins_below_what_is_there_the_rest_is_written(
+    spool: Spool, have: int, pack: Callable[[bytes], bytes]
+) -> None:
+    """A client that comes back may begin anywhere. Mutants seen: what was skipped is forgotten at the next block; one
+    block more is skipped.
+    """
+    data = os.urandom(MIB)
+    entry = claimed(spool, A, TICKETED, size=MIB)
+    entry.write(data[:have])
+    await trio.to_thread.run_sync(ChunkSink(entry, MIB, 0).feed, [Raw(data=pack(data), offset=0)])
+    assert (entry.written, entry.digest) == (MIB, digest(data))
+    entry.seal()
+    assert entry.payload.read_bytes() == data
     entry.destroy()
 
 

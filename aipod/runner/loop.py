@@ -50,7 +50,7 @@ class LoopRunner:
         grace: float,
         cls: type | None = None,
     ) -> None:
-        """`cls`: what else `model` is imported for."""
+        """`cls`: the class itself; without it `model` is imported."""
         self._model = model
         self._cls = cls
         self._version = version

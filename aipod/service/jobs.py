@@ -350,7 +350,6 @@ class Jobs:
         try:
             await run_job(job, queue, self._versions, terms)
         finally:
-            queue.give_back()
             self._drop(job)
             if job.entry.has_rest:  # who waits for the outcome has it by now
                 with trio.CancelScope(shield=True):

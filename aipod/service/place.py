@@ -15,7 +15,7 @@ class Place:
         self._pool = pool
         self._version = version
         self._waiter = Waiter(version, beside=method == "train")
-        self._leased = self._taken = False
+        self._leased = False
 
     def place(self) -> int:
         return self._pool.place(self._waiter)
@@ -27,16 +27,13 @@ class Place:
         return self._pool.lease(self._version, self._waiter)
 
     def take(self) -> Lease | None:
-        """The lease, where there is an instance that is free now and nobody waits for; it is entered by `lease`."""
-        lease = self._pool.take(self._waiter)
-        self._taken = lease is not None
-        return lease
+        """The lease, where there is an instance that is free now; it is entered by `lease`, or given back."""
+        return self._pool.take(self._waiter)
 
     def give_back(self) -> None:
-        """What was taken, unless it was entered. Idempotent."""
-        if self._taken and not self._leased:
+        """What was taken, if anything was, is not needed."""
+        if self._waiter.instance is not None:
             self._pool.give_back(self._waiter)
-        self._taken = False
 
     def retire(self) -> None:
         self._pool.retire(self._version)
