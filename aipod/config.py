@@ -135,7 +135,7 @@ class Config:
     # Nearly: see spool.quota.
     max_spool: int = _setting(0, "What all jobs in the spool may take on its disk; 0 is none.", low=0)
     # Many missed heartbeats of a client that is gone without a word.
-    upload_stall: float = _setting(60 * SECONDS, "Seconds without a message before an upload is given up.", low=1)
+    upload_stall: float = _setting(60 * SECONDS, "Seconds in which nothing comes before an upload is given up.", low=1)
     upload_ttl: float = _setting(
         1 * HOURS, "Seconds that an abandoned upload, or the job of a killed server, is kept.", low=1
     )

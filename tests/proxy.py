@@ -41,6 +41,7 @@ class Proxy:
         # Called for each connection; what it gives is called with all that the client has sent, cut off or not.
         self.tap: Callable[[], Callable[[bytes], None]] = lambda: _look_away
         self.delay = 0.0  # seconds that everything is on its way, in each direction, of connections from then on
+        self.rate = 0.0  # bytes a second in each direction; 0: as fast as can be
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._down = asyncio.Event()
@@ -124,7 +125,9 @@ class Proxy:
         carried = 0
         flowing, number = self._flowing, self.connections
         while True:
-            data = await reader.read(64 * 1024)
+            data = await reader.read(8 * 1024 if self.rate else 64 * 1024)
+            if self.rate:
+                await asyncio.sleep(len(data) / self.rate)
             await flowing.wait()
             if not up:
                 await self._down.wait()

@@ -61,7 +61,7 @@ async def receive(entry: Entry, count: int) -> list[int]:
         return next(rest, None)
 
     request = Request(entry.id, "chaos", "v", b"{}", None, Open(), Raw(), {})
-    await receive_payload(request, entry, more, limit=0, stall=60, synced=lambda: None, arrived=arrived)
+    await receive_payload(request, entry, more, limit=0, synced=lambda: None, arrived=arrived)
     return hops
 
 

@@ -77,7 +77,7 @@ async def receive(entry: Entry, *messages: Raw, open_: Open | None = None) -> Re
     async def more() -> Raw | None:
         return next(rest, None)
 
-    await receive_payload(request, entry, more, limit=0, stall=10, synced=lambda: None, arrived=lambda data, wire: None)
+    await receive_payload(request, entry, more, limit=0, synced=lambda: None, arrived=lambda data, wire: None)
     return request
 
 

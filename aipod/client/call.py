@@ -21,7 +21,7 @@ from aipod.client.source import HOP, Source
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
 from aipod.packing import BATCH, Packed, Packer
-from aipod.transport.channel import CALL_OVER, Channel, expect, held, read_status, reset, send_message
+from aipod.transport.channel import CALL_OVER, Channel, came, expect, held, read_status, reset, send_message
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.
@@ -61,6 +61,8 @@ class Attempt:
         self._first: asyncio.Future[State] = asyncio.get_running_loop().create_future()
         self._listening: float | None = None  # since when a message is waited for
         self._timer: asyncio.TimerHandle | None = None  # until the next look at that
+        self._came = 0  # what `came` told at the last look
+        self._stirred = 0.0  # when a part of a message had come, where nothing else had for `silence`
         self._late = False  # the time is over, but this process may have been stopped meanwhile
         self._opening = Open()
         self._complete = False  # what the call begins with is all that it has to send
@@ -290,13 +292,17 @@ class Attempt:
     # Down
 
     def _look(self) -> None:
-        """End the call after `silence` seconds without a message.
+        """End the call after `silence` seconds without a message, and without a part of one.
 
-        One timer for the whole call: one for each message would cost more than reading that.
+        A chunk of an answer may take minutes on a slow line, or on one that many calls share. One timer for the whole
+        call: one for each message would cost more than reading that.
         """
         left = self._config.silence
         if self._listening is not None:  # else this side is busy, with a slow disk perhaps
-            left += self._listening - time.monotonic()
+            left += max(self._listening, self._stirred) - time.monotonic()
+        before, self._came = self._came, came(self._call)
+        if left <= 0 and self._came != before:
+            self._stirred, left = time.monotonic(), self._config.silence
         if left <= 0 and self._late:
             self.silent = True
             self._call.fail(NoAnswer(f"no heartbeat for {self._config.silence:g} s"))

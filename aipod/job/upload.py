@@ -204,7 +204,6 @@ async def receive_payload(
     receive: Receive,
     *,
     limit: int,
-    stall: float,
     synced: Callable[[], None],
     arrived: Callable[[int, int], None],
 ) -> None:
@@ -229,10 +228,7 @@ async def receive_payload(
             await inbox.put(message)
             if not request.plain and message.last:
                 break
-            with trio.move_on_after(stall) as patience:
-                message = await receive()
-            if patience.cancelled_caught:
-                raise Refused("UPLOAD_STALLED", f"no message for {stall:g} s (--upload-stall)")
+            message = await receive()
         inbox.end()
 
     def write() -> None:

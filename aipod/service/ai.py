@@ -241,15 +241,15 @@ class AI:
             oldest = next(iter(self._silent))
             del self._silent[oldest]
             oldest.cancel()
-        with trio.move_on_after(self._config.upload_stall) as patience, self.drain.idling(ongoing):
+        with trio.CancelScope() as patience, self.drain.idling(ongoing):
             self._silent[patience] = None
             try:
-                first: Raw | StreamInput | None = await call.receive_first()
+                came = await call.arrival(self._config.upload_stall)
             finally:
-                made_room = patience not in self._silent
                 self._silent.pop(patience, None)
-            return _present(first)
-        if made_room:
+            if came:
+                return _present(await call.receive_first())
+        if patience.cancelled_caught:
             raise Refused("OVERLOADED", "the server has many calls without a first message at once; try again later")
         raise Refused("UPLOAD_STALLED", f"no first message for {self._config.upload_stall:g} s (--upload-stall)")
 
@@ -360,9 +360,8 @@ class AI:
         await receive_payload(
             job.request,
             job.entry,
-            call.receive,
+            functools.partial(call.receive_within, self._config.upload_stall),
             limit=self._config.max_payload,
-            stall=self._config.upload_stall,
             synced=job.notify,
             arrived=job.times.arrived,
         )

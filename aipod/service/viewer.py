@@ -14,6 +14,7 @@ from grpclib.server import Stream
 
 from aipod import alarm
 from aipod.codec import PONG
+from aipod.errors import Refused
 from aipod.job.request import shown
 from aipod.job.watched import Watched
 from aipod.metrics import LAG, Histogram
@@ -21,6 +22,7 @@ from aipod.service.status import Ending
 from aipod.transport import bridge
 from aipod.transport.requests import (
     PEER_GONE,
+    came,
     expect,
     has_message,
     held,
@@ -94,6 +96,24 @@ class Call:
         """The next piece of the payload, None after the half-close. Raises GRPCError for what cannot be parsed."""
         message = await bridge.inline(self._stream.recv_message)
         return (message.raw or Raw()) if isinstance(message, StreamInput) else message
+
+    async def arrival(self, stall: float) -> bool:
+        """Wait until `receive` need not wait for the peer; False once nothing has come for `stall` seconds, not even a
+        part of a message: a long one may take minutes on a slow line. Cancelled, no message is lost.
+        """
+        while not self.has_message:
+            before = came(self._stream)
+            with trio.move_on_after(stall) as patience:
+                await message_arrived(self._stream)
+            if patience.cancelled_caught and came(self._stream) == before:
+                return False
+        return True
+
+    async def receive_within(self, stall: float) -> Raw | None:
+        """As `receive`. Raises `Refused` (UPLOAD_STALLED) where nothing comes for `stall` seconds."""
+        if not await self.arrival(stall):
+            raise Refused("UPLOAD_STALLED", f"no message for {stall:g} s (--upload-stall)")
+        return await self.receive()
 
     async def receive_soon(self, seconds: float) -> Raw | None:
         """As `receive`; None also where nothing comes for so long. Cancelled or late, no message is lost."""

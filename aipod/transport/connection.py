@@ -108,6 +108,11 @@ class H2Connection(base.Connection):
         """Bytes that the peer's system has not acknowledged."""
         return self._socket.waiting
 
+    @property
+    def unread(self) -> int:
+        """As `Socket.unread`."""
+        return self._socket.unread
+
     # Receiving
 
     def wait_for(self, size: int) -> None:

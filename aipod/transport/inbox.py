@@ -103,6 +103,8 @@ class Inbox:
         self._inflating = inflating
         self.encoding = "identity"  # the peer's grpc-encoding
         self.ended = False
+        self.received = 0  # bytes of payload
+        self.owed = 0  # bytes that the frame under way has announced, and that have not come
         self.limit = limit
         self._prefix = bytearray()
         self._begun = False  # a message is under way, and its prefix is complete
@@ -120,12 +122,15 @@ class Inbox:
 
     def arrived(self, length: int, size: int) -> None:
         """A frame of `length` bytes begins, `size` of them payload. Before `feed`, which may then raise nothing."""
+        self.owed = size
         self.window.arrived(length, hungry=not self._ready)
         if length > size:
             self.window.taken(length - size, hungry=False)
 
     def feed(self, data: memoryview) -> None:
         """Take payload; it is copied once. What is wrong with it is for the reader to hear."""
+        self.received += len(data)
+        self.owed -= len(data)
         done = 0 if self._backlog else self._parse(data)
         if done < len(data):
             self._backlog += data[done:]

@@ -253,6 +253,11 @@ def expect(stream: grpclib.server.Stream[Any, Any], size: int) -> None:
     cast(H2Stream, stream._stream).inbox.window.widen(size)
 
 
+def came(stream: grpclib.server.Stream[Any, Any]) -> int:
+    """As `H2Stream.came`, of a call."""
+    return cast(H2Stream, stream._stream).came
+
+
 def held(stream: grpclib.server.Stream[Any, Any]) -> int:
     """Bytes that a call's connection was given and the peer's system has not acknowledged."""
     return cast(H2Stream, stream._stream).connection.waiting

@@ -48,13 +48,23 @@ class Socket:
         return self._written - self.waiting
 
     @property
+    def unread(self) -> int:
+        """Bytes that this system has received, and nobody has read."""
+        return self._ask(termios.FIONREAD)
+
+    @property
     def waiting(self) -> int:
         """Bytes that were written, and that the peer's system has not acknowledged."""
-        queued = bytes(4)
-        # Not every system tells it of every socket; with TLS the socket may be closed a moment before its connection.
-        with contextlib.suppress(OSError, ValueError):
-            queued = fcntl.ioctl(self.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
-        return self.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+        return self.get_write_buffer_size() + self._ask(termios.TIOCOUTQ)
+
+    def _ask(self, request: int) -> int:
+        size, sock = bytes(4), self.get_extra_info("socket")
+        # Not every system tells it of every socket; with TLS the socket may be closed, or gone, a moment before its
+        # connection.
+        if sock is not None:
+            with contextlib.suppress(OSError, ValueError):
+                size = fcntl.ioctl(sock.fileno(), request, size)
+        return int.from_bytes(size, sys.byteorder)
 
     def wait_for(self, size: int) -> None:
         """`size` bytes at least are sure to come: have the system tell of them when they are there.

@@ -204,6 +204,13 @@ class H2Stream(base.Stream):
         self._transport.write(headers_head(len(block), self.id, end=end_stream) + block)
         self.connection.headers_send_process()
 
+    @property
+    def came(self) -> int:
+        """Changes as payload comes, however little; of a frame under way also what the system keeps for now
+        (`Socket.wait_for`).
+        """
+        return self.inbox.received + (self.connection.unread if self.inbox.owed > 0 else 0)
+
     async def recv_data(self, size: int) -> Any:
         # grpclib reads a prefix and then a body; both are ready when the first is asked for.
         if self._body is not None:
