@@ -17,7 +17,7 @@ from aipod.cli.help import COMMANDS
 from aipod.cli.lines import EVERY, Lines
 from aipod.cli.tally import Tally, detail
 from aipod.client import Event
-from tests.conftest import FIRST, Served, free_port, left_in, require
+from tests.conftest import FIRST, Serve, Served, free_port, left_in, require
 from tests.terminal import CLEAN, ROOT
 from tests.test_cli import Done, aipod, start
 
@@ -69,6 +69,19 @@ def test_json_has_events_and_the_answer(call: Callable[..., Done], tmp_path: Pat
     phases = list(dict.fromkeys(event["phase"] for event in events))
     assert [phases[0], phases[-1]] == ["CONNECTING", "DONE"]
     assert "".join(event["log"] for event in events).startswith("first line 漢字\n")
+
+
+def test_an_answer_is_neither_lost_nor_obeyed_by_a_terminal(serve: Serve) -> None:
+    """What stdout's encoding has not is escaped, and so is what a terminal acts on. Mutants seen: either is not."""
+    served = serve("tests.models_faces:Faces")
+    said = "\x7f \x9b31m \ud800 \u202e \u00e9 \u6f22\u3000\U000e0041"
+    arguments = ["call", "predict", "-k", f"said={json.dumps(said)}", "--json", "--to", served.address]
+    for encoding, shown in (("latin-1", "\u00e9 \\u6f22\\u3000"), ("utf-8", "\u00e9 \u6f22\u3000")):
+        done = aipod(*arguments, environ={"PYTHONIOENCODING": encoding})
+        assert (done.status, done.err) == (0, "")
+        *_, line = done.out.decode(encoding).splitlines()
+        assert json.loads(line)["answer"] == {"size": 0, "kwargs": {"said": said}}
+        assert f'"\\u007f \\u009b31m \\ud800 \\u202e {shown}\\udb40\\udc41"' in line
 
 
 def test_json_of_bytes_names_the_file(call: Callable[..., Done], tmp_path: Path) -> None:

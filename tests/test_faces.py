@@ -24,7 +24,7 @@ from aipod.codec import frame
 from aipod.faces.host import Host
 from aipod.faces.trio import _run as run_in_trio
 from aipod.wire.ai import Raw, State
-from tests.conftest import ROOT, Serve, Served, left_in, run, wait_until
+from tests.conftest import ROOT, Serve, Served, first_only, left_in, run, wait_until
 from tests.faces import said
 from tests.proxy import open_proxy
 
@@ -171,6 +171,66 @@ def test_ctrl_c_comes_back_at_once_and_the_client_goes_on(served: Served, tmp_pa
     mark = tmp_path / "mark"
     assert python(code, served.address, str(mark)).stdout == "interrupted\n0\n"
     wait_until(lambda: said(mark) == "cancelled")
+
+
+@first_only("Python 3.11's byte code")
+def test_ctrl_c_at_any_place_of_a_call_neither_hangs_nor_costs_the_client(served: Served) -> None:
+    """A trace function raises where Python looks for signals, behind calls and jumps: once at each such place.
+
+    Mutants seen: a call that may have begun is waited for, and has not; Thread.is_alive says whether there is a thread;
+    a thread is started before anybody has it.
+    """
+    code = """
+        import dis, faulthandler, gc, itertools, sys, threading, time, aipod
+
+        places, before = ("RESUME", "CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD"), {}
+
+        def stop(frame, event, arg):
+            global left
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                last, before[frame] = before.get(frame), frame.f_lasti
+                if last is not None and dis.opname[frame.f_code.co_code[last]].startswith(places):
+                    left -= 1
+                    if not left:
+                        sys.settrace(None)
+                        raise KeyboardInterrupt
+            return stop
+
+        def held(client):
+            return client.predict(b"12", on_event=lambda event: None)["size"]
+
+        def of_its_own(_):
+            with aipod.SyncClient(sys.argv[1]) as client:
+                return held(client)
+
+        faulthandler.dump_traceback_later(50, exit=True)
+        client = aipod.SyncClient(sys.argv[1])
+        for call, step in (held, 1), (of_its_own, 67):
+            assert held(client) == 2
+            stopped = 0
+            for at in itertools.count(1, step):
+                left = at
+                before.clear()
+                sys.settrace(stop)
+                try:
+                    call(client)
+                except KeyboardInterrupt:
+                    stopped += 1
+                except RuntimeError as exc:  # threading's own, of 3.11: a lock that it has lost
+                    assert "lock" in str(exc), exc
+                finally:
+                    sys.settrace(None)
+                assert held(client) == 2
+                if left > 0:
+                    break
+            assert stopped > 30
+        while threading.active_count() > 2:
+            gc.collect()
+            time.sleep(0.01)
+    """
+    ended = python(code, served.address, check=False)
+    assert (ended.stdout, ended.returncode) == ("", 0), ended.stderr
 
 
 def test_what_would_wait_for_itself_is_refused(served: Served) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 import click
 
 from aipod.cli.amounts import size
-from aipod.cli.lines import Lines
+from aipod.cli.lines import Lines, in_json
 from aipod.cli.options import Server
 from aipod.cli.progress import Progress
 from aipod.client import Client, Event
@@ -114,7 +113,7 @@ async def deliver(ask: Ask, progress: Progress, output: Path | None, lines: Line
         if lines is not None:
             lines.answer(answer)
         else:
-            click.echo(json.dumps(answer, ensure_ascii=False))
+            click.echo(in_json(answer))
     else:
         await _to_pipe(ask, progress, show)
 

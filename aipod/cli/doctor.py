@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import textwrap
@@ -12,8 +11,9 @@ from typing import Any
 
 import click
 
-from aipod.cli import OK, end_on_signals, run_async
+from aipod.cli import OK, end_on_signals, plain, run_async
 from aipod.cli.help import Command
+from aipod.cli.lines import in_json
 from aipod.cli.options import (
     CONNECTION,
     Seconds,
@@ -107,7 +107,7 @@ def _progress(wait: float) -> Iterator[Any]:
 def _print(to: str, found: list[Finding], *, whole: bool, as_json: bool) -> None:
     if as_json:
         told = {"to": to, "well": is_well(found), "whole": whole, "findings": [one.as_dict() for one in found]}
-        click.echo(json.dumps(told, ensure_ascii=False))
+        click.echo(in_json(told))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     names = max(len(finding.what) for finding in found)
@@ -120,7 +120,7 @@ def _print(to: str, found: list[Finding], *, whole: bool, as_json: bool) -> None
             ]
         for line in lines:
             for piece in textwrap.wrap(line, max(30, width - len(start))) or [""]:
-                click.echo((start + piece).rstrip())
+                click.echo(plain(start + piece).rstrip())
                 start = " " * len(start)
     if not whole:
         click.echo("(this is not all: it was ended before everything was checked)")

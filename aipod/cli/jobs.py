@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from aipod.cli import end_on_signals, plain, run_async
 from aipod.cli.amounts import sizes
 from aipod.cli.answer import calling
 from aipod.cli.help import Command
+from aipod.cli.lines import in_json
 from aipod.cli.options import Server, server_options, take_server, timeout_option
 from aipod.cli.progress import silence
 
@@ -37,7 +37,7 @@ def jobs(as_json: bool, timeout: float, **options: Any) -> None:
         return
     if as_json:
         for job in listed:
-            click.echo(json.dumps(job, ensure_ascii=False))
+            click.echo(in_json(job))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in table([HEADINGS, *(_row(job) for job in listed)], width):

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,4 +72,25 @@ json_option = click.option(
 
 
 def _write(kind: str, told: dict[str, Any]) -> None:
-    click.echo(json.dumps({"type": kind, **told}, ensure_ascii=False))
+    click.echo(in_json({"type": kind, **told}))
+
+
+def in_json(told: Any) -> str:
+    """JSON of what others have said, for stdout: readable, and no more to a terminal than text.
+
+    What a terminal would act on is escaped, and what stdout's encoding has not: an answer must not be lost by that.
+    """
+    text = json.dumps(told, ensure_ascii=False)
+    return text.translate({ord(letter): _escape(letter) for letter in set(text) if not _is_shown(letter)})
+
+
+def _is_shown(letter: str) -> bool:
+    try:
+        letter.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return False
+    return letter.isprintable() or unicodedata.category(letter) == "Zs"  # spaces of other scripts
+
+
+def _escape(letter: str) -> str:
+    return json.dumps(letter)[1:-1] if ord(letter) > 0x7F else f"\\u{ord(letter):04x}"

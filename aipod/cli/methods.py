@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -10,6 +9,7 @@ import click
 from aipod.cli import end_on_signals, plain, run_async
 from aipod.cli.answer import calling
 from aipod.cli.help import Command
+from aipod.cli.lines import in_json
 from aipod.cli.options import Server, server_options, take_server, timeout_option
 
 
@@ -23,7 +23,7 @@ def methods(as_json: bool, timeout: float, **options: Any) -> None:
     told = run_async(_ask(take_server(options), timeout))
     for name, method in sorted(told["methods"].items()):
         if as_json:
-            click.echo(json.dumps({"name": name, **method}, ensure_ascii=False))
+            click.echo(in_json({"name": name, **method}))
             continue
         click.echo(plain(f"{name}{method['signature']}"))
         for line in [*method["doc"].splitlines(), *_notes(method)]:

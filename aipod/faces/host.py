@@ -43,7 +43,8 @@ class Host:
     def is_idle(self) -> bool:
         """There is no thread, or it has ended with the interpreter, or is another process's."""
         thread = self._thread
-        return thread is None or self._pid != os.getpid() or not thread.thread.is_alive()
+        # Not Thread.is_alive: Ctrl-C within it lets Python 3.11 and 3.12 take a living thread for a dead one.
+        return thread is None or self._pid != os.getpid() or thread.loop.is_closed()
 
     @property
     def is_here(self) -> bool:
@@ -71,9 +72,16 @@ class Host:
                 )
             with self._lock:
                 if self._thread is None or self.is_idle:
-                    self._thread = _Thread(self._at_end)
-                    self._forgotten = weakref.finalize(self, self._thread.leave, at_once=True)
+                    # In this order: Ctrl-C may come anywhere.
+                    thread = _Thread(self._at_end)
+                    self._forgotten = weakref.finalize(self, thread.leave, at_once=True)
                     self._forgotten.atexit = False
+                    try:
+                        thread.start()
+                    except Exception:  # the process may have no more threads
+                        self._forgotten.detach()  # or it would keep the loop
+                        raise
+                    self._thread = thread
                 self._thread.begin(crossing, coro)
         except BaseException:
             if not crossing.is_begun:
@@ -91,10 +99,10 @@ class Host:
             thread, self._thread = self._thread, None
         if thread is None:
             return None
-        self._forgotten.detach()
         if close is not None:
             thread.loop.call_soon_threadsafe(close)
         thread.leave()
+        self._forgotten.detach()  # the last: Ctrl-C may come anywhere
         return thread.thread
 
 
@@ -110,17 +118,24 @@ class _Thread:
         self._is_leaving = False
         # A daemon: the interpreter ends also where nobody has closed the client.
         self.thread = threading.Thread(target=_run, args=(self.loop,), name="aipod-client", daemon=True)
+        self.ident: int | None = None
+
+    def start(self) -> None:
         self.thread.start()
         self.ident = self.thread.ident
         _threads.add(self)
 
     def begin(self, crossing: Crossing, coro: Coroutine[Any, Any, Any]) -> None:
         """Before `leave`: then it is run to its end."""
-        crossing.is_begun = True
         try:
+            crossing.is_begun = True
             self.loop.call_soon_threadsafe(self._begin, crossing, coro)
         except RuntimeError:  # the interpreter is about to end, and the loop has
             crossing.is_begun = False
+            raise
+        except BaseException:  # Ctrl-C: whether the loop has it nobody knows; what it has twice it begins once
+            crossing.is_begun = True
+            self.loop.call_soon_threadsafe(self._begin, crossing, coro)
             raise
 
     def leave(self, *, at_once: bool = False) -> None:
@@ -130,6 +145,8 @@ class _Thread:
                 self.loop.call_soon_threadsafe(self._leave, at_once)
 
     def _begin(self, crossing: Crossing, coro: Coroutine[Any, Any, Any]) -> None:
+        if crossing.has_task:
+            return
         self._calls += 1
         crossing.begin(self.loop, coro, self._end)
 
@@ -245,11 +262,17 @@ class Crossing(Listener):
         with self._lock:
             if not self._events:
                 return None
-            event = self._events.popleft()
-            if not self._events and self._loop is not None:
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(self._room.set)
+            event, is_last = self._events.popleft(), not self._events
+        # Not under the lock, which the loop wants: a collector of garbage may run here, and wait for the loop.
+        if is_last and self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._room.set)
         return event
+
+    @property
+    def has_task(self) -> bool:
+        """Whether the loop has begun it."""
+        return self._task is not None
 
     @property
     def has_answer(self) -> bool:
