@@ -220,6 +220,18 @@ def leaves(exc: BaseException) -> Iterator[BaseException]:
         yield exc
 
 
+@contextlib.contextmanager
+def bare() -> Iterator[None]:
+    """An error of aipod's own, if nothing else went wrong, is raised by itself: without the nurseries' groups."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        first, *others = leaves(group)
+        if others or not isinstance(first, AipodError):
+            raise
+        raise first from None
+
+
 def why(exc: BaseException) -> str:
     """What an exception says, to a person: of the system's own the words, without a number and the path again."""
     return (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
