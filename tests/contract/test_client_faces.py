@@ -72,6 +72,23 @@ def test_what_comes_back(its: Flavor, served: Served, tmp_path: Path) -> None:
     its.run(scenario)
 
 
+def test_any_method_is_called_by_its_name(its: Flavor, served: Served, tmp_path: Path) -> None:
+    async def scenario(its: Flavor) -> None:
+        async with its.client(served.address) as client:
+            other = {"metadata": [("x-func-name", "boom")]}
+            assert await client.call("echo", b"abc", **other) == b"abc"
+            assert await client.call("echo", b"abc", save_to=tmp_path / "out") == tmp_path / "out"
+            assert (tmp_path / "out").read_bytes() == b"abc"
+            answer = await client.call("predict", b"abc", top=5, kwargs={"method": 1})
+            assert answer == {"size": 3, "kwargs": {"top": 5, "method": 1}}
+            with pytest.raises(aipod.Refused, match="no_such"):
+                await client.call("no_such", b"")
+            with pytest.raises(TypeError):
+                await client.call()
+
+    its.run(scenario)
+
+
 def test_errors(its: Flavor, served: Served, tmp_path: Path) -> None:
     async def scenario(its: Flavor) -> None:
         with pytest.raises(aipod.UsageError, match="HOST:PORT"):
