@@ -146,10 +146,14 @@ class JobFailed(AipodError):
 
 
 class ModelError(JobFailed):
-    """The model's method raised; `metadata["type"]` is the exception's class name there.
+    """The model's method raised; `metadata["type"]` is the exception's class name there, `message` its text.
 
     `metadata["trace"]` is the traceback, where the server tells it (`serve --tracebacks`).
     """
+
+    def __str__(self) -> str:
+        """As a traceback's last line has it: of many exceptions, `KeyError` for one, the text alone says nothing."""
+        return ": ".join(filter(None, (self.metadata.get("type"), self.message)))
 
 
 class JobCancelled(JobFailed):
