@@ -91,10 +91,12 @@ def test_any_method_is_called_by_its_name(its: Flavor, served: Served, tmp_path:
 
 def test_errors(its: Flavor, served: Served, tmp_path: Path) -> None:
     async def scenario(its: Flavor) -> None:
-        with pytest.raises(aipod.UsageError, match="HOST:PORT"):
-            its.client("nowhere")
+        wrong: list[Any] = ["nowhere", "http://127.0.0.1:1", None, 50051, [None]]
+        for target in wrong:
+            with pytest.raises(aipod.UsageError, match="HOST:PORT"):
+                its.client(target)
         async with its.client(served.address) as client:
-            with pytest.raises(aipod.ModelError, match="the secret is 42"):
+            with pytest.raises(aipod.ModelError, match=r"^ValueError: the secret is 42$"):
                 await client.chaos(b"", metadata=[("x-func-name", "boom")])
             with pytest.raises(aipod.Refused, match="no_such"):
                 await client.chaos(b"", metadata=[("x-func-name", "no_such")])
@@ -102,6 +104,8 @@ def test_errors(its: Flavor, served: Served, tmp_path: Path) -> None:
                 await client.predict(b"", what=object())
             with pytest.raises(aipod.UsageError, match="does not exist"):
                 await client.predict(tmp_path / "none")
+            with pytest.raises(aipod.UsageError, match="ticket file was to go there"):
+                await client.predict(b"", ticket_file=tmp_path / "none" / "ticket")
             with pytest.raises(aipod.UsageError, match="not a number of seconds"):
                 await client.predict(b"", timeout="soon")
             with pytest.raises(aipod.UsageError, match="hexadecimal"):
