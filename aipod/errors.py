@@ -146,10 +146,14 @@ class JobFailed(AipodError):
 
 
 class ModelError(JobFailed):
-    """The model's method raised; `metadata["type"]` is the exception's class name there.
+    """The model's method raised; `metadata["type"]` is the exception's class name there, `message` its text.
 
     `metadata["trace"]` is the traceback, where the server tells it (`serve --tracebacks`).
     """
+
+    def __str__(self) -> str:
+        """As a traceback's last line has it: of many exceptions, `KeyError` for one, the text alone says nothing."""
+        return ": ".join(filter(None, (self.metadata.get("type"), self.message)))
 
 
 class JobCancelled(JobFailed):
@@ -218,6 +222,18 @@ def leaves(exc: BaseException) -> Iterator[BaseException]:
             yield from leaves(inner)
     else:
         yield exc
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[None]:
+    """An error of aipod's own, if nothing else went wrong, is raised by itself: without the nurseries' groups."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        first, *others = leaves(group)
+        if others or not isinstance(first, AipodError):
+            raise
+        raise first from None
 
 
 def why(exc: BaseException) -> str:

@@ -23,7 +23,7 @@ import trio
 
 from aipod.codec import spool_name
 from aipod.config import Config, state_home
-from aipod.errors import TABLE, ServeError, why
+from aipod.errors import TABLE, ServeError, bare, why
 from aipod.identity import Identities
 from aipod.methods import describe
 from aipod.metrics import Metrics
@@ -82,7 +82,7 @@ async def serve(
     Signals, limits and logging stay the caller's. The one thing that it changes in the process, and only while a model
     runs inside it: what the model prints and logs is its job's too (see `runner.capture`).
     Raises `ServeError` (also its `BindError` and `spool.SpoolError`), `JobFailed` (the class does not load) and
-    `UsageError` (a file of `config` cannot be used).
+    `UsageError` (a file of `config` cannot be used); by themselves, in no ExceptionGroup but those of the caller's own.
     """
     if stop is None:
         stop = trio.Event()
@@ -94,6 +94,7 @@ async def serve(
         )
     identities = await trio.to_thread.run_sync(_identities, config)
     with (
+        bare(),
         open_sockets(config, sockets) as listeners,
         open_metrics_socket(config, shared=config.reuse_port or bool(sockets)) as metrics_socket,
         _home(config) as (spool_path, data_path),

@@ -1,4 +1,4 @@
-"""Regenerate `aipod/wire/` from the schema: run `python schema/generate.py` (needs `pip install aipod[dev]`).
+"""Regenerate `aipod/wire/` from the schema: run `python schema/generate.py` (needs `pip install -e '.[dev]'`).
 
 Writes the betterproto2 dataclasses, and `ai.binpb`, the descriptor set that reflection serves, with gRPC's own health
 service in it, whose messages are made from there (`aipod/service/schema.py`). With an argument it writes into that

@@ -199,7 +199,7 @@ class Sync(Flavor):
 class _Awaited:
     """An object of the sync face's, with `await` in front of what blocks."""
 
-    WAITS = ("chaos", "train", "predict", "log", "submit", "wait", "save", "cancel", "release", "aclose")
+    WAITS = ("chaos", "train", "predict", "log", "call", "submit", "wait", "save", "cancel", "release", "aclose")
 
     def __init__(self, face: Any) -> None:
         self.face = face

@@ -100,6 +100,17 @@ def test_a_call_is_one_calm_line_with_the_log_above_and_its_sum_in_the_end(work:
 
 
 @only_first
+def test_what_the_demo_says_stands_in_lines_of_its_own(tmp_path: Path) -> None:
+    """Mutant seen: it goes behind the live line, which stays on the screen."""
+    session = Session("demo", "--size", "2", directory=tmp_path, environ={"TMPDIR": str(tmp_path)}, columns=120)
+    with session:
+        assert session.end() == 0
+    assert lives(session) == []
+    said = [line.split()[0] for line in session.text.splitlines()[-9:]]
+    assert said == ["held", "train", "predict", "log", "echo", "identical,", "heartbeats", "peak", "the"]
+
+
+@only_first
 def test_a_narrow_terminal_and_one_that_is_resized_have_one_line(work: Work) -> None:
     """Mutant seen: a width that is taken once."""
     columns = 36

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
+import aipod
+from aipod.errors import bare
 from tests.conftest import FIRST, ROOT, left_in
 
 
@@ -30,6 +35,48 @@ def test_two_servers_in_an_application_and_again(tmp_path: Path) -> None:
     assert lines[-1] == "heard, without any handler"
     assert lines.count("logged by Reverse") == 2 * 3 * 25
     assert [name for name in ("Upper", "Reverse") if left_in(tmp_path / name)] == []
+
+
+class Broken(aipod.Model):
+    def load(self) -> None:
+        raise LookupError("no weights")
+
+    async def predict(self, context: aipod.Context, path: Path) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("settings", "cls", "reason"),
+    [
+        ({"model": "tests.models_embedded:Nobody"}, None, "LOAD_FAILED"),
+        ({"preload": ("one",)}, Broken, "LOAD_FAILED"),
+        ({"spool": "/dev/null/spool"}, Broken, "SPOOL_UNUSABLE"),
+        ({"runner": "process"}, Broken, "BAD_RUNNER"),
+    ],
+)
+def test_what_keeps_it_from_starting_comes_in_no_group(
+    tmp_path: Path, settings: dict[str, Any], cls: type | None, reason: str
+) -> None:
+    """Mutant seen: the nurseries' groups are left around it."""
+    usual = {"bind": ("127.0.0.1:0",), "spool": str(tmp_path / "spool"), "data": str(tmp_path / "data")}
+    with pytest.raises(aipod.AipodError) as caught:
+        trio.run(functools.partial(aipod.serve, aipod.Config(**{**usual, **settings}), cls=cls))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        BaseExceptionGroup("", [aipod.ServeError("A", "a"), ValueError("b")]),
+        BaseExceptionGroup("", [aipod.ServeError("A", "a"), aipod.ServeError("B", "b")]),
+        BaseExceptionGroup("", [ExceptionGroup("", [ValueError("a bug")])]),
+        BaseExceptionGroup("", [KeyboardInterrupt()]),
+    ],
+)
+def test_nothing_that_went_wrong_besides_is_left_out(group: BaseExceptionGroup) -> None:
+    """Mutants seen: the first of them is raised; any kind of it is."""
+    with pytest.raises(BaseExceptionGroup) as caught, bare():
+        raise group
+    assert caught.value is group
 
 
 IMPORTED = """

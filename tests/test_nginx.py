@@ -304,6 +304,11 @@ def test_health_of_the_upstream_that_is_named(proxied: Nginx, service: str) -> N
     known = f"the server knows no service {service!r}: " if service else ""
     wanted = f"aipod: NOT_FOUND: {known}x-upstream names no upstream of this proxy\n"
     assert (done.returncode, done.stderr) == (1, wanted)
+    # Mutant seen: it is told to look at `aipod jobs`, which has no upstreams.
+    command = [sys.executable, "-m", "aipod", "jobs", "--to", proxied.address, "--upstream", "nobody"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    wanted = "aipod: NOT_FOUND: x-upstream names no upstream of this proxy\n"
+    assert (done.returncode, done.stderr) == (1, wanted)
 
 
 def test_what_is_not_listed_is_refused_and_nothing_is_connected(proxied: Nginx, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_tests_that_fail(tmp_path: Path) -> None:
     _, heading, trace = done.stdout.partition("- In the model -")
     assert heading
     assert 'raise ValueError("no good")' in trace
-    assert "ModelError: no good" in done.stdout
+    assert "ModelError: ValueError: no good" in done.stdout
     assert "a method still runs 0.5 s after its test" in done.stdout
     assert "1 failed, 1 passed, 1 error" in done.stdout
 

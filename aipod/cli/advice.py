@@ -22,5 +22,7 @@ ADVICE = {
 
 def advice(reason: str, command: str) -> str:
     """As it goes behind the text of a failure of `command`; empty where there is none."""
+    if reason == "NOT_FOUND" and command not in ("attach", "cancel"):
+        return ""  # they name no job: it is a proxy that knows no such upstream
     text = "" if command in ("serve", "health") and reason != "UNREACHABLE" else ADVICE.get(reason, "")
     return f" ({text})" if text else ""

@@ -134,13 +134,13 @@ async def _run(directory: Path, address: str, server: int, megabytes: int) -> No
         with Progress(sys.stderr) as progress:
             beats.then = progress.show
             answer = await client.train(sources, version="1", on_event=beats.count)
-            click.echo(f"train   {sources.stat().st_size / 1e6:.1f} MB of the library's sources: {answer}")
+            _tell(progress, f"train   {sources.stat().st_size / 1e6:.1f} MB of the library's sources: {answer}")
             answer = await client.predict(sample, version="1", top=3, on_event=beats.count)
-            click.echo(f"predict json/decoder.py: {', '.join(str(guess['label']) for guess in answer)}")
+            _tell(progress, f"predict json/decoder.py: {', '.join(str(guess['label']) for guess in answer)}")
             if answer[0]["label"] != "json":
                 raise AipodError("DEMO_FAILED", f"the trained model does not know its own data: {answer}")
             log = await client.log(version="1", on_event=beats.count)
-            click.echo(f"log     {log.decode().splitlines()[-1]}")
+            _tell(progress, f"log     {log.decode().splitlines()[-1]}")
             back = directory / "back"
             began = time.monotonic()
             await client.chaos(
@@ -158,6 +158,13 @@ async def _run(directory: Path, address: str, server: int, megabytes: int) -> No
     click.echo("        identical, bit for bit")
     click.echo(f"heartbeats seen: {beats.seen}")
     click.echo(f"peak memory: server {_peak(server)}, client {_peak(os.getpid())}")
+
+
+def _tell(progress: Progress, text: str) -> None:
+    """A line on stdout, which may be the terminal that has the live line."""
+    progress.pause()
+    click.echo(text)
+    progress.resume(new_line=False)
 
 
 class _Beats:

@@ -23,7 +23,7 @@ from aipod.errors import AipodError, JobLost
 # Seconds for telling the server.
 STOP = 2.0
 STOPPED = "; the job was asked to stop"
-UNTOLD = "; no server was there to stop the job: it ends when nobody has watched it for the server's --grace"
+UNTOLD = "; no server has said that it stopped the job: it ends when nobody has watched it for the server's --grace"
 
 
 @contextlib.asynccontextmanager

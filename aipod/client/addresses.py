@@ -32,11 +32,13 @@ MOST = 64
 
 def parse_targets(target: str | Sequence[str]) -> list[str]:
     """The addresses in `target`. Raises `UsageError`."""
-    targets = target.split(",") if isinstance(target, str) else list(target)
     try:
+        targets = target.split(",") if isinstance(target, str) else list(target)
         for one in targets:
             split_target(one)
-    except (AttributeError, ValueError) as exc:
+    except (AttributeError, TypeError):  # an environment variable that is not set, say
+        raise UsageError(f"{target!r} is not HOST:PORT, [::1]:PORT or unix:PATH, nor a list of them") from None
+    except ValueError as exc:
         raise UsageError(str(exc)) from None
     if not 1 <= len(targets) <= MOST:
         raise UsageError(f"{len(targets)} addresses; a client has 1 to {MOST}")

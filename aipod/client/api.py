@@ -1,4 +1,4 @@
-"""`Client`: the four methods, jobs that are submitted, and the connection that they share."""
+"""`Client`: calls, jobs that are submitted, and the connection that they share."""
 
 from __future__ import annotations
 
@@ -162,6 +162,27 @@ class Client:
         """Call the method `log`; else as `predict`."""
         return await self._call(
             "log", payload, version, metadata, timeout, save_to, on_event, ticket_file, {**(kwargs or {}), **more}
+        )
+
+    async def call(
+        self,
+        method: str,
+        payload: Payload = b"",
+        /,
+        *,
+        version: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout: float | None = None,
+        save_to: str | os.PathLike[str] | None = None,
+        on_event: OnEvent | None = None,
+        ticket_file: str | os.PathLike[str] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Call any exported method, by its name; else as `predict`."""
+        rpc, headers = named(method, metadata, self._config)
+        return await self._call(
+            rpc, payload, version, headers, timeout, save_to, on_event, ticket_file, {**(kwargs or {}), **more}
         )
 
     def stream(

@@ -117,9 +117,16 @@ class TicketFile:
         for _ in range(_ROUNDS):
             if (found := self.load()) is not None:
                 return found
-            with contextlib.suppress(FileExistsError):
+            try:
                 self._put(saved, _move_new)
-                return saved
+            except FileExistsError:
+                continue
+            except (FileNotFoundError, PermissionError):
+                parent = str(self.path.parent)
+                raise UsageError(
+                    f"{parent!r} is no directory that can be written to; the ticket file was to go there"
+                ) from None
+            return saved
         raise UsageError(f"the ticket file {str(self.path)!r} comes and goes, or is a broken link; name another one")
 
     def save(self, saved: Saved) -> None:

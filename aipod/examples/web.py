@@ -1,6 +1,6 @@
 """A web application around a model: a browser's upload is streamed into a job; progress and answer come back as SSE.
 
-    pip install 'aipod[web]'
+    pip install -e '.[web]'  # in the checkout
     uvicorn aipod.examples.web:app --timeout-graceful-shutdown 5
 
 Without more it has a server of its own, on a free port, which serves `aipod.examples.basics:Echo`; with AIPOD_TO it

@@ -187,6 +187,7 @@ class SyncClient(Face):
     train = _waits(Client.train)
     predict = _waits(Client.predict)
     log = _waits(Client.log)
+    call = _waits(Client.call)
     stream = _makes(SyncCall, Client.stream)
     submit = _gives(Client.submit)
     attach = _makes(SyncJob, Client.attach)

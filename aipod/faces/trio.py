@@ -252,6 +252,7 @@ class TrioClient(Face):
     train = _waits(Client.train)
     predict = _waits(Client.predict)
     log = _waits(Client.log)
+    call = _waits(Client.call)
     stream = _streams(Client.stream)
     submit = _gives(Client.submit)
     attach = _attaches(Client.attach)

@@ -260,6 +260,6 @@ def split_target(target: str) -> tuple[str | None, int | None, str | None]:
             raise ValueError("unix: without a path; write unix:/run/aipod.sock")
         return None, None, path
     host, colon, port = target.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+    if not colon or not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{target!r} is not HOST:PORT, [::1]:PORT or unix:PATH")
     return host.removeprefix("[").removesuffix("]"), int(port), None

@@ -73,12 +73,31 @@ def test_what_comes_back(its: Flavor, served: Served, tmp_path: Path) -> None:
     its.run(scenario)
 
 
+def test_any_method_is_called_by_its_name(its: Flavor, served: Served, tmp_path: Path) -> None:
+    async def scenario(its: Flavor) -> None:
+        async with its.client(served.address) as client:
+            other = {"metadata": [("x-func-name", "boom")]}
+            assert await client.call("echo", b"abc", **other) == b"abc"
+            assert await client.call("echo", b"abc", save_to=tmp_path / "out") == tmp_path / "out"
+            assert (tmp_path / "out").read_bytes() == b"abc"
+            answer = await client.call("predict", b"abc", top=5, kwargs={"method": 1})
+            assert answer == {"size": 3, "kwargs": {"top": 5, "method": 1}}
+            with pytest.raises(aipod.Refused, match="no_such"):
+                await client.call("no_such", b"")
+            with pytest.raises(TypeError):
+                await client.call()
+
+    its.run(scenario)
+
+
 def test_errors(its: Flavor, served: Served, tmp_path: Path) -> None:
     async def scenario(its: Flavor) -> None:
-        with pytest.raises(aipod.UsageError, match="HOST:PORT"):
-            its.client("nowhere")
+        wrong: list[Any] = ["nowhere", "http://127.0.0.1:1", None, 50051, [None]]
+        for target in wrong:
+            with pytest.raises(aipod.UsageError, match="HOST:PORT"):
+                its.client(target)
         async with its.client(served.address) as client:
-            with pytest.raises(aipod.ModelError, match="the secret is 42"):
+            with pytest.raises(aipod.ModelError, match=r"^ValueError: the secret is 42$"):
                 await client.chaos(b"", metadata=[("x-func-name", "boom")])
             with pytest.raises(aipod.Refused, match="no_such"):
                 await client.chaos(b"", metadata=[("x-func-name", "no_such")])
@@ -86,6 +105,8 @@ def test_errors(its: Flavor, served: Served, tmp_path: Path) -> None:
                 await client.predict(b"", what=object())
             with pytest.raises(aipod.UsageError, match="does not exist"):
                 await client.predict(tmp_path / "none")
+            with pytest.raises(aipod.UsageError, match="ticket file was to go there"):
+                await client.predict(b"", ticket_file=tmp_path / "none" / "ticket")
             with pytest.raises(aipod.UsageError, match="not a number of seconds"):
                 await client.predict(b"", timeout="soon")
             with pytest.raises(aipod.UsageError, match="hexadecimal"):
