@@ -144,10 +144,10 @@ class _Commands(click.Group):
 def cli() -> None:
     """Large inputs to Python model code and the answer back, over one gRPC stream.
 
-    Every option of a command (but token and nginx-conf) is also AIPOD_<NAME> in the environment; those of serve and of
-    what calls it are also keys in table [aipod] of a TOML file (--config). Command line, then environment, then file,
-    then default. What would be the server's as well is AIPOD_CLIENT_<NAME> for who calls it: --tls-ca, --tls-cert and
-    --tls-key.
+    Every option of a command (but token and nginx-conf, and but -k, --json, --all, --quick, --release) is also
+    AIPOD_<NAME> in the environment; those of serve and of what calls it are also keys in table [aipod] of a TOML file
+    (--config). Command line, then environment, then file, then default. A client's certificates and authorities are
+    AIPOD_CLIENT_<NAME>, as a server has its own.
 
     Exit status: 0; 1 the job failed, was cancelled or was refused, or its time was up; 2 wrong usage; 3 no server
     answers, or the job is lost; 130 Ctrl-C, TERM or HUP (with which a server drains, and ends with 0). The last line on

@@ -48,7 +48,7 @@ class Command(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_show_all,
-                help="Show all options: TLS, retries, limits, settings files.",
+                help="Show all options.",
             )
         )
 
