@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
@@ -18,6 +19,7 @@ from aipod.codec import (
     SLICE,
     Compressor,
     StreamDecoder,
+    cut,
     decode_chunk,
     digest,
     json_string_pieces,
@@ -371,3 +373,13 @@ def test_kwargs_that_would_hold_the_interpreter_for_seconds_are_refused() -> Non
         with pytest.raises(Refused, match="too many values") as caught:
             parse_kwargs(Compressor(1).frame(text), 16 * MIB)
         assert caught.value.reason == "BAD_KWARGS"
+
+
+def test_what_a_short_write_has_not_taken_is_left() -> None:
+    """Mutants seen: the rest of a piece is lost; of the piece that was written in part all comes again."""
+    pieces = collections.deque(map(memoryview, (b"abc", b"defg", b"hi")))
+    assert [bytes(piece) for piece in cut(pieces, 5)] == [b"abc", b"de"]
+    assert [bytes(piece) for piece in pieces] == [b"fg", b"hi"]
+    assert [bytes(piece) for piece in cut(pieces, 2)] == [b"fg"]
+    assert [bytes(piece) for piece in cut(pieces, 2)] == [b"hi"]
+    assert not pieces
