@@ -59,7 +59,8 @@ class serving:
     Where the server ends by itself, the body of `async with` is cancelled, and leaving raises `ServeError`
     (SERVER_ENDED) instead; the body of `with` goes on, `running` is false, and leaving raises the same.
 
-    This is an asyncio-flavored context manager; its loop may be any. It is entered once.
+    This is an asyncio-flavored context manager; its loop may be any. It is entered once:
+    again, it raises `UsageError`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -181,6 +182,7 @@ class _Child:
         self._sock, self._theirs = socket.socketpair()
         self._lock = threading.Lock()  # guards what follows: a pid is not signalled once it may be another process's
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_begun = False
         self.started: Future[list[str]] = Future()
         self.ended: Future[int] = Future()  # with the exit status
         # Whoever waits for them may be cancelled; they are not.
@@ -192,6 +194,9 @@ class _Child:
         return 0 if self._process is None else self._process.pid
 
     def start(self) -> None:
+        if self._is_begun:
+            raise errors.UsageError("this server was entered before: make another one with aipod.serving")
+        self._is_begun = True
         # A daemon: an interpreter that ends without leaving the scope must not wait for it.
         threading.Thread(target=self._run, daemon=True, name="aipod-serving").start()
 

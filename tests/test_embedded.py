@@ -91,6 +91,17 @@ def test_a_thread_may_have_one_and_learns_of_its_end_when_it_leaves(tmp_path: Pa
         serve()
 
 
+@pytest.mark.skipif(not FIRST, reason="is the same on every Python")
+def test_a_second_entry_is_refused(tmp_path: Path) -> None:
+    """Mutant seen: it gives the addresses of the server that has ended."""
+    served = aipod.serving(config(tmp_path, spool="/dev/null/spool"))
+    with pytest.raises(SpoolError), served:
+        pass
+    for _ in range(2):
+        with pytest.raises(aipod.UsageError, match="entered before"), served:
+            pass
+
+
 @pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
 @pytest.mark.parametrize(
     ("settings", "kind", "reason"),
