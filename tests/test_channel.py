@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -388,3 +390,54 @@ def test_a_server_that_has_stopped_is_found_by_ping(
     with caplog.at_level(logging.INFO, logger="aipod.transport"):
         run(main)
     assert "connection aborted: no answer to PING" in caplog.messages
+
+
+UNCLOSED = """
+import asyncio, gc, sys
+import aipod
+loop = asyncio.new_event_loop()
+
+async def call(client):
+    return await client.chaos()
+
+async def alone():
+    async with asyncio.timeout(20):
+        while len(loop._selector.get_map()) > 1:  # what wakes it
+            await asyncio.sleep(0.02)
+
+client = aipod.Client(sys.argv[1])
+loop.run_until_complete(call(client))
+if sys.argv[2] == "thread":
+    clients = [client]
+    del client
+
+    def forget():
+        clients.clear()
+        gc.collect()
+
+    async def elsewhere():
+        await asyncio.to_thread(forget)
+        await alone()
+
+    loop.run_until_complete(elsewhere())
+else:
+    del client
+    gc.collect()
+    loop.run_until_complete(alone())
+loop.run_until_complete(loop.shutdown_default_executor())
+loop.close()
+"""
+
+
+@pytest.mark.parametrize("where", ["still", "thread"])
+def test_one_that_nobody_has_closed_is_closed_by_its_loop(serve: Serve, where: str) -> None:
+    """It may be forgotten where its loop stands still, as in a REPL, or in another thread.
+
+    Mutant seen: grpclib's `__del__` alone, which raises there, and the connection stays.
+    """
+    served = serve("tests.models_lifecycle:Work")
+    command = [sys.executable, "-W", "default::ResourceWarning", "-c", UNCLOSED, served.address, where]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Unclosed connection") == 1
+    assert "Exception ignored" not in done.stderr

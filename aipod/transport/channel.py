@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 import ssl
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -170,8 +171,17 @@ class Channel(grpclib.client.Channel):
         super().close()
 
     def __del__(self) -> None:
-        if self._pid == os.getpid():  # in a forked child it is the parent's
+        if self._pid != os.getpid():  # in a forked child it is the parent's
+            return
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if self._protocol is None or here is self._loop or self._loop.is_closed():
             super().__del__()
+        else:  # in another thread, or where the loop stands still, as in a REPL that ends
+            warnings.warn(f"Unclosed connection: {self!r}", ResourceWarning, stacklevel=2)
+            self._loop.call_soon_threadsafe(self._protocol.processor.close)
 
     async def aclose(self) -> None:
         """`close`, and wait until the socket is closed, which with TLS takes an answer: for a second at most.
