@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,25 @@ def test_what_would_wait_for_itself_is_refused(served: Served) -> None:
         with pytest.raises(aipod.UsageError, match="wait for itself"):
             client.predict(items())
         assert client.predict(plain())["size"] == 3  # in a thread of its own it may
+
+
+def test_payloads_may_wait_for_each_other_and_for_calls_of_their_client(served: Served) -> None:
+    """However many there are: none holds a thread that another has need of.
+
+    Mutant seen: they are read in the threads that asyncio has for everything, of which there are 32 at most.
+    """
+    callers = 40
+    together = threading.Barrier(callers)
+    with aipod.SyncClient(served.address) as client, ThreadPoolExecutor(callers) as threads:
+
+        def pieces() -> Iterator[bytes]:
+            together.wait(30)
+            client.predict(iter([b"inner"]))
+            yield b"outer"
+
+        done = [threads.submit(client.predict, pieces()) for _ in range(callers)]
+        assert [one.exception(60) for one in done] == [None] * callers
+    wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith("aipod-payload")])
 
 
 def test_calls_under_way_end_as_lost_ones_when_another_thread_closes(served: Served, tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import functools
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -30,13 +33,15 @@ class Source:
     """A payload. `size` is None where it is not known beforehand; `tag` names what it is read from.
 
     asyncio-flavored; for one task at a time. Raises `UsageError` for what is no payload. Leaving its scope closes what
-    it has opened. `in_thread`: what runs that which waits for nobody; an iterable may wait for another call.
+    it has opened. `in_thread`: what runs that which waits for nobody. What the caller's own code gives may wait for
+    anything, another call of this client too: it is read in a thread of its own, of which nobody else has need.
     """
 
     def __init__(self, payload: Payload, in_thread: InThread = asyncio.to_thread) -> None:
         self._reader: Reader = open_reader(payload)
         self._in_thread = in_thread
-        self._read_in_thread = in_thread if isinstance(self._reader, Memory | File) else asyncio.to_thread
+        self._read_in_thread = in_thread if isinstance(self._reader, Memory | File) else self._in_own_thread
+        self._own_thread: ThreadPoolExecutor | None = None
         self._items = payload if isinstance(self._reader, Stream) and isinstance(payload, AsyncIterable) else None
         self._groups: AsyncGenerator[list[Piece], None] | None = None
         self.size = self._reader.size
@@ -63,6 +68,8 @@ class Source:
             with contextlib.suppress(Exception):
                 await self._groups.aclose()
         self._newest = (0, [])
+        if self._own_thread is not None:
+            self._own_thread.shutdown(wait=False)
         if not isinstance(self._reader, Memory):
             await asyncio.to_thread(self._reader.close)
 
@@ -167,6 +174,13 @@ class Source:
         await self._in_thread(self._reader.keep, pieces)
         await self._in_thread(self._hash, pieces)
         return pieces
+
+    async def _in_own_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """As `asyncio.to_thread`, which has few threads, for all."""
+        if self._own_thread is None:
+            self._own_thread = ThreadPoolExecutor(1, thread_name_prefix="aipod-payload")
+        work = functools.partial(contextvars.copy_context().run, fn, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._own_thread, work)
 
     def _hash(self, pieces: list[Piece]) -> list[Piece]:
         for piece in pieces:
