@@ -381,6 +381,43 @@ def test_submit_jobs_methods_health_for_a_person(work: Work) -> None:
         assert (session.end(), session.text) == (0, "CANCELLED")
 
 
+@only_first
+def test_serve_token_nginx_conf_doctor_attach_completion_for_a_person(work: Work) -> None:
+    """A server with a caller's token, from its start to Ctrl-C, and what a person does with it meanwhile."""
+    token = ["alice", "--tokens", "tokens.toml", "--method", "predict", "-o", "alice.token"]
+    with work.session("token", *token) as session:
+        assert (session.end(), session.text) == (0, "")
+    serve = ["aipod.examples.basics:Echo", "--bind", "127.0.0.1:0", "--tokens", "tokens.toml", "--spool", "tmp"]
+    with work.session("serve", *serve, "--data", "data") as server:
+        server.until(lambda: re.search(r"^aipod listening on \S+:\d+$", server.text, re.MULTILINE))
+        address = server.text.split("aipod listening on ")[1].split()[0]
+        with work.session("call", "predict", "payload", "--token-file", "alice.token", to=address) as session:
+            assert session.end() == 0
+        assert re.search(r"^done in .*: 5 B up, ", session.text, re.MULTILINE)
+        with work.session("call", "predict", "payload", to=address) as session:
+            assert session.end() == 1
+        assert session.text.startswith("aipod: UNAUTHENTICATED: ")
+        with work.session("doctor", address, "--quick", "--token-file", "alice.token") as session:
+            assert session.end() == 0
+        assert re.search(r"^ok +idle-request +a client that sends nothing", session.text, re.MULTILINE)
+        with work.session("nginx-conf", "--upstream", f"a={address}", "-o", "nginx.conf") as session:
+            assert session.end() == 0
+        assert address in (work.directory / "nginx.conf").read_text()
+        server.type("\x03")
+        assert server.end() == 0
+    assert "Traceback" not in server.text
+    with work.session("submit", *work.arguments, "--ticket", "job.ticket") as session:
+        assert session.end() == 0
+    with work.session("attach", "job.ticket") as session:
+        session.until("25% epoch 3 表示")
+        work.gate.touch()
+        assert session.end() == 0
+    assert session.text.splitlines()[-1] == '{"size": 5}'
+    with work.session("completion", "bash") as session:
+        assert session.end() == 0
+    assert "complete -o nosort -F _aipod_completion aipod" in session.text
+
+
 def test_health_json(work: Work) -> None:
     done = aipod("health", "--json", "--all", environ={"AIPOD_TO": work.address}, forked=True)
     told = {one["service"]: one["status"] for one in map(json.loads, done.out.splitlines())}
