@@ -178,7 +178,8 @@ def test_the_page_is_what_prometheus_and_its_linter_want(serve: Serve, work: Wor
     served = serve(RESUME, *ON)
     there = metrics_of(served)
     assert run(lambda: work.client().visit(served.address)).phase.name == "DONE"
-    plain = Scrape(there)
+    called = 'grpc_server_handled_total{grpc_code="OK",grpc_method="chaos"'  # counted when the caller has its answer
+    plain = wait_until(lambda: (page := Scrape(there)) and any(name.startswith(called) for name in page) and page)
     time.sleep(2 * FRESH)
     strict = scrape.open_samples(there)
     moving = ("process_", "aipod_spool_free")  # of others
