@@ -78,7 +78,8 @@ class Host:
                     self._forgotten.atexit = False
                     try:
                         thread.start()
-                    except Exception:  # the process may have no more threads
+                    except BaseException:  # no more threads, or Ctrl-C: whether this one runs nobody knows
+                        thread.leave(at_once=True)
                         self._forgotten.detach()  # or it would keep the loop
                         raise
                     self._thread = thread

@@ -222,7 +222,7 @@ class Jobs:
             return None if fields else self._claim_now(request, payload=payload, begin=begin)
 
         try:
-            entry = await self._claim(request, claim)
+            entry = await self._claim(request, claim, whole=payload is not None)
             if entry is None:
                 return fields, None
             job = self._take_in(self._job(request, entry))
@@ -271,10 +271,10 @@ class Jobs:
         what = request.job_id, request.fields, request.kwargs
         return self._spool.claim(*what, size=request.size, **whole)
 
-    async def _claim(self, request: Request, claim: Callable[[], Entry | None]) -> Entry | None:
+    async def _claim(self, request: Request, claim: Callable[[], Entry | None], *, whole: bool = False) -> Entry | None:
         with self.room.coming(request.job_id, request.version):
-            # Cancelled meanwhile, nobody was told that it is there.
-            entry = await self._held(claim, Entry.destroy)
+            # Cancelled meanwhile it goes: nobody was told. But of one that has come whole the next call may have been.
+            entry = await (hands.do(claim) if whole else self._held(claim, Entry.destroy))
         if entry is not None:
             self._metrics.of_method(request.method).started += 1
         return entry
