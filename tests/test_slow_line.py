@@ -23,10 +23,12 @@ def test_a_chunk_that_takes_long_is_waited_for_as_long_as_some_of_it_comes(serve
     """Else it is sent again and again: lines below 70 KB/s could download nothing, those below 17 KB/s upload nothing,
     and neither could calls that share more.
 
-    Mutants seen: on either side a part of a message is none; what the system holds back (SO_RCVLOWAT) is none.
+    The answer to a PING waits behind it, too. Mutants seen: on either side a part of a message is none; what the system
+    holds back (SO_RCVLOWAT) is none; a PING has its time, whatever comes.
     """
-    served = serve("tests.models_faults:Counted", "--upload-stall", str(PATIENCE))
-    config = aipod.Config(silence=PATIENCE)
+    pings = "--ping-interval", "0.5", "--ping-timeout", str(PATIENCE)
+    served = serve("tests.models_faults:Counted", "--upload-stall", str(PATIENCE), *pings)
+    config = aipod.Config(silence=PATIENCE, ping_interval=0.5, ping_timeout=PATIENCE)
     payload = tmp_path / "payload"
     payload.write_bytes(os.urandom(CHUNK))
     told = {"size": CHUNK, "sha256": hashlib.sha256(payload.read_bytes()).hexdigest()}
@@ -39,6 +41,7 @@ def test_a_chunk_that_takes_long_is_waited_for_as_long_as_some_of_it_comes(serve
                     async with asyncio.TaskGroup() as group:
                         uploaded = group.create_task(up.chaos(payload))
                         answer = group.create_task(down.chaos(metadata=SEEDED, length=CHUNK))
+            assert proxy.connections == 2
         assert uploaded.result() == told
         assert answer.result() == random.Random(0).randbytes(CHUNK)
 

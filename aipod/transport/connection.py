@@ -61,6 +61,8 @@ class TooManyResets(ProtocolError):
 # Seconds in which the peer of a server that drains may close the connection itself when its last call has ended. nginx
 # does at once; where it still has a PING to answer, it takes an end right behind the trailers for a lost call.
 _PEER_FIRST = 0.5
+# Looks at what has come, in the time for which the answer to a PING may keep everybody waiting.
+_LOOKS = 8
 
 
 class H2Connection(base.Connection):
@@ -91,7 +93,8 @@ class H2Connection(base.Connection):
         self._taken = 0  # what the last look found that the peer had taken
         self.starved_since: float | None = None  # its window has no room since then, and somebody waits (monotonic)
         self.owed = 0  # bytes that were sent, for which the peer may send WINDOW_UPDATE frames
-        self._arrived = 0  # bytes to give back to the connection's window
+        self.read = 0  # bytes
+        self._arrived = 0  # of them, to give back to the connection's window
 
     def create_stream(self, *, stream_id: int | None = None, wrapper: Any = None) -> H2Stream:
         if not self.alive:  # it ended between being chosen and being used
@@ -112,6 +115,11 @@ class H2Connection(base.Connection):
     def unread(self) -> int:
         """As `Socket.unread`."""
         return self._socket.unread
+
+    @property
+    def came(self) -> int:
+        """A number that changes when something comes from the peer, also a part of what is waited for."""
+        return self.read + self.unread
 
     # Receiving
 
@@ -244,19 +252,36 @@ class H2Connection(base.Connection):
     def _ping(self) -> None:
         super()._ping()
         timer = self._close_by_ping_handler
-        if timer is not None and not isinstance(timer, _AbortTimer):
+        if timer is not None and not isinstance(timer, _PingTimer):
             timer.cancel()
-            loop = asyncio.get_running_loop()
-            self._close_by_ping_handler = cast(
-                Any, _AbortTimer(loop.call_later(self._config._keepalive_timeout, self.abort, "no answer to PING"))
-            )
+            self._close_by_ping_handler = cast(Any, _PingTimer(self, self._config._keepalive_timeout))
 
 
-class _AbortTimer:
-    """Marks a PING timer as ours: grpclib's own would close() and wait for a write buffer that nobody reads."""
+class _PingTimer:
+    """Aborts a connection from which nothing has come for `timeout` seconds, the answer to a PING for one.
 
-    def __init__(self, handle: asyncio.TimerHandle) -> None:
-        self.cancel = handle.cancel
+    On a slow line that may wait for minutes behind data, which is a sign of life as well (grpc-go counts reads in the
+    same way). Not what the peer takes: the system of a process that has stopped takes PINGs. grpclib's own timer would
+    close(), and wait for a write buffer that nobody reads.
+    """
+
+    def __init__(self, connection: H2Connection, timeout: float) -> None:
+        self._connection = connection
+        self._step = timeout / _LOOKS
+        self._came = connection.came
+        self._quiet = 0  # looks that have found nothing new
+        self._next = asyncio.get_running_loop().call_later(self._step, self._look)
+
+    def _look(self) -> None:
+        before, self._came = self._came, self._connection.came
+        self._quiet = self._quiet + 1 if self._came == before else 0
+        if self._quiet == _LOOKS:
+            self._connection.abort("no answer to PING")
+        else:
+            self._next = asyncio.get_running_loop().call_later(self._step, self._look)
+
+    def cancel(self) -> None:
+        self._next.cancel()
 
 
 class Processor(base.EventsProcessor):

@@ -224,6 +224,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
             if self._unwanted > _UNWANTED:
                 self.transport.abort()
             return
+        self.connection.read += nbytes
         end = len(self._rest) + nbytes
         view = _scratch.view[:end]
         # Payload fills a read; a flood of small frames sets the size back (`control`).
