@@ -38,3 +38,10 @@ class Faces(aipod.Model):
 
     async def boom(self, context: Context, path: Path) -> None:
         raise ValueError("the secret is 42")
+
+
+class Copy(aipod.Model):
+    """Answers with bytes."""
+
+    async def predict(self, context: Context, path: Path) -> Path:
+        return path

@@ -153,6 +153,28 @@ def test_a_limit_holds_where_nothing_was_announced(monkeypatch: pytest.MonkeyPat
     run(main)
 
 
+@pytest.mark.skipif(not FIRST, reason="costs much, and is the same on every Python")
+def test_an_answer_of_bytes_is_fetched_by_itself(start: Callable[..., App], serve: Serve) -> None:
+    """Mutant seen: it is put into an event, which ends the stream of events in the middle."""
+    app = start(serve("tests.models_faces:Copy").address)
+    data = os.urandom(3 * MIB)
+
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=app.url, timeout=60) as client:
+            job = (await client.post("/jobs", content=data, headers=BINARY)).json()["job"]
+            for _ in range(2):
+                name, told = (await events(client, job))[-1]
+                assert (name, told) == ("answer", {"at": f"{job}/answer"})
+                response = await client.get(told["at"])
+                assert response.content == data
+                assert response.headers["content-disposition"] == "attachment"
+        async with httpx.AsyncClient(base_url=app.url) as stranger:
+            assert (await stranger.get(f"{job}/answer")).status_code == 404
+
+    run(main)
+    assert "Traceback" not in app.text
+
+
 def refuses_what_is_no_upload(app: App) -> None:
     def status(head: str) -> int:
         with socket.create_connection(("127.0.0.1", app.port), 20) as sock:

@@ -97,20 +97,36 @@ def owned(job_id: str, request: Request) -> Job:
 
 @app.get("/jobs/{job_id}")
 async def follow(job: Annotated[Job, Depends(owned)]) -> StreamingResponse:
-    """Server-sent events: `progress` at least once a second, then `answer` or `failed`."""
+    """Server-sent events: `progress` at least once a second, then `answer` or `failed`.
+
+    An answer of bytes, or a file, is where `answer` says.
+    """
 
     async def events() -> AsyncIterator[str]:
+        kind = ""
         try:
             async with contextlib.aclosing(job.events()) as told:
                 async for event in told:
+                    kind = event.content_type
                     yield sse("progress", phase=event.phase, progress=event.progress, log=event.log, place=event.place)
-            yield sse("answer", answer=await job.wait())
+            if kind == "application/json":
+                yield sse("answer", answer=await job.wait())
+            else:
+                yield sse("answer", at=f"/jobs/{job.id}/answer")
         except aipod.AipodError as exc:
             yield sse("failed", reason=exc.reason, text=exc.message)
 
     return StreamingResponse(
         events(), media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     )
+
+
+@app.get("/jobs/{job_id}/answer")
+async def answer(job: Annotated[Job, Depends(owned)]) -> StreamingResponse:
+    """The answer's bytes, as they come."""
+    # Whatever a model has made is not for the browser to show as a page of this site.
+    headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
+    return StreamingResponse(job.chunks(), media_type="application/octet-stream", headers=headers)
 
 
 @app.delete("/jobs/{job_id}", status_code=204)
@@ -147,7 +163,11 @@ function follow(job) {
   const end = text => { events.close(); stop.disabled = true; out.value = text }
   const on = (name, then) => events.addEventListener(name, event => then(JSON.parse(event.data)))
   on("progress", told => { out.value = told.phase; bar.value = told.progress; pre.append(told.log) })
-  on("answer", told => { bar.value = 1; end("DONE"); pre.append(JSON.stringify(told.answer)) })
+  on("answer", told => {
+    bar.value = 1
+    end("DONE")
+    told.at ? location.assign(told.at) : pre.append(JSON.stringify(told.answer))
+  })
   on("failed", told => end(`${told.reason}: ${told.text}`))
   events.onopen = () => { pre.textContent = "" }  // the log comes from its beginning
   events.onerror = () => events.readyState == EventSource.CLOSED && end("the job is not there any more")
