@@ -136,12 +136,16 @@ async def test_long_kwargs_and_no_instance_have_lines_of_their_own(tmp_path: Pat
         await server.settle()
 
 
-@pytest.mark.parametrize("what", ["its server drains", "its caller leaves", "the disk is full", "somebody else has it"])
+@pytest.mark.parametrize(
+    "what",
+    ["its server drains", "its caller leaves", "its caller cancels it", "the disk is full", "somebody else has it"],
+)
 async def test_what_comes_while_its_line_is_written(tmp_path: Path, what: str) -> None:
     """Whatever it is, the instance is free behind it, and nothing was run, but for a caller who leaves: the next call
-    may have been told of the job by then.
+    may have been told of the job by then. Who cancels it as well is heard, though there is no job yet.
 
-    Mutants seen: the instance stays taken; what was not started is left as one that ran; the job goes with its caller.
+    Mutants seen: the instance stays taken; what was not started is left as one that ran; the job goes with its caller;
+    who cancels it is told that there is none.
     """
     async with open_server(tmp_path) as server:
         if what == "somebody else has it":
@@ -169,9 +173,14 @@ async def test_what_comes_while_its_line_is_written(tmp_path: Path, what: str) -
                     server.jobs.draining = True
                 case "its caller leaves":
                     leaves.cancel()
+                case "its caller cancels it":
+                    leaves.cancel()
+                    nursery.start_soon(functools.partial(server.jobs.end, ID, release=False))
+                    await trio.sleep(0.3)  # so that it has looked for the job
                 case "the disk is full":
                     server.spool.reserve = 1 << 62
             server.spool.passed.set()
+        goes_on = what == "its caller leaves"
         match what:
             case "its server drains":
                 assert await over(found[0]) == Phase.QUEUED
@@ -180,12 +189,16 @@ async def test_what_comes_while_its_line_is_written(tmp_path: Path, what: str) -
                 (job,) = server.jobs.held.values()
                 assert await over(job) == Phase.DONE
                 assert server.lines() == [("RUNNING", 1), ("DONE", 1)]
+            case "its caller cancels it":
+                await server.settle()
+                assert server.lines() in ([("RUNNING", 1), (phase, 1)] for phase in ("CANCELLED", "DONE"))
+                goes_on = server.lines()[-1][0] == "DONE"  # it may have come too late
             case "the disk is full":
                 assert found == ["SPOOL_FULL"]
             case _:
                 assert found == ["OTHER_REQUEST"]
         await server.settle()
-        assert server.runs == (what == "its caller leaves")
+        assert server.runs == goes_on
         assert not server.spool.is_held(ID)
 
 

@@ -392,6 +392,8 @@ class Jobs:
 
         What it returns tells how the job is now: a run may take a while to stop. Raises `Refused` (NOT_FOUND).
         """
+        with trio.move_on_after(TAKE_OVER):
+            await self.room.arrival(job_id)  # the call that brings it was left this moment
         job = self.held.get(job_id)
         if job is not None and not job.ended and not job.over.is_set():
             job.stop("it was cancelled by its client")

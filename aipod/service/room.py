@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import trio
+
 from aipod.config import Config
 from aipod.errors import Refused
 from aipod.job.job import Job
@@ -13,12 +15,13 @@ from aipod.wire.ai import Phase
 
 
 class Room:
-    """Counts. The mutable state is which jobs are held, and which are coming."""
+    """Counts. The mutable state is which jobs are held, and which are coming, and who waits for one of these."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self.held: dict[str, Job] = {}
         self._coming: dict[str, str] = {}  # of which version those that are new
+        self._awaited: dict[str, trio.Event] = {}
 
     @property
     def _count(self) -> int:
@@ -42,6 +45,13 @@ class Room:
             yield
         finally:
             self._coming.pop(job_id, None)
+            if (awaited := self._awaited.pop(job_id, None)) is not None:
+                awaited.set()
+
+    async def arrival(self, job_id: str) -> None:
+        """Wait until the job is not about to be held any more. This is a trio-flavored async function."""
+        if job_id in self._coming:
+            await self._awaited.setdefault(job_id, trio.Event()).wait()
 
     def why_not(self, job_id: str, version: str = "") -> Refused | None:
         """Why `coming` would refuse the job; None where it would not."""
