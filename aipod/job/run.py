@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -137,19 +136,6 @@ async def _pause(job: Job, refused: Refused, tick: float) -> None:
 
 async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Terms) -> Answer:
     request, entry, timeout = job.request, job.entry, terms.timeout
-    task = Task(
-        job_id=request.job_id,
-        method=request.method,
-        version=request.version,
-        kwargs=b"",
-        metadata=request.metadata,
-        payload=entry.payload,
-        work_dir=entry.work,
-        res=entry.result,
-        new_version=versions.fresh(request.job_id),
-        timeout=None,
-        remark=job.remark,
-    )
     job.queue = queue
     while job.phase != Phase.QUEUED:
         try:
@@ -176,19 +162,23 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                 job.begun = False
                 job.enter(Phase.RUNNING)
                 left = min(terms.deadline - trio.current_time(), timeout or math.inf)
-                timed = dataclasses.replace(
-                    task,
+                task = Task(
+                    job_id=request.job_id,
+                    method=request.method,
+                    version=request.version,
                     kwargs=kwargs,
-                    metadata={
-                        **request.metadata,
-                        **job.times.trace.headers(),
-                    },  # what the method traces belongs to its run
+                    metadata={**request.metadata, **job.times.trace.headers()},  # what it traces belongs to its run
+                    payload=entry.payload,
+                    work_dir=entry.work,
+                    res=entry.result,
+                    new_version=versions.fresh(request.job_id),
                     timeout=None if left == math.inf else left,
+                    remark=job.remark,
                 )
                 try:
                     job.lease, job.times.worker = lease, lease.lock_name
                     with trio.move_on_after(timeout or math.inf) as patience:
-                        result = await lease.run(timed, job.report)
+                        result = await lease.run(task, job.report)
                 except RunnerBroken:
                     # Its worker had died while idle; the method was not started.
                     broken += 1
