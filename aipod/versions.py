@@ -128,9 +128,9 @@ class Versions:
 
     def publish(self, job_id: str, version: str) -> bool:
         """Make what the job wrote the version's data; False where it wrote nothing."""
-        fresh, target = self.fresh(job_id), self.data_dir(version)
-        if not fresh.is_dir():
+        if not os.path.isdir(f"{self.path}/.new-{self._owner}{job_id}"):  # as for most jobs
             return False
+        fresh, target = self.fresh(job_id), self.data_dir(version)
         if target.is_dir() and self._exchange(fresh, target):
             remove(fresh)
             return True

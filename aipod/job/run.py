@@ -17,10 +17,10 @@ from aipod.errors import JobFailed, Refused, job_failed, leaves
 from aipod.job.end import (
     STORE_TRIES,
     End,
+    GoingOn,
     Outcome,
     Terms,
     bug,
-    going_on,
     is_worth_another,
     result_lost,
     store_later,
@@ -84,7 +84,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             raise
     finally:
         end = End(job, outcome, terms, job.take_log(last=True))
-        with going_on(job):
+        with GoingOn(job):
             await hands.finish(end.write, versions)
         outcome, job.handed_over = end.outcome, job.handed_over or end.again
         if end.published:
@@ -97,12 +97,12 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             job.end(outcome, end.trace)
         try:
             if outcome is not None and not job.ended:
-                with going_on(job):
+                with GoingOn(job):
                     outcome = await store_later(job, outcome, end.why, terms.tick)
                 job.end(outcome, end.trace)
         finally:
             if not end.over:
-                with trio.CancelScope(shield=True), going_on(job):
+                with trio.CancelScope(shield=True), GoingOn(job):
                     if not job.request.plain:
                         await trio.to_thread.run_sync(job.entry.let_go)
             job.close()
@@ -110,7 +110,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             try:
                 await job.released.wait()
             finally:
-                with trio.CancelScope(shield=True), going_on(job):
+                with trio.CancelScope(shield=True), GoingOn(job):
                     await trio.to_thread.run_sync(job.entry.destroy)
 
 
