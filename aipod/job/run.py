@@ -60,7 +60,8 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                     outcome = await _queue_and_run(job, queue, versions, terms)
             finally:
                 keeper.cancel()
-            nursery.cancel_scope.cancel()
+            if nursery.child_tasks:
+                nursery.cancel_scope.cancel()
         # A cancel that comes when there is an answer is caught too: too late, what the run did stands.
         if outcome is None and not job.handed_over:
             outcome = job.stopped()
@@ -135,7 +136,7 @@ async def _pause(job: Job, refused: Refused, tick: float) -> None:
 
 
 async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Terms) -> Answer:
-    request, entry, timeout = job.request, job.entry, terms.timeout
+    request, entry = job.request, job.entry
     job.queue = queue
     while job.phase != Phase.QUEUED:
         try:
@@ -161,7 +162,7 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     await hands.do(entry.record, running(lease, job.attempt + 1))
                 job.begun = False
                 job.enter(Phase.RUNNING)
-                left = min(terms.deadline - trio.current_time(), timeout or math.inf)
+                left = min(terms.deadline - trio.current_time(), terms.timeout or math.inf)
                 task = Task(
                     job_id=request.job_id,
                     method=request.method,
@@ -169,16 +170,15 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     kwargs=kwargs,
                     metadata={**request.metadata, **job.times.trace.headers()},  # what it traces belongs to its run
                     payload=entry.payload,
-                    work_dir=entry.work,
-                    res=entry.result,
-                    new_version=versions.fresh(request.job_id),
+                    work_dir=f"{entry.path}/work",
+                    res=f"{entry.path}/res",
+                    new_version=versions.fresh_name(request.job_id),
                     timeout=None if left == math.inf else left,
                     remark=job.remark,
                 )
                 try:
                     job.lease, job.times.worker = lease, lease.lock_name
-                    with trio.move_on_after(timeout or math.inf) as patience:
-                        result = await lease.run(task, job.report)
+                    result = await _run_in_time(lease, task, job, terms.timeout)
                 except RunnerBroken:
                     # Its worker had died while idle; the method was not started.
                     broken += 1
@@ -200,13 +200,19 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     job.enter(Phase.QUEUED)
                 finally:
                     job.lease = None
-                if patience.cancelled_caught:
-                    text = f"{request.method} ran longer than its timeout of {timeout:g} s"
-                    raise job_failed("DEADLINE_EXCEEDED", text)
         except Refused as exc:  # in line, or before its run: in a run a disk is the model's concern
             await _pause(job, exc, terms.tick)
     with result_lost():
         return await _measured(job, result, terms.tick)
+
+
+async def _run_in_time(lease: Lease, task: Task, job: Job, timeout: float | None) -> Result:
+    """Run the task, in `timeout` seconds where its method has declared so many. Raises `JobFailed`, as `Lease.run`."""
+    if timeout is None:
+        return await lease.run(task, job.report)
+    with trio.move_on_after(timeout):
+        return await lease.run(task, job.report)
+    raise job_failed("DEADLINE_EXCEEDED", f"{task.method} ran longer than its timeout of {timeout:g} s")
 
 
 def _long_kwargs(entry: Entry) -> bytes:

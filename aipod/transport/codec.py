@@ -80,7 +80,8 @@ _BY_NUMBER = {kind: {field.number: field for field in layout} for kind, layout i
 def encode_pieces(message: betterproto2.Message) -> list[bytes]:
     """`message` as pieces whose concatenation is its encoding; what is large is one of them, not copied."""
     pieces: list[bytes] = []
-    _encode(message, pieces)
+    if _encode(message, pieces) <= _LARGE:
+        return [b"".join(pieces)]
     joined: list[bytes] = []
     small = b""
     for piece in pieces:
