@@ -24,8 +24,8 @@ MAX_LINE = 16 * 1024 - 1
 MAX_FIELDS = 100
 CUT = " [cut]"
 
-# What every record has, and what has a place of its own in a line. The rest is what the line tells besides.
-_COMMON = {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime", "taskName"} | {"job", "trace"}
+# What every record has. The rest of a record is what its line tells besides.
+_COMMON = {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime", "taskName"}
 # What a terminal would act on, and what ends a line somewhere: C0, C1, and Unicode's line and paragraph separators and
 # its marks that turn the direction of text.
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -63,9 +63,12 @@ class JsonLines(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": message,
+            "job": _job(record),
+            "trace": trace,
         }
-        told |= {"job": _job(record), "trace": trace}
-        told = told | {name: value for name, value in _more(record).items() if name not in told}
+        for name, value in vars(record).items():
+            if name not in _COMMON and name not in told:
+                told[name] = _plain(value)
         return bounded({name: value for name, value in told.items() if value not in ("", None)})
 
 
@@ -112,12 +115,8 @@ def _job(record: logging.LogRecord) -> str:
     return str(getattr(record, "job", "")) or current_job()
 
 
-def _more(record: logging.LogRecord) -> dict[str, Any]:
-    """What the line tells besides, as JSON has it."""
-    return {name: _plain(value) for name, value in vars(record).items() if name not in _COMMON}
-
-
 def _plain(value: object) -> Any:
+    """As JSON has it."""
     if value is None or isinstance(value, (str, int)):  # first: to ask for a Mapping takes ten times as long
         return value
     if isinstance(value, float):
@@ -132,7 +131,8 @@ def _escaped(line: str) -> str:
 
 def bounded(told: dict[str, Any]) -> str:
     """`told` as JSON on one line of at most `MAX_LINE` bytes: its longest values are cut for that."""
-    told = dict(itertools.islice(told.items(), MAX_FIELDS))
+    if len(told) > MAX_FIELDS:
+        told = dict(itertools.islice(told.items(), MAX_FIELDS))
     line = json.dumps(told)  # ASCII, so a terminal does nothing with it either
     while len(line) > MAX_LINE:
         size, name = max((len(json.dumps(value)), name) for name, value in told.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
-import functools
 import logging
 import os
 import threading
@@ -81,11 +80,7 @@ class Entry(Look):
         self.found: dict[str, Any] = {}  # what its journal told when it was taken
         self._recorded = False  # the last line was written, so there is a journal
         self._log_size = 0
-
-    @functools.cached_property
-    def report(self) -> Report:
-        """What the model has reported, for other processes."""
-        return Report(self.path / "live")
+        self.report = Report(f"{self.path}/live")
 
     # The beginning
 
