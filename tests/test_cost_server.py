@@ -74,7 +74,7 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
     # Running, done, released.
     assert 2.5 <= cost["lines"] <= 3.5
     assert cost["files"] <= 45
-    # Those of three nurseries, of the connection, the call, the search, the job and the method; of a clock now and then.
+    # Those of three nurseries, the connection, the call, the search, the job and the method; a clock's now and then.
     assert cost["scopes"] <= 9.2
     # Of Python's functions, 2160 were counted: they are what a small job costs.
     assert cost["calls"] <= 2500
