@@ -26,6 +26,11 @@ class Alarm:
         # Not the clock's, in which there is no loop of asyncio's: a task has that of who starts it.
         self._context = contextvars.copy_context()
 
+    @property
+    def is_over(self) -> bool:
+        """It was begun, or cancelled."""
+        return self._begin is None
+
     def cancel(self) -> None:
         """It is not begun any more. Idempotent."""
         self._begin = None
@@ -55,7 +60,8 @@ class _Clock:
         """Ring in time. This is a trio-flavored async function; it never returns."""
         while True:
             now = trio.current_time()
-            while self._alarms and self._alarms[0][0] <= now:
+            # What is over is not waited for: most alarms are cancelled long before their time.
+            while self._alarms and (self._alarms[0][0] <= now or self._alarms[0][2].is_over):
                 heapq.heappop(self._alarms)[2]._ring()
             self._next = self._alarms[0][0] if self._alarms else math.inf
             self._earlier = trio.Event()

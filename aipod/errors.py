@@ -202,17 +202,22 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
-@contextlib.contextmanager
-def refused_when_exhausted() -> Iterator[None]:
-    """Turn the system's errors that pass, a full disk and a lack of descriptors, into a retryable `Refused`."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno in _FULL:
+class _RefusedWhenExhausted(contextlib.ContextDecorator):
+    """No generator: each small job goes through a dozen of them."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        if isinstance(exc, OSError) and exc.errno in _FULL:
             raise Refused("SPOOL_FULL", "the server's disk is full; try again later") from None
-        if exc.errno in _NO_DESCRIPTOR:
+        if isinstance(exc, OSError) and exc.errno in _NO_DESCRIPTOR:
             raise Refused("OVERLOADED", "the server has too many files and connections open; try again later") from None
-        raise
+
+
+def refused_when_exhausted() -> _RefusedWhenExhausted:
+    """Turn the system's errors that pass, a full disk and a lack of descriptors, into a retryable `Refused`."""
+    return _RefusedWhenExhausted()
 
 
 def leaves(exc: BaseException) -> Iterator[BaseException]:

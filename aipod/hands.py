@@ -114,7 +114,8 @@ class Hands:
         me = object()
         self._begun[me] = time.monotonic()
         try:
-            trio.lowlevel.start_thread_soon(lambda: self._work(me), _gone, "aipod-hands")
+            # Without a name: to give one and to take it back are two system calls each, and let go of the GIL.
+            trio.lowlevel.start_thread_soon(lambda: self._work(me), _gone)
         except RuntimeError:  # the system has no thread to give (ulimit -u, a container's pids): `watch` asks again
             del self._begun[me]
             self._came.set()

@@ -84,8 +84,8 @@ class Context:
         method: str,
         version: str,
         metadata: Mapping[str, str],
-        work_dir: Path,
-        new_version: Path,
+        work_dir: str,
+        new_version: str,
         timeout: float | None,
         report: Callable[[float | None, str | None, str | None], None],
         asked: Callable[[], bool] = lambda: False,
@@ -106,14 +106,16 @@ class Context:
     @property
     def work_dir(self) -> Path:
         """A directory of the job's own; removed with the job. A result `Path` inside it is moved, any other copied."""
-        self._work_dir.mkdir(exist_ok=True)
-        return self._work_dir
+        path = Path(self._work_dir)
+        path.mkdir(exist_ok=True)
+        return path
 
     @property
     def new_version(self) -> Path:
         """A new directory that becomes the data of `version` when the method returns, and vanishes when it raises."""
-        self._new_version.mkdir(parents=True, exist_ok=True)
-        return self._new_version
+        path = Path(self._new_version)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
 
     @property
     def cancelled(self) -> bool:

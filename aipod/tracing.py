@@ -27,8 +27,8 @@ class Trace:
         self._phase = ""
         self._span: Any = None
         self._child: Any = None  # of the phase
-        if trace is None:
-            return
+        if trace is None or (remote is not None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)):
+            return  # nobody records here, and what is done with the headers has the caller's context from them
         kind = trace.SpanKind.CLIENT if remote is None else trace.SpanKind.SERVER
         self._tracer = trace.get_tracer("aipod")
         parent = None if remote is None else propagate.extract(_context_of(remote))

@@ -124,13 +124,17 @@ class Versions:
 
     def fresh(self, job_id: str) -> Path:
         """Where a job may write a new version; not made until it does."""
-        return self.path / f".new-{self._owner}{job_id}"
+        return Path(self.fresh_name(job_id))
+
+    def fresh_name(self, job_id: str) -> str:
+        """As `fresh`, for the many jobs that write none."""
+        return f"{self.path}/.new-{self._owner}{job_id}"
 
     def publish(self, job_id: str, version: str) -> bool:
         """Make what the job wrote the version's data; False where it wrote nothing."""
-        fresh, target = self.fresh(job_id), self.data_dir(version)
-        if not fresh.is_dir():
+        if not os.path.isdir(self.fresh_name(job_id)):
             return False
+        fresh, target = self.fresh(job_id), self.data_dir(version)
         if target.is_dir() and self._exchange(fresh, target):
             remove(fresh)
             return True
@@ -153,7 +157,8 @@ class Versions:
 
     def discard(self, job_id: str) -> None:
         """Forget what the job wrote."""
-        remove(self.fresh(job_id))
+        if os.path.lexists(self.fresh_name(job_id)):
+            remove(self.fresh(job_id))
 
     def sweep(self, is_held: Callable[[str], bool]) -> None:
         """Finish what a killed server left: half-written versions go, one that was being replaced comes back."""

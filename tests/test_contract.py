@@ -113,6 +113,7 @@ ATTRIBUTES: list[tuple[Any, str, Any]] = [
     (grpclib.client.Handler, "connection_lost", False),
     (grpclib.client.Stream, "_send_request_done", False),
     (grpclib.client.Stream, "_end_done", False),
+    (grpclib.server.Stream, "_send_initial_metadata_done", False),
     (grpclib.server.Stream, "_send_trailing_metadata_done", False),
     (grpclib.client.Stream, "_cancel_done", False),
     (grpclib.client.Stream, "_recv_initial_metadata_done", False),

@@ -182,3 +182,15 @@ async def test_alarms_ring_in_time_and_in_order(autojump_clock: MockClock) -> No
     alarms["d"].cancel()
     await trio.sleep(10)
     assert rung == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
+
+
+async def test_alarms_that_are_over_are_not_waited_for(autojump_clock: MockClock) -> None:
+    """Mutant seen: the clock wakes at the time of one that was cancelled, as nearly all are."""
+    now, rung = trio.current_time(), trio.Event()
+    alarm.at(now + 1.0, rung.set)
+    for seconds in (2.0, 3.0):
+        alarm.at(now + seconds, rung.set).cancel()
+    alarm.at(now + 10.0, rung.set)
+    await rung.wait()
+    await trio.testing.wait_all_tasks_blocked()
+    assert trio.lowlevel.current_statistics().seconds_to_next_deadline == 9.0

@@ -232,3 +232,52 @@ def test_a_response_means_what_h2_takes_it_for(what: str) -> None:
         heard.append((list(map(repr, events)), ours.data_to_send()))
     assert heard[0] == heard[1]
     assert len(heard[0][0]) >= 1
+
+
+# Of a client's headers: which streams they come on, what the server does in between, and its limit.
+REQUESTS: dict[str, list[tuple[int, Any] | str]] = {
+    "some": [(1, REQUEST), (3, [*REQUEST, ("x-a", "1")]), (5, REQUEST)],
+    "trailers": [(1, REQUEST), (1, [("x-a", "1")])],
+    "an even number": [(1, REQUEST), (2, REQUEST)],
+    "none": [(0, REQUEST)],
+    "a lower number": [(5, REQUEST), (3, REQUEST)],
+    "no block": [(1, b"\xff\xff\xff\xff\xff\xff")],
+    "too many at once": [(1, REQUEST), (3, REQUEST), (5, REQUEST)],
+    "behind a reset": [(1, REQUEST), "reset", (1, REQUEST), (3, REQUEST)],
+    "behind a reset that is forgotten": [(1, REQUEST), "reset", "forget", (1, REQUEST), (3, REQUEST)],
+    "behind the end": [(1, REQUEST), "close", (3, REQUEST)],
+}
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_a_request_means_what_h2_takes_it_for(what: str) -> None:
+    """Mutants seen: the streams are not counted; what is told on a stream that was reset ends the connection; an even
+    number is a client's; the end is not heard of.
+    """
+    heard = []
+    for take in (H2.take, H2.receive_data):
+        ours, client = H2(h2_configuration(client=False)), H2(h2_configuration(client=True))
+        for one in (ours, client):
+            one.initiate_connection()
+        if what == "too many at once":
+            ours.local_settings.update({SettingCodes.MAX_CONCURRENT_STREAMS: 2})
+            ours.local_settings.acknowledge()
+        ours.receive_data(client.data_to_send())
+        events: list[Any] = []
+        try:
+            for step in REQUESTS[what]:
+                if step == "reset":
+                    ours.reset_stream(1)
+                elif step == "forget":
+                    ours.forget(1)
+                elif step == "close":
+                    ours.close_connection()
+                else:
+                    stream_id, headers = step
+                    block = headers if isinstance(headers, bytes) else client.encoder.encode(headers)
+                    events += take(ours, headers_head(len(block), int(stream_id), end=stream_id == 1) + block)
+        except ProtocolError as exc:
+            events.append(type(exc))
+        heard.append((list(map(repr, events)), ours.data_to_send(), sorted(ours.streams)))
+    assert heard[0] == heard[1]
+    assert len(heard[0][0]) >= 1

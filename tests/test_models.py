@@ -114,8 +114,8 @@ def context(tmp_path: Path, reports: list[Any] | None = None) -> Context:
         method="predict",
         version="1",
         metadata={"a": "b"},
-        work_dir=tmp_path / "work",
-        new_version=tmp_path / "data" / ".new-id",
+        work_dir=str(tmp_path / "work"),
+        new_version=str(tmp_path / "data" / ".new-id"),
         timeout=None,
         report=lambda *args: reports.append(args) if reports is not None else None,
     )

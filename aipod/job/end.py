@@ -63,32 +63,32 @@ class End:
 
         Whatever a step raises is logged, and the next one follows.
         """
-        job, entry = self._job, self._job.entry
-        with going_on(job):
+        job, entry, going_on = self._job, self._job.entry, GoingOn(self._job)
+        with going_on:
             self._publish(versions)
-        with going_on(job):
+        with going_on:
             # Before: who reads the outcome in another process reads the log a last time.
             if self._log_text:
                 entry.append_log(self._log_text)
-        with going_on(job):
+        with going_on:
             if isinstance(self.outcome, JobFailed) and is_worth_another(job, self._terms, self.outcome):
                 self.outcome, self.again, self.why = None, True, ""
                 entry.record({"phase": "QUEUED"})
-        with going_on(job):
+        with going_on:
             if self.outcome is None and job.begun:
                 entry.record({"phase": "QUEUED", "attempt": job.attempt})  # it was not started after all
-        with going_on(job):
+        with going_on:
             if job.handed_over or self.again:
                 _note_hand_over(entry)
         if isinstance(self.outcome, JobFailed):
             self.trace = self.outcome.metadata.get("trace", "")
             if not self._terms.tracebacks:
                 self.outcome.metadata.pop("trace", None)
-        with going_on(job):
+        with going_on:
             if self.outcome is not None:
                 self.outcome, self.why = _store(job, self.outcome)
         if not self.why and not job.request.plain:
-            with going_on(job):
+            with going_on:
                 entry.let_go(free=False)
                 self.over = True
 
@@ -150,13 +150,21 @@ def _settle_answer(job: Job) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def going_on(job: Job) -> Iterator[None]:
+class GoingOn:
     """Whatever a step of a job's end raises is logged, and the next step follows: one job must not end the server."""
-    try:
-        yield
-    except Exception as exc:
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> bool:
+        if not isinstance(exc, Exception):
+            return False
+        job = self._job
         log.error("job %s: a step of its end failed", job.request.job_id, exc_info=exc, extra=job.named)
+        return True
 
 
 @contextlib.contextmanager

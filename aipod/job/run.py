@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -18,10 +17,10 @@ from aipod.errors import JobFailed, Refused, job_failed, leaves
 from aipod.job.end import (
     STORE_TRIES,
     End,
+    GoingOn,
     Outcome,
     Terms,
     bug,
-    going_on,
     is_worth_another,
     result_lost,
     store_later,
@@ -61,7 +60,8 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
                     outcome = await _queue_and_run(job, queue, versions, terms)
             finally:
                 keeper.cancel()
-            nursery.cancel_scope.cancel()
+            if nursery.child_tasks:
+                nursery.cancel_scope.cancel()
         # A cancel that comes when there is an answer is caught too: too late, what the run did stands.
         if outcome is None and not job.handed_over:
             outcome = job.stopped()
@@ -85,7 +85,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             raise
     finally:
         end = End(job, outcome, terms, job.take_log(last=True))
-        with going_on(job):
+        with GoingOn(job):
             await hands.finish(end.write, versions)
         outcome, job.handed_over = end.outcome, job.handed_over or end.again
         if end.published:
@@ -98,12 +98,12 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             job.end(outcome, end.trace)
         try:
             if outcome is not None and not job.ended:
-                with going_on(job):
+                with GoingOn(job):
                     outcome = await store_later(job, outcome, end.why, terms.tick)
                 job.end(outcome, end.trace)
         finally:
             if not end.over:
-                with trio.CancelScope(shield=True), going_on(job):
+                with trio.CancelScope(shield=True), GoingOn(job):
                     if not job.request.plain:
                         await trio.to_thread.run_sync(job.entry.let_go)
             job.close()
@@ -111,7 +111,7 @@ async def run_job(job: Job, queue: Queue, versions: Versions, terms: Terms) -> N
             try:
                 await job.released.wait()
             finally:
-                with trio.CancelScope(shield=True), going_on(job):
+                with trio.CancelScope(shield=True), GoingOn(job):
                     await trio.to_thread.run_sync(job.entry.destroy)
 
 
@@ -136,20 +136,7 @@ async def _pause(job: Job, refused: Refused, tick: float) -> None:
 
 
 async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Terms) -> Answer:
-    request, entry, timeout = job.request, job.entry, terms.timeout
-    task = Task(
-        job_id=request.job_id,
-        method=request.method,
-        version=request.version,
-        kwargs=b"",
-        metadata=request.metadata,
-        payload=entry.payload,
-        work_dir=entry.work,
-        res=entry.result,
-        new_version=versions.fresh(request.job_id),
-        timeout=None,
-        remark=job.remark,
-    )
+    request, entry = job.request, job.entry
     job.queue = queue
     while job.phase != Phase.QUEUED:
         try:
@@ -175,20 +162,23 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     await hands.do(entry.record, running(lease, job.attempt + 1))
                 job.begun = False
                 job.enter(Phase.RUNNING)
-                left = min(terms.deadline - trio.current_time(), timeout or math.inf)
-                timed = dataclasses.replace(
-                    task,
+                left = min(terms.deadline - trio.current_time(), terms.timeout or math.inf)
+                task = Task(
+                    job_id=request.job_id,
+                    method=request.method,
+                    version=request.version,
                     kwargs=kwargs,
-                    metadata={
-                        **request.metadata,
-                        **job.times.trace.headers(),
-                    },  # what the method traces belongs to its run
+                    metadata={**request.metadata, **job.times.trace.headers()},  # what it traces belongs to its run
+                    payload=entry.payload,
+                    work_dir=f"{entry.path}/work",
+                    res=f"{entry.path}/res",
+                    new_version=versions.fresh_name(request.job_id),
                     timeout=None if left == math.inf else left,
+                    remark=job.remark,
                 )
                 try:
                     job.lease, job.times.worker = lease, lease.lock_name
-                    with trio.move_on_after(timeout or math.inf) as patience:
-                        result = await lease.run(timed, job.report)
+                    result = await _run_in_time(lease, task, job, terms.timeout)
                 except RunnerBroken:
                     # Its worker had died while idle; the method was not started.
                     broken += 1
@@ -210,13 +200,19 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     job.enter(Phase.QUEUED)
                 finally:
                     job.lease = None
-                if patience.cancelled_caught:
-                    text = f"{request.method} ran longer than its timeout of {timeout:g} s"
-                    raise job_failed("DEADLINE_EXCEEDED", text)
         except Refused as exc:  # in line, or before its run: in a run a disk is the model's concern
             await _pause(job, exc, terms.tick)
     with result_lost():
         return await _measured(job, result, terms.tick)
+
+
+async def _run_in_time(lease: Lease, task: Task, job: Job, timeout: float | None) -> Result:
+    """Run the task, in `timeout` seconds where its method has declared so many. Raises `JobFailed`, as `Lease.run`."""
+    if timeout is None:
+        return await lease.run(task, job.report)
+    with trio.move_on_after(timeout):
+        return await lease.run(task, job.report)
+    raise job_failed("DEADLINE_EXCEEDED", f"{task.method} ran longer than its timeout of {timeout:g} s")
 
 
 def _long_kwargs(entry: Entry) -> bytes:

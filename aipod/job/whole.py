@@ -9,7 +9,7 @@ from aipod.codec import decode_chunk, digest, stated_size
 from aipod.errors import Refused
 from aipod.job.request import Request
 from aipod.results import INLINE
-from aipod.wire.ai import Op
+from aipod.wire.ai import Op, Raw
 
 # Seconds that such a payload is waited for before the job is begun without it. Clients that name the spool send it
 # right behind the request, in two segments perhaps, a millisecond apart where the client is busy.
@@ -22,6 +22,11 @@ def comes_whole(request: Request) -> bool:
     if open_ is None or open_.op != Op.RUN or not open_.spool or request.kwargs is None:
         return False
     return request.size is not None and request.size <= INLINE
+
+
+def has_nothing(message: Raw) -> bool:
+    """Whether a first message brings nothing of a payload, not even its end."""
+    return not (message.data or message.last or message.sync or message.offset or message.digest)
 
 
 def whole_payload(request: Request) -> bytes | None:

@@ -76,9 +76,10 @@ class Task:
     kwargs: bytes  # JSON object
     metadata: Mapping[str, str]
     payload: Path
-    work_dir: Path
-    res: Path
-    new_version: Path
+    # Of what most methods have no use for; as text, for to make a path object takes longer than to make a file.
+    work_dir: str
+    res: str
+    new_version: str
     timeout: float | None  # seconds
     # Called in the trio thread with what the runner itself says of the run; it is told until the run is over.
     remark: Callable[[str], None] = lambda text: None

@@ -39,6 +39,7 @@ class Capture:
         self._log = Excerpt(MAX_LOG)
         self._lines = Lines()
         self._due = False  # a flush is
+        self._said = False  # anything at all, as most runs never do
 
     def __enter__(self) -> None:
         self._before = _capture.set(self)
@@ -46,9 +47,11 @@ class Capture:
     def __exit__(self, *exc: object) -> None:
         """What threads of the run say later is dropped."""
         _capture.reset(self._before)
-        self.print("\n")
+        if self._said:
+            self.print("\n")
         self._server_log.end(self.job_id)
-        self._flush()
+        if self._said:
+            self._flush()
         self._report = None
 
     @contextlib.contextmanager
@@ -71,6 +74,7 @@ class Capture:
                 self._progress = progress, message or ""
             if text is not None:
                 self._log.add(text)
+            self._said = True
             due, self._due = self._due, True
         if not due:
             with contextlib.suppress(trio.RunFinishedError):
@@ -79,6 +83,7 @@ class Capture:
     def print(self, text: str) -> None:
         """What was written to stdout or stderr."""
         with self._held():
+            self._said = True
             lines = self._lines.feed(text)
         if lines:
             self.report(None, None, "\n".join(lines))

@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -102,7 +103,7 @@ class FakeRunner:
                 value = self._methods[task.method](context, task.payload, **json.loads(task.kwargs))
                 if inspect.isawaitable(value):
                     value = await value
-                result = settle(value, payload=task.payload, work_dir=task.work_dir, res=task.res)
+                result = settle(value, payload=task.payload, work_dir=Path(task.work_dir), res=Path(task.res))
             except BadResult as exc:
                 raise job_failed(exc.reason, str(exc)) from None
             except BaseException as exc:

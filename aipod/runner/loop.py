@@ -130,7 +130,7 @@ class LoopRunner:
                 kind, data = encode(value)
                 if len(data) <= INLINE:
                     return Result(kind, data)
-            keep = functools.partial(settle, payload=task.payload, work_dir=task.work_dir, res=task.res)
+            keep = functools.partial(settle, payload=task.payload, work_dir=Path(task.work_dir), res=Path(task.res))
             return await trio.to_thread.run_sync(keep, value)
         except BadResult as exc:
             raise job_failed(exc.reason, str(exc)) from None
@@ -167,8 +167,9 @@ class LoopRunner:
                     _telling, call, functools.partial(nursery.start_soon, ask_when_cancelled)
                 )
             ended = True
-            nursery.cancel_scope.cancel()
-            patience.cancel()
+            if nursery.child_tasks:
+                nursery.cancel_scope.cancel()
+                patience.cancel()
         context.cancel()  # for threads that it has left behind
         return result.unwrap()
 

@@ -162,9 +162,9 @@ class ProcessRunner:
             "version": task.version,
             "metadata": dict(task.metadata),
             "payload": str(task.payload),
-            "work_dir": str(task.work_dir),
-            "res": str(task.res),
-            "new_version": str(task.new_version),
+            "work_dir": task.work_dir,
+            "res": task.res,
+            "new_version": task.new_version,
             "timeout": task.timeout,
             "next_lock": str(self._spool.worker_lock(self._lock_of(self._runs + 1))),
         }

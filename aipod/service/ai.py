@@ -24,7 +24,7 @@ from aipod.job.request import Request, has_large_kwargs, is_plain, parse_attach,
 from aipod.job.times import Download
 from aipod.job.upload import check_limit, receive_payload
 from aipod.job.watched import Told
-from aipod.job.whole import MOMENT, comes_whole
+from aipod.job.whole import MOMENT, comes_whole, has_nothing
 from aipod.metrics import Metrics
 from aipod.packing import Packer
 from aipod.pool import Pool
@@ -212,8 +212,9 @@ class AI:
                             give_back()
 
                         if request.open is not None:
-                            if comes_whole(request) and request.first == Raw(open=request.first.open):
-                                request.first = await call.receive_soon(MOMENT) or request.first
+                            if comes_whole(request) and has_nothing(request.first):
+                                second = await call.receive_soon(MOMENT)
+                                request.first = request.first if second is None else second
                             found = await self._jobs.find(request, stored, scope.deadline)
                         else:
                             entry = await self._jobs.claim_plain(request)

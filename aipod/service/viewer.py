@@ -30,6 +30,7 @@ from aipod.transport.requests import (
     message_arrived,
     peer_certificate,
     request_timeout,
+    send_beginning,
     send_message,
     send_now,
     was_on_its_way,
@@ -73,7 +74,7 @@ class Call:
 
     async def start(self) -> None:
         """Send the initial metadata. First of all, or nginx may never tell a client that its upstream has died."""
-        await bridge.inline(self._stream.send_initial_metadata)
+        await bridge.inline(send_beginning, self._stream)
 
     @property
     def has_message(self) -> bool:
@@ -173,14 +174,13 @@ class Writer:
         self._nursery = nursery
         self._runs = False  # the task
         self._last: list[Raw] = []  # what the call ends with, for `finish`
-        # One message waits while one is written: a heartbeat finds no room behind a stalled peer, and is skipped.
-        self._send, self._receive = trio.open_memory_channel[Raw](1)
+        self._send: trio.MemorySendChannel[Raw]  # to the task, where it runs
         self._done = trio.Event()
 
-    async def _run(self) -> None:
+    async def _run(self, messages: trio.MemoryReceiveChannel[Raw]) -> None:
         """Write until `finish` has no more."""
-        async with self._receive:
-            async for message in self._receive:
+        async with messages:
+            async for message in messages:
                 await self._call.send(message)
         self._done.set()
 
@@ -190,7 +190,9 @@ class Writer:
             if self._call.send_now(message):
                 return True
             self._runs = True
-            self._nursery.start_soon(self._run)
+            # One message waits while one is written: a heartbeat finds no room behind a stalled peer, and is skipped.
+            self._send, messages = trio.open_memory_channel[Raw](1)
+            self._nursery.start_soon(self._run, messages)
         return False
 
     async def send(self, *messages: Raw) -> None:

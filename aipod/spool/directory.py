@@ -121,8 +121,8 @@ class Spool:
         """Whether `name` is this spool's, before or after a reboot."""
         return spool_name(name) == spool_name(self.id)
 
-    def lock_path(self, job_id: str) -> Path:
-        return self.path / f"{job_id}.lock"
+    def lock_path(self, job_id: str) -> str:
+        return f"{self.path}/{job_id}.lock"  # a path object for each takes longer than the lock
 
     def worker_lock(self, name: str) -> Path:
         """The lock file that a worker holds under `name` until its next run is over."""
@@ -240,7 +240,7 @@ class Spool:
     def _lock_new(self, job_id: str) -> Lock | None:
         until = time.monotonic() + CLAIM_PATIENCE
         while (lock := try_lock(self.lock_path(job_id))) is None:
-            if os.path.exists(self.path / job_id) or time.monotonic() >= until:
+            if os.path.exists(f"{self.path}/{job_id}") or time.monotonic() >= until:
                 return None
             time.sleep(POLL)
         return lock
@@ -260,7 +260,7 @@ class Spool:
         Raises `Refused` (OVERLOADED, DAMAGED).
         """
         with refused_when_exhausted():
-            if not os.path.exists(self.path / job_id):
+            if not os.path.exists(f"{self.path}/{job_id}"):
                 return None
             lock = try_lock(self.lock_path(job_id))
             if lock is None:

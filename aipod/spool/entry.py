@@ -41,7 +41,7 @@ class Home(Protocol):
     @property
     def path(self) -> Path: ...
 
-    def lock_path(self, job_id: str) -> Path: ...
+    def lock_path(self, job_id: str) -> str: ...
 
     def holding(self, job_id: str) -> AbstractContextManager[Entry | None]: ...
 
@@ -80,7 +80,7 @@ class Entry(Look):
         self.found: dict[str, Any] = {}  # what its journal told when it was taken
         self._recorded = False  # the last line was written, so there is a journal
         self._log_size = 0
-        self.report = Report(self.path / "live")
+        self.report = Report(f"{self.path}/live")
 
     # The beginning
 
@@ -438,7 +438,8 @@ class Entry(Look):
             # Most of those that have ended are a journal and nothing else. What stays is swept later.
             remove_at_once(self.path, "state", self._home.path / ".trash-")
             # Unlinked while held: see locks.
-            self._home.lock_path(self.id).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._home.lock_path(self.id))
         except OSError as exc:
             # A disk that has become read-only, say: the other jobs must not pay for it. A sweep comes back to it.
             logger.error("job %s: its entry could not be removed: %s", self.id, exc, extra={"job": self.id})

@@ -66,7 +66,7 @@ def _close_copies() -> None:
 os.register_at_fork(before=_gate.acquire, after_in_parent=_gate.release, after_in_child=_close_copies)
 
 
-def try_lock(path: Path) -> Lock | None:
+def try_lock(path: Path | str) -> Lock | None:
     """The lock, held; its file is made. None where another holds it.
 
     Raises `OSError`: no flock on this file system, no descriptor left.
@@ -74,7 +74,7 @@ def try_lock(path: Path) -> Lock | None:
     return _attempt(path, os.O_CREAT)
 
 
-def is_locked(path: Path) -> bool:
+def is_locked(path: Path | str) -> bool:
     """Whether a living process holds it."""
     try:
         lock = _attempt(path, 0)
@@ -85,7 +85,7 @@ def is_locked(path: Path) -> bool:
     return lock is None
 
 
-def _attempt(path: Path, flags: int) -> Lock | None:
+def _attempt(path: Path | str, flags: int) -> Lock | None:
     with _gate:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
         try:

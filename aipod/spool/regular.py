@@ -57,7 +57,7 @@ def open_regular(path: Path | str, flags: int) -> tuple[int, os.stat_result]:
     return fd, found
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Path | str) -> bytes:
     """All that is in the file; as `open_regular`."""
     with os.fdopen(open_regular(path, os.O_RDONLY)[0], "rb") as file:
         return file.read()

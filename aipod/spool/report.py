@@ -14,7 +14,7 @@ from aipod.spool.regular import open_regular, read_regular
 HEARD_EVERY = 5.0  # seconds between two notes of a model that reports the same again and again
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path | str) -> dict[str, Any]:
     """What file `path` says; empty where nothing was reported."""
     try:
         told = json.loads(read_regular(path))
@@ -26,7 +26,7 @@ def read_report(path: Path) -> dict[str, Any]:
 class Report:
     """Writes file `path`, and one beside it. The mutable state is what it says. Blocks."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
         self._told: tuple[float, str] | None = None  # None where nobody has looked yet
         self._heard = 0.0
@@ -48,9 +48,9 @@ class Report:
                 os.utime(self._path)  # who does nothing but log needs none: the log tells
             return
         self._told = progress, message
-        fresh = self._path.with_suffix(".tmp")
+        fresh = f"{self._path}.tmp"
         told = json.dumps({"progress": progress, "message": message}).encode()
         with contextlib.suppress(Refused, OSError):
             with os.fdopen(open_regular(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)[0], "wb") as file:
                 file.write(told)
-            fresh.replace(self._path)
+            os.replace(fresh, self._path)

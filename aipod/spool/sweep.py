@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import struct
@@ -164,7 +165,8 @@ class Sweeper:
         lock = try_lock(self._spool.lock_path(job_id))
         if lock is not None:
             if not (self._spool.path / job_id).exists():
-                self._spool.lock_path(job_id).unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._spool.lock_path(job_id))
             lock.release()
         return False
 

@@ -79,8 +79,9 @@ _BY_NUMBER = {kind: {field.number: field for field in layout} for kind, layout i
 
 def encode_pieces(message: betterproto2.Message) -> list[bytes]:
     """`message` as pieces whose concatenation is its encoding; what is large is one of them, not copied."""
-    pieces: list[bytes] = []
-    _encode(message, pieces)
+    pieces = _encode(message)
+    if sum(map(len, pieces)) <= _LARGE:
+        return [b"".join(pieces)]
     joined: list[bytes] = []
     small = b""
     for piece in pieces:
@@ -92,9 +93,9 @@ def encode_pieces(message: betterproto2.Message) -> list[bytes]:
     return [*joined, small] if small or not joined else joined
 
 
-def _encode(message: betterproto2.Message, pieces: list[bytes]) -> int:
-    """Append the encoding of `message`; how many bytes it has."""
-    size = 0
+def _encode(message: betterproto2.Message) -> list[bytes]:
+    """The encoding of `message`, in pieces."""
+    pieces: list[bytes] = []
     values = vars(message)
     for name, _, kind, wire_type, tag, present, repeated, _ in _LAYOUT[type(message)]:
         value = values[name]
@@ -102,19 +103,16 @@ def _encode(message: betterproto2.Message, pieces: list[bytes]) -> int:
             continue
         for item in value if repeated else (value,):
             if wire_type == _VARINT:
-                content = [_encode_varint(int(item))]
+                pieces += tag, _encode_varint(int(item))
             elif kind == "float":
-                content = [_FLOAT.pack(item)]
+                pieces += tag, _FLOAT.pack(item)
             elif kind == "message":
-                nested: list[bytes] = []
-                content = [_encode_varint(_encode(item, nested)), *nested]
+                nested = _encode(item)
+                pieces += tag, _encode_varint(sum(map(len, nested))), *nested
             else:
                 data = item.encode() if kind == "string" else item
-                content = [_encode_varint(len(data)), data]
-            pieces.append(tag)
-            pieces += content
-            size += len(tag) + sum(map(len, content))
-    return size
+                pieces += tag, _encode_varint(len(data)), data
+    return pieces
 
 
 def _encode_varint(value: int) -> bytes:

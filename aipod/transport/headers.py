@@ -16,6 +16,7 @@ _UNIT = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}\Z")
 _ENCODINGS = ("identity", "gzip", "deflate")
 _NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+\Z")
+_VALUE = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?\Z")  # printable ASCII, without spaces around it
 _LENGTH = re.compile(r"[0-9]{1,18}\Z")
 _PSEUDO = (":method", ":scheme", ":path", ":authority")
 _ONCE = {*_PSEUDO, "host", "te", "content-type", "content-length", "grpc-timeout", "grpc-encoding"}
@@ -64,11 +65,12 @@ def check_headers(headers: Sequence[tuple[str, str]]) -> Problem | None:
     seen: dict[str, str] = {}
     for name, value in headers:
         seen.setdefault(name, value)
-        if not value.isascii():
+        is_clean = _VALUE.match(value) is not None
+        if not is_clean and not value.isascii():
             return Problem(Status.INVALID_ARGUMENT, f"header {name} has a value that is not ASCII")
         if not _is_base64(name, value):
             return Problem(Status.INVALID_ARGUMENT, f"header {name} is not base64")
-        if value != value.strip(" \t") or not value.isprintable():
+        if not is_clean:
             return Problem(
                 Status.INVALID_ARGUMENT, f"header {name} has a value with spaces around it or control characters"
             )

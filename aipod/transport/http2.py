@@ -27,8 +27,9 @@ if logging.getLogger("hpack").level == logging.NOTSET:
 # What nearly every call's response begins and ends with, coded once, as literals that enter no table (RFC 7541 section
 # 6.2.2; 0x88 and the name 31 are in the static one): small calls are 7 % faster for it, and such a block is read at a
 # glance.
+BEGINNING = ((":status", "200"), ("content-type", "application/grpc+proto"))
 CODED = {
-    ((":status", "200"), ("content-type", "application/grpc+proto")): b"\x88\x0f\x10\x16application/grpc+proto",
+    BEGINNING: b"\x88\x0f\x10\x16application/grpc+proto",
     (("grpc-status", "0"),): b"\x00\x0bgrpc-status\x010",
 }
 _DECODED = {
@@ -116,18 +117,29 @@ class H2(BaseH2):
 
     def take(self, frame: bytes) -> list[Event]:
         """What a whole frame means. Raises ProtocolError."""
-        stream = self.streams.get(frame_stream(frame)) if is_whole_block(frame) and self.config.client_side else None
-        if stream is None or stream.state_machine.state not in RECEIVING or self.incoming_buffer._headers_buffer:
+        stream_id = frame_stream(frame)
+        stream = self.streams.get(stream_id)
+        if not is_whole_block(frame) or self.incoming_buffer._headers_buffer or not self._is_due(stream_id, stream):
             return self.receive_data(frame)
         # As h2 does it, without its objects for frames.
         try:
+            if stream is None and self.open_inbound_streams >= self.local_settings.max_concurrent_streams:
+                raise TooManyStreamsError("the peer has opened too many streams")
             block = frame[HEAD:]
             headers = _DECODED.get(block) or _decode_headers(self.decoder, block)
             self.state_machine.process_input(ConnectionInputs.RECV_HEADERS)
+            if stream is None:
+                stream = self._begin_new_stream(stream_id, AllowedStreamIDs.ODD)
             return stream.receive_headers(headers, ends_stream(frame), self.config.header_encoding)[1]
         except ProtocolError as exc:
             self._terminate_connection(exc.error_code)
             raise
+
+    def _is_due(self, stream_id: int, stream: BaseH2Stream | None) -> bool:
+        """Whether headers are what comes on this stream: a client's first, or what a server answers."""
+        if self.config.client_side:
+            return stream is not None and stream.state_machine.state in RECEIVING
+        return stream is None and stream_id % 2 == 1 and stream_id > self.highest_inbound_stream_id
 
     def forget(self, stream_id: int) -> None:
         """Keep of a stream, which nobody uses any more, nothing but how it ended."""

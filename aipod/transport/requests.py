@@ -26,7 +26,7 @@ from aipod.config import KIB
 from aipod.transport.bridge import inline
 from aipod.transport.codec import encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
-from aipod.transport.http2 import RECEIVING
+from aipod.transport.http2 import BEGINNING, RECEIVING
 from aipod.transport.protocol import REFUSED, STREAM_SLACK
 from aipod.transport.stream import H2Stream, PeerStalled
 
@@ -266,6 +266,12 @@ def held(stream: grpclib.server.Stream[Any, Any]) -> int:
 def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] | None:
     """The verified certificate of the caller, as `ssl.SSLSocket.getpeercert` gives it; None without mTLS."""
     return stream.peer.cert() or None
+
+
+async def send_beginning(stream: grpclib.server.Stream[Any, Any]) -> None:
+    """Send the initial metadata, as grpclib does where nobody adds anything to it: asyncio-flavored."""
+    await cast(H2Stream, stream._stream).send_headers(BEGINNING)
+    stream._send_initial_metadata_done = True
 
 
 async def send_message(stream: grpclib.server.Stream[Any, Any], message: Any) -> None:

@@ -73,9 +73,9 @@ class Fixture:
             kwargs=json.dumps(kwargs).encode(),
             metadata={"x-custom": "yes"},
             payload=self.job / "in",
-            work_dir=self.job / "work",
-            res=self.job / "res",
-            new_version=self.data / ".new",
+            work_dir=str(self.job / "work"),
+            res=str(self.job / "res"),
+            new_version=str(self.data / ".new"),
             timeout=None,
         )
 
@@ -127,7 +127,8 @@ async def test_results_of_every_kind(its: Fixture, kind: str, result: Result, co
     await runner.start()
     task = its.task("give", kind=kind)
     assert await runner.run(task, ignore) == result
-    assert (task.res.read_bytes() if task.res.exists() else None) == content
+    res = Path(task.res)
+    assert (res.read_bytes() if res.exists() else None) == content
     await runner.shutdown()
 
 
