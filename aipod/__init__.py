@@ -14,7 +14,7 @@
 #   worker                       the child process (standard library only)
 #   methods                      what a class offers, and what fits it (standard library only)
 #   models  results              what the author of a model sees and returns (standard library only)
-#   alarm  errors  config  hands  heaps  levels  metrics  tracing  wire   import nothing of aipod
+#   alarm  blocks  errors  config  hands  heaps  levels  metrics  tracing  wire   import nothing of aipod
 #
 # Doors: transport/bridge imports trio_asyncio; transport/ touches grpclib and h2 internals; spool writes the spool
 # directory and uses filelock; runner starts processes and model threads (and embedded and

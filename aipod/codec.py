@@ -33,6 +33,8 @@ _BLOCK = 128 * KIB
 # How a stored frame begins: a single segment whose size follows in 4 bytes, with a checksum and no dictionary
 # (RFC 8878 section 3.1.1.1).
 _STORED = b"\x28\xb5\x2f\xfd\xa4"
+# Bytes of a stored chunk of `CHUNK` bytes: header, blocks and their headers, checksum.
+LAID = len(_STORED) + 4 + CHUNK + 3 * (CHUNK // _BLOCK) + 4
 # Compressors that a thread keeps: a transfer that tries another level goes back to the one that it had.
 _KEPT = 2
 # Bytes of a ticket: nobody guesses 16, and no more than 64 are hashed for nothing.
@@ -115,6 +117,38 @@ def stored(data: bytes | memoryview) -> bytes:
         pieces += [_raw_block(len(piece), is_last=start + _BLOCK >= size), piece]
     checksum = xxhash.xxh64_intdigest(view) & 0xFFFFFFFF
     return b"".join([*pieces, checksum.to_bytes(4, "little")])
+
+
+class Laid:
+    """A chunk of `CHUNK` bytes that lies in `buffer`, of `LAID` bytes, as it would in the frame that stores it.
+
+    For what most likely does not shrink: whoever reads it into `pieces` need not copy it to store it.
+    """
+
+    def __init__(self, buffer: bytearray) -> None:
+        self._view = memoryview(buffer)
+        starts = range(len(_STORED) + 4 + 3, LAID - 4, _BLOCK + 3)
+        self.pieces = [self._view[start : start + _BLOCK] for start in starts]
+
+    def __len__(self) -> int:
+        return CHUNK
+
+    def joined(self, size: int = CHUNK) -> memoryview:
+        """The first `size` bytes, moved together. Nothing else can be done with it then."""
+        for place, piece in enumerate(self.pieces):
+            self._view[place * _BLOCK : (place + 1) * _BLOCK] = piece
+        return self._view[:size]
+
+    def stored(self) -> memoryview:
+        """As the function `stored`."""
+        view, checksum, at = self._view, xxhash.xxh64(), len(_STORED) + 4
+        view[:at] = _STORED + CHUNK.to_bytes(4, "little")
+        for piece in self.pieces:
+            view[at : at + 3] = _raw_block(_BLOCK, is_last=piece is self.pieces[-1])
+            checksum.update(piece)
+            at += 3 + _BLOCK
+        view[at:] = (checksum.intdigest() & 0xFFFFFFFF).to_bytes(4, "little")
+        return view
 
 
 def _raw_block(size: int, *, is_last: bool) -> bytes:

@@ -13,7 +13,7 @@ HEAPS = 2
 def share_heaps() -> None:
     """Have threads share their heaps. Each would get its own, up to eight for each core, and keep what was freed there.
 
-    That is 10 MB a heap (see `_keep_heap` of `transport.protocol`): a server that stores and compresses in up to 40
+    That is 10 MB a heap (see `_keep_heap` of `transport.scratch`): a server that stores and compresses in up to 40
     threads would grow by 100 MB and more, later or sooner. Other C libraries than glibc have no such heaps.
     """
     with contextlib.suppress(AttributeError):

@@ -13,9 +13,9 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, cast
 
-from aipod.codec import frame, stored
+from aipod.codec import Laid, frame, stored
 from aipod.config import KIB
 from aipod.levels import Batch, Levels
 from aipod.wire.ai import Raw
@@ -28,7 +28,7 @@ _SHRUNK = 0.98
 # A sample has so many pieces of so many bytes: 6 % of a chunk, and packing that takes 10 us where it does not shrink.
 _PIECES, _PIECE = 4, 16 * KIB
 
-Piece = bytes | memoryview
+Piece = bytes | memoryview | Laid
 
 
 class Chooser(Protocol):
@@ -89,6 +89,11 @@ class Packer:
         return BATCH if self._levels.is_settled else 1
 
     @property
+    def stores(self) -> bool:
+        """Whether what comes next is most likely stored: then it had better be `Laid`."""
+        return self._levels.level is None or not self._shrinks
+
+    @property
     def ratio(self) -> float:
         """Bytes for each byte on the wire, of what was sent; 0 where nothing was."""
         return self._data / self._wire if self._wire else 0.0
@@ -106,7 +111,7 @@ class Packer:
         made.data += len(piece)
         made.wire += len(data)
         offset, self.offset = self.offset, self.offset + len(piece)
-        return Raw(data=data, offset=offset)
+        return Raw(data=cast(bytes, data), offset=offset)
 
     def batch(self, messages: Iterable[Raw], most: int = BATCH) -> Packed:
         """The next of `messages`, which come from `message`, `most` of them at most; none at the end."""
@@ -119,19 +124,24 @@ class Packer:
         """`pieces`, at most `chunks`."""
         return self.batch(map(self.message, pieces))
 
-    def _frame(self, piece: Piece, level: int | None) -> bytes:
+    def _frame(self, piece: Piece, level: int | None) -> bytes | memoryview:
+        if level is None:
+            return self._store(piece)
         self.level = level
-        if level is None or isinstance(self._levels, Fixed):
-            return frame(piece, level)
+        if isinstance(self._levels, Fixed):
+            return frame(_joined(piece), level)
         if not self._shrinks:
             sample = _sample(piece)
             self._shrinks = len(frame(sample, level)) < _SHRUNK * len(sample)
         if not self._shrinks:
-            self.level = None
-            return stored(piece)
-        data = frame(piece, level)
+            return self._store(piece)
+        data = frame(_joined(piece), level)
         self._shrinks = len(data) < _SHRUNK * len(piece)
         return data
+
+    def _store(self, piece: Piece) -> bytes | memoryview:
+        self.level = None
+        return piece.stored() if isinstance(piece, Laid) else stored(piece)
 
     # Where they are sent
 
@@ -150,7 +160,13 @@ class Packer:
             self._levels.sent(Batch(packed.level, packed.data, packed.wire, *took, self._held - before))
 
 
-def _sample(piece: Piece) -> Piece:
+def _joined(piece: Piece) -> bytes | memoryview:
+    return piece.joined() if isinstance(piece, Laid) else piece
+
+
+def _sample(piece: Piece) -> bytes | memoryview:
+    if isinstance(piece, Laid):
+        return b"".join(each[:_PIECE] for each in piece.pieces[:: len(piece.pieces) // _PIECES])
     if len(piece) <= 2 * _PIECES * _PIECE:
         return piece
     view, step = memoryview(piece), len(piece) // _PIECES

@@ -13,7 +13,7 @@ import pytest
 import xxhash
 import zstandard
 
-from aipod.codec import _compressors, chunk_pieces, decode_chunk, frame, stored, stored_pieces, unframe
+from aipod.codec import LAID, Laid, _compressors, chunk_pieces, decode_chunk, frame, stored, stored_pieces, unframe
 from aipod.config import CHUNK, KIB
 from aipod.errors import Refused
 from aipod.levels import LADDER, START, Batch, Levels
@@ -222,6 +222,50 @@ def test_a_thread_keeps_few_compressors() -> None:
     thread.start()
     thread.join()
     assert max(kept) == 2
+
+
+def laid(data: bytes) -> Laid:
+    """As a file is read."""
+    chunk = Laid(bytearray(os.urandom(LAID)))
+    for number, piece in enumerate(chunk.pieces):
+        piece[:] = data[number * BLOCK : (number + 1) * BLOCK]
+    return chunk
+
+
+def test_a_chunk_that_lies_in_its_frame_is_stored_there() -> None:
+    """Mutants seen: the checksum is not of all of it; a block more is said to be the last; the size is another."""
+    chunk = laid(NOISE)
+    assert len(chunk) == CHUNK
+    packed = chunk.stored()
+    assert packed == stored(NOISE)
+    assert packed.obj is chunk.pieces[0].obj
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 5, CHUNK - 1, CHUNK])
+def test_a_chunk_that_lies_in_a_frame_is_had_in_one_piece(size: int) -> None:
+    """Where it shrinks after all, or its file has ended in it. Mutant seen: the gaps stay."""
+    assert laid(NOISE).joined(size) == NOISE[:size]
+
+
+@pytest.mark.parametrize("level", ["auto", 1])
+def test_it_makes_no_difference_where_a_chunk_lies(level: int | str) -> None:
+    """Mutants seen: what lies in a frame is stored whatever the level; its sample is of its first quarter."""
+    mixed = NOISE[: 3 * CHUNK // 4] + TEXT[: CHUNK // 4]
+    one, other = Packer(level), Packer(level)
+    for data in (NOISE, NOISE, TEXT, NOISE, NOISE, mixed, TEXT):
+        assert one.pack([laid(data)]).messages[0].data == other.pack([data]).messages[0].data
+        assert (one.level, one.stores) == (other.level, other.stores)
+
+
+def test_it_tells_whether_the_next_chunk_is_likely_to_be_stored() -> None:
+    """Mutants seen: always; never."""
+    packer, fixed, found = Packer("auto"), Packer(1), []
+    for data in (TEXT, NOISE, NOISE, TEXT):
+        packer.pack([data])
+        fixed.pack([data])
+        found.append(packer.stores)
+        assert not fixed.stores
+    assert found == [False, True, True, False]
 
 
 def sizes(packer: Packer, *pieces: bytes) -> list[int]:

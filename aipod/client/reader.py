@@ -11,10 +11,12 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from aipod.blocks import Blocks
+from aipod.codec import LAID, Laid
 from aipod.config import CHUNK, MIB
 from aipod.errors import UsageError
 from aipod.packing import BATCH, Piece
@@ -22,6 +24,9 @@ from aipod.packing import BATCH, Piece
 # A file above it that is not in the system's cache does not stay there: sent once, it would have taken the place of
 # what others need.
 HUGE = 256 * MIB
+# Chunks of a file that its sender has in hands: four batches (read ahead, packed, ready, being sent), a message that is
+# held back, and what a socket has not taken.
+_IN_HANDS = 4 * BATCH + 2
 # Places at which a file is looked at for that.
 _LOOKS = 16
 # Seconds after which what a slow source has given goes out, though it is less than could go at once: a browser may take
@@ -101,6 +106,8 @@ class File:
         self.size = self._stamp[0]
         name = f"{os.path.abspath(path)}\0{self._stamp[0]}\0{self._stamp[1]}"
         self.tag = hashlib.sha256(os.fsencode(name)).digest()[:16]
+        self.lays = False  # chunks that are most likely stored
+        self._blocks = Blocks(LAID, _IN_HANDS)
         self._file: IO[bytes] | None = None
         self._passes = False  # what was read leaves the system's cache again
         self._read = 0
@@ -136,12 +143,21 @@ class File:
             return pieces
 
     def _take(self, start: int, end: int) -> list[Piece]:
-        assert self._file is not None
         pieces: list[Piece] = []
-        while start < end and (piece := os.pread(self._file.fileno(), min(CHUNK, end - start), start)):
+        while start < end and (piece := self._read_one(start, min(CHUNK, end - start))):
             pieces.append(piece)
             start += len(piece)
         return pieces
+
+    def _read_one(self, start: int, size: int) -> Piece:
+        assert self._file is not None
+        block = self._blocks.take()
+        if self.lays and size == CHUNK:
+            laid = Laid(block)
+            count = os.preadv(self._file.fileno(), laid.pieces, start)
+            return laid if count == CHUNK else laid.joined(count)
+        view = memoryview(block)[:size]
+        return view[: os.preadv(self._file.fileno(), [view], start)]
 
     def _check(self) -> None:
         assert self._file is not None
@@ -203,22 +219,22 @@ class Stream:
     size = None
     tag = b""
 
-    def __init__(self, pieces: Iterator[Piece]) -> None:
+    def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._kept: IO[bytes] | None = None
         self._closed = False
         self._lock = threading.Lock()  # a thread may still read when the caller has gone
 
     def fresh(self) -> list[Piece]:
-        pieces: list[Piece] = []
+        pieces: list[bytes] = []
         for piece in self._pieces:
             pieces.append(piece)
             if len(pieces) == BATCH:
                 break
         self.keep(pieces)
-        return pieces
+        return [*pieces]
 
-    def keep(self, pieces: list[Piece]) -> None:
+    def keep(self, pieces: Sequence[bytes]) -> None:
         """Write what was read to the temporary file."""
         with self._lock:
             if self._closed or not pieces:
@@ -274,12 +290,12 @@ def _is_seekable(file: Any) -> bool:
         return False
 
 
-def _read_path(path: Path) -> Iterator[Piece]:
+def _read_path(path: Path) -> Iterator[bytes]:
     with path.open("rb", buffering=0) as file:
         yield from _read(file)
 
 
-def _read(file: Any) -> Iterator[Piece]:
+def _read(file: Any) -> Iterator[bytes]:
     while piece := _read_piece(file, CHUNK):
         yield piece
 
@@ -312,7 +328,7 @@ def _rechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 async def grouped(
     pieces: AsyncIterable[bytes], clock: Callable[[], float] = time.monotonic
-) -> AsyncGenerator[list[Piece], None]:
+) -> AsyncGenerator[list[bytes], None]:
     """Pieces of any length as lists of at most `BATCH` chunks, of less where they come slowly.
 
     This is an asyncio-flavored generator.
@@ -334,5 +350,5 @@ async def grouped(
         yield _chunks(held)
 
 
-def _chunks(data: bytearray) -> list[Piece]:
+def _chunks(data: bytearray) -> list[bytes]:
     return [bytes(data[start : start + CHUNK]) for start in range(0, len(data), CHUNK)]

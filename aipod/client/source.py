@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from aipod.client.reader import File, Memory, Payload, Reader, Seekable, Stream, grouped, open_reader
-from aipod.codec import frame, new_hasher
+from aipod.codec import Laid, frame, new_hasher
 from aipod.config import CHUNK, KIB
 from aipod.errors import UsageError
 from aipod.packing import BATCH, Packed, Packer, Piece
@@ -43,7 +43,7 @@ class Source:
         self._read_in_thread = in_thread if isinstance(self._reader, Memory | File) else self._in_own_thread
         self._own_thread: ThreadPoolExecutor | None = None
         self._items = payload if isinstance(self._reader, Stream) and isinstance(payload, AsyncIterable) else None
-        self._groups: AsyncGenerator[list[Piece], None] | None = None
+        self._groups: AsyncGenerator[list[bytes], None] | None = None
         self.size = self._reader.size
         self.tag = self._reader.tag
         self.read = 0  # bytes that were read and hashed
@@ -94,9 +94,8 @@ class Source:
         """All of it as one message, with `last` and digest, where that takes no thread and nothing was read yet."""
         if not isinstance(self._reader, Memory) or self._reader.size > HOP or self.read or self._ended:
             return None
-        pieces = self._hash(self._reader.fresh())
-        self._note(pieces)
-        data = frame(pieces[0], level) if pieces else b""
+        self._note(self._hash(self._reader.fresh()))
+        data = frame(self._reader.view, level) if self._reader.size else b""
         return Raw(data=data, last=True, digest=self._hasher.digest())
 
     async def batches(self, packer: Packer) -> AsyncGenerator[Packed, None]:
@@ -108,6 +107,8 @@ class Source:
         inline = isinstance(self._reader, Memory) and self._reader.size <= HOP
         held: list[Raw] = []  # the newest message, until it is known whether it is the last
         while pieces := await self._pieces(packer.offset, inline=inline):
+            if isinstance(self._reader, File):
+                self._reader.lays = packer.stores
             while pieces:
                 some, pieces = pieces[: packer.chunks], pieces[packer.chunks :]
                 packed = packer.pack(some) if inline else await self._in_thread(packer.pack, some)
@@ -168,12 +169,12 @@ class Source:
             return read
         if self._groups is None:
             self._groups = grouped(self._items)
-        nothing: list[Piece] = []
+        nothing: list[bytes] = []
         pieces = await anext(self._groups, nothing)
         assert isinstance(self._reader, Stream)
         await self._in_thread(self._reader.keep, pieces)
-        await self._in_thread(self._hash, pieces)
-        return pieces
+        hashed: list[Piece] = await self._in_thread(self._hash, [*pieces])
+        return hashed
 
     async def _in_own_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
         """As `asyncio.to_thread`, which has few threads, for all."""
@@ -184,5 +185,6 @@ class Source:
 
     def _hash(self, pieces: list[Piece]) -> list[Piece]:
         for piece in pieces:
-            self._hasher.update(piece)
+            for part in piece.pieces if isinstance(piece, Laid) else (piece,):
+                self._hasher.update(part)
         return pieces

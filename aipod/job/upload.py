@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import trio
@@ -24,6 +25,9 @@ INBOX = 4 * MIB
 # Bytes of payload that a thread writes before the loop hears of it: a hop for each message costs as much as writing it.
 # Not more, for the loop then looks whether there is something to sync.
 STRETCH = SYNC_BYTES // 4
+# Seconds that this thread waits for more, and messages that are worth waking it for: to come back later costs as much
+# as writing a chunk, and each wake a fight for the interpreter's lock. And seconds after which it comes back anyhow.
+LINGER, WORTH_WAKING, LONGEST = 0.005, 2, 0.1
 DIGEST = 16  # bytes
 # Threads for payloads and results, of all jobs: a slow disk must not take those that heartbeats and small steps need.
 BULK = trio.CapacityLimiter(24)
@@ -39,7 +43,9 @@ class Inbox:
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        self._lock = threading.Lock()  # of what follows, but for `_ended`
+        self._lock = threading.Lock()  # of what follows
+        self._news = threading.Condition(self._lock)
+        self._lingers = False  # a thread waits for that
         self._messages: list[Raw] = []
         self._bytes = 0
         self._waiting = False  # in `put`
@@ -55,18 +61,26 @@ class Inbox:
                 if not self._waiting:
                     self._messages.append(message)
                     self._bytes += weight
+                    if self._lingers and (len(self._messages) >= WORTH_WAKING or self._bytes > INBOX):
+                        self._news.notify()
                     break
                 self._room = trio.Event()
             await self._room.wait()
         self._arrival.set()
 
     def end(self) -> None:
-        self._ended = True
+        with self._lock:
+            self._ended = True
+            self._news.notify()
         self._arrival.set()
 
-    def take(self) -> list[Raw]:
-        """All that is there; to be called from any thread."""
+    def take(self, patience: float = 0.0) -> list[Raw]:
+        """All that is there, or comes within so many seconds; to be called from any thread."""
         with self._lock:
+            if patience and not self._messages and not self._ended:
+                self._lingers = True
+                self._news.wait(patience)
+                self._lingers = False
             taken, self._messages, self._bytes = self._messages, [], 0
             wakes, self._waiting = self._waiting, False
         if wakes:
@@ -233,12 +247,13 @@ async def receive_payload(
 
     def write() -> None:
         """In a thread: what is there and what comes meanwhile, for a stretch."""
-        until = entry.written + STRETCH
-        while entry.written < until and (messages := inbox.take()):
+        until, began, patience = entry.written + STRETCH, time.monotonic(), 0.0
+        while entry.written < until and not durable.asked and (messages := inbox.take(patience)):
             sink.feed(messages)
             for message in messages:
                 recycle(message.data)
             durable.asked |= any(message.sync for message in messages)
+            patience = LINGER if time.monotonic() < began + LONGEST else 0.0
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read)

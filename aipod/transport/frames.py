@@ -89,6 +89,12 @@ class FrameReader:
         """Bytes of payload that the frame under way has announced, and that were not taken."""
         return self._payload
 
+    def passed(self, size: int) -> None:
+        """So much of the payload under way has come, and gone where it goes, past `feed`: which is to be called next,
+        with nothing perhaps.
+        """
+        self._payload -= size
+
     def feed(self, data: memoryview) -> int:
         """Take what has come. Returns how many bytes at its end must come again: an incomplete frame, or all that is
         left where `held` was set meanwhile.

@@ -24,6 +24,8 @@ _WBITS = {"gzip": 31, "deflate": 15}
 _SPARES = 8
 _SPARE_LEAST = 64 * KIB
 _SPARE_MOST = 2 * MIB
+# Less than that is copied faster than it is read by itself.
+_WORTH_READING = 64 * KIB
 # Messages of a stream that wait to be read; also how many are read without a look at what else there is to do.
 _READY = 64
 # Compressed bytes that are inflated at once: at most a thousand times as many. They cost up to eight times what bytes
@@ -134,6 +136,22 @@ class Inbox:
         done = 0 if self._backlog else self._parse(data)
         if done < len(data):
             self._backlog += data[done:]
+
+    def room(self, most: int) -> memoryview | None:
+        """Where the next bytes of payload, `most` of them at most, can be read into their message at once; None where
+        they had better be fed. `filled` says that they were; nothing may happen to the inbox in between.
+        """
+        room = self._body[self._size : self._size + min(self._missing, most)]  # nothing, where no message is under way
+        return room if len(room) >= _WORTH_READING else None
+
+    def filled(self, size: int) -> None:
+        """So many bytes were read into the `room`."""
+        self.received += size
+        self.owed -= size
+        self._size += size
+        self._missing -= size
+        if not self._missing:
+            self._complete()
 
     def _parse(self, data: memoryview) -> int:
         """Cut messages out of `data` until enough are ready; how many bytes are done with."""

@@ -15,7 +15,6 @@ import asyncio
 import collections
 import logging
 import socket
-import threading
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -43,16 +42,14 @@ from aipod.transport.frames import (
     empty_data,
 )
 from aipod.transport.http2 import H2, RECEIVING
+from aipod.transport.inbox import Inbox
 from aipod.transport.limits import Bucket
+from aipod.transport.scratch import READ_FRAMES, READ_PAYLOAD, scratch
 from aipod.transport.stream import H2Stream
 from aipod.transport.wakes import Wakes
 
 log = logging.getLogger("aipod.transport")
 
-# One read; what is in it is dealt with before the loop does anything else. Payload is cheap (and still in the cache
-# when it is copied into its message: 1 MiB would not be), other frames are not.
-_READ_PAYLOAD = 512 * KIB
-_READ_FRAMES = 16 * KIB
 # So many DATA frames of fewer bytes than that count as one: 20,000 a second cost a fifth of a core, and more calls than
 # come with them nobody could serve.
 _SMALL_PER_FRAME, _SMALL_DATA = 20, 64
@@ -107,29 +104,6 @@ def h2_configuration(*, client: bool) -> H2Configuration:
     )
 
 
-def _keep_heap() -> None:
-    """Have glibc keep up to 64 MiB of freed memory instead of giving each message back to the system and asking anew.
-
-    Its thresholds follow the largest block that was mapped and freed (mallopt(3), M_MMAP_THRESHOLD), and none has to be
-    touched for that. Without it page faults cost more than all else in receiving messages of 1 MiB.
-    """
-    block = bytes(32 * MIB - 64 * KIB)
-    del block
-
-
-_keep_heap()
-
-
-class _Scratch(threading.local):
-    """Where reads of all connections of a thread go: what is read is dealt with before the next one reads."""
-
-    def __init__(self) -> None:
-        self.view = memoryview(bytearray(_READ_PAYLOAD + HEAD + MAX_CONTROL_FRAME))
-
-
-_scratch = _Scratch()
-
-
 if TYPE_CHECKING:
     from grpclib.protocol import H2Protocol as _Grpclib
 else:  # it is an asyncio.Protocol, which uvloop would give bytes instead of asking for a buffer, whatever else it is
@@ -151,8 +125,10 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
         self.settings = config
         self._wakes = wakes
         self._rest = b""  # the beginning of a frame; more where the reader is held
+        self._into: Inbox | None = None  # where the payload under way goes
+        self._straight = False  # the read under way goes there
         self._small = 0  # DATA frames that were small
-        self._read_size = _READ_FRAMES
+        self._read_size = READ_FRAMES
         self._frames = Bucket(config.frame_rate, config.frame_rate)
         self._resting: asyncio.TimerHandle | None = None
         self._block = 0  # bytes of the header block under way
@@ -211,8 +187,12 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
     # Reading
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next read goes: behind the beginning of a frame that the last one left."""
-        view = _scratch.view
+        """Where the next read goes: into its message, or behind the beginning of a frame that the last one left."""
+        room = self._into.room(self._reader.owed) if self._into is not None and not self._rest else None
+        self._straight = room is not None
+        if room is not None:
+            return room
+        view = scratch.view
         kept = len(self._rest)
         view[:kept] = self._rest
         return view[kept : kept + self._read_size]
@@ -225,11 +205,17 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
                 self.transport.abort()
             return
         self.connection.read += nbytes
+        if self._straight and self._into is not None:
+            self._into.filled(nbytes)
+            self._reader.passed(nbytes)
+            self._read_size = READ_FRAMES  # what follows is the head of a frame: the less of it is copied, the better
+            self._deal_with(scratch.view[:0])
+            return
         end = len(self._rest) + nbytes
-        view = _scratch.view[:end]
+        view = scratch.view[:end]
         # Payload fills a read; a flood of small frames sets the size back (`control`).
         if nbytes == self._read_size:
-            self._read_size = min(2 * self._read_size, _READ_PAYLOAD)
+            self._read_size = min(2 * self._read_size, READ_PAYLOAD)
         self._deal_with(view)
 
     def _deal_with(self, view: memoryview) -> None:
@@ -238,7 +224,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
             self._rest = bytes(view[len(view) - left :])
             self.processor.wake_senders()
             self.connection.flush()
-            self.connection.wait_for(min(self._reader.owed, _READ_PAYLOAD))
+            self.connection.wait_for(min(self._reader.owed, READ_PAYLOAD))
         except ProtocolError as exc:
             if not self.greeted.is_set():
                 self.instead = bytes(view[:5])
@@ -267,6 +253,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
             if 0 < size < _SMALL_FOR_NOBODY:
                 self.count_frames()
             self._feed(empty_data(stream_id, end))
+            self._into = None
             h2._inbound_flow_control_window_manager.window_consumed(length)
             self.connection.arrived(length)
             return None
@@ -275,7 +262,9 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
         self.connection.arrived(length)
         self._measure()
         if not self._fits(state, size, False):
+            self._into = None
             return None
+        self._into = stream.inbox
         stream.inbox.arrived(length, size)
         return stream.inbox.feed
 
@@ -315,7 +304,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
 
     def control(self, frame: bytes) -> None:
         """Any other frame, or a piece of the preface."""
-        self._read_size = _READ_FRAMES
+        self._read_size = READ_FRAMES
         if len(frame) >= HEAD and frame[3] != HEADERS and not self._is_credit(frame):
             count = 1
             if frame[3] == SETTINGS:  # a new window is reckoned for every stream
@@ -353,7 +342,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
 
     def count_frames(self, count: int = 1) -> None:
         """Count frames that are no payload; where they are too many, take nothing more for a while."""
-        self._read_size = _READ_FRAMES
+        self._read_size = READ_FRAMES
         if not self._frames.take(count) and self._resting is None:
             self._reader.held = True
             self.transport.pause_reading()
