@@ -19,8 +19,7 @@ from aipod.config import Config
 from aipod.transport.channel import Channel, open_call, read_status
 from aipod.transport.headers import apart, check_headers, response_is_readable, trailers_are_readable
 from aipod.transport.limits import Bucket
-from aipod.transport.protocol import REFUSED
-from aipod.transport.requests import MAX_FOR_ANYBODY, Handler, TrioHandler
+from aipod.transport.requests import MAX_FOR_ANYBODY, REFUSED, Handler, TrioHandler
 from aipod.transport.server import Server
 from aipod.transport.stream import StreamRefused
 from aipod.wire.ai import Raw

@@ -49,6 +49,8 @@ LATE = 5.0
 
 DATA, HEADERS_FRAME, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM, ACK, END_HEADERS, PADDED = 0x1, 0x1, 0x4, 0x8
+# What a GOAWAY without an error says: none of the peer's streams is said not to have been processed.
+ANY_STREAM = (2**31 - 1).to_bytes(4, "big") + bytes(4)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 UNREADABLE = (ConnectionError, h2.exceptions.ProtocolError)
 
@@ -1131,19 +1133,25 @@ def test_a_peer_with_a_full_write_buffer_is_found(serve: Serve) -> None:
 
 
 def test_max_age_lets_calls_finish(serve: Serve) -> None:
+    """No GOAWAY names a last stream: grpcio's core sends what it then takes for unprocessed again by itself, in part.
+
+    Mutants seen: one GOAWAY, of the last stream, refuses what crosses it (as it was); the second one names it.
+    """
     served = serve("Async", "--max-age", "1", "--max-age-grace", "60")
     with Bare(served) as bare:
         bare.send(bare.headers(1) + raw_frame(DATA, END_STREAM, 1, request(b'{"seconds": 4}')))
         frames = bare.frames()
-        assert next(body for kind, _, _, body in frames if kind == GOAWAY) == (1).to_bytes(4, "big") + bytes(4)
-        # A call that crosses the GOAWAY is refused as not processed.
-        bare.send(bare.headers(3) + raw_frame(DATA, END_STREAM, 3, REQUEST))
+        assert next(body for kind, _, _, body in frames if kind == GOAWAY) == ANY_STREAM
+        farewell = next(body for kind, flags, _, body in frames if kind == PING and not flags & ACK)
+        # A call that crosses the GOAWAY is served; one that comes when its peer has heard of it is not.
+        bare.send(bare.headers(3) + raw_frame(DATA, END_STREAM, 3, REQUEST) + raw_frame(PING, ACK, 0, farewell))
+        assert next(body for kind, _, _, body in frames if kind == GOAWAY) == ANY_STREAM
+        bare.send(bare.headers(5) + raw_frame(DATA, END_STREAM, 5, REQUEST))
         after = list(frames)
-        resets = [body for kind, _, stream, body in after if kind == RST_STREAM and stream == 3]
-        assert resets[0] == b"\0\0\0\7"  # a second one may follow, for the DATA
-        trailers = [body for kind, flags, stream, body in after if kind == HEADERS_FRAME and flags & END_STREAM]
-        assert len(trailers) == 1
-        assert sum(kind == DATA and stream == 1 and b"PONG" not in body for kind, _, stream, body in after) == 1
+        resets = [(stream, body) for kind, _, stream, body in after if kind == RST_STREAM]
+        assert resets[0] == (5, b"\0\0\0\7")  # a second one may follow, for the DATA
+        answers = [stream for kind, _, stream, body in after if kind == DATA and b"PONG" not in body]
+        assert sorted(answers) == [1, 3]
 
 
 def test_max_age_grace_is_the_end(serve: Serve, tmp_path: Path) -> None:
@@ -1161,12 +1169,21 @@ def test_max_age_grace_is_the_end(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_max_idle(serve: Serve) -> None:
+    """A call that crosses the GOAWAY is served. Mutant seen: it is refused (as it was)."""
     served = serve("Async", "--max-idle", "1")
-    with Peer(served) as peer:
-        assert peer.call(data=request(b'{"seconds": 3}')).status == 0
-        assert ending(peer) == ErrorCodes.NO_ERROR
-        kinds = [type(event) for event in peer.events]
-        assert kinds.index(h2.events.StreamEnded) < kinds.index(h2.events.ConnectionTerminated), "a call is no idleness"
+    with Bare(served) as bare:  # h2 takes nothing behind a GOAWAY
+        frames = bare.frames()
+        bare.send(bare.headers(1) + raw_frame(DATA, END_STREAM, 1, request(b'{"seconds": 3}')))
+        for kind, flags, stream, _ in frames:
+            assert kind != GOAWAY, "a call is no idleness"
+            if kind == HEADERS_FRAME and flags & END_STREAM:
+                assert stream == 1
+                break
+        assert next(body for kind, _, _, body in frames if kind == GOAWAY) == ANY_STREAM
+        bare.send(bare.headers(3) + raw_frame(DATA, END_STREAM, 3, REQUEST))
+        after = list(frames)
+        assert [stream for kind, _, stream, body in after if kind == DATA and b"PONG" not in body] == [3]
+        assert [body for kind, _, _, body in after if kind == GOAWAY] == [ANY_STREAM]
 
 
 # --- deadlines

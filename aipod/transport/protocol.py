@@ -61,8 +61,6 @@ FAREWELL = b"farewell"
 # A DATA frame for nobody that is shorter costs more for being a frame than for its payload.
 _SMALL_FOR_NOBODY = 1 * KIB
 _REST = 0.1  # seconds without reading where frames come too fast, at least; at most one
-# What a request that is refused counts for: it costs as much as a hundred of those frames, and an honest peer has few.
-REFUSED = 50
 # Streams to which a change in SETTINGS costs as much as a frame; and bytes of them that do.
 _STREAMS_PER_FRAME = 20
 _SETTINGS_PER_FRAME = 128
@@ -334,7 +332,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
             elif isinstance(event, PingAckReceived) and event.ping_data == _MEASURE:
                 self._measured()
             elif isinstance(event, PingAckReceived) and event.ping_data == FAREWELL:
-                self.drain()
+                asyncio.get_running_loop().call_soon(self.drain)  # after what has come with it
             if isinstance(event, StreamReset):
                 self.connection.count_reset()
             self.processor.process(event)
@@ -372,7 +370,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
         if self.connection.alive:
             self.connection.flush()
             if self.h2.state_machine.state is not ConnectionState.CLOSED:  # else h2 has said it
-                self.connection.goaway(self.h2.highest_inbound_stream_id, code)
+                self.connection.goaway(code)
             self.processor.close("protocol error")
 
     # Writing
@@ -407,7 +405,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
         elif 0 < settings.max_age < age - settings.max_age_grace:
             self.connection.abort("its calls have not ended within max_age and max_age_grace")
         elif 0 < settings.max_age < age or 0 < settings.max_idle < now - self.last_busy:
-            self.drain()
+            self.leave()
         if not self.connection.alive:
             return
         for stream in self.processor.streams.values():
@@ -416,11 +414,15 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
                 cast(H2Stream, stream).stall()
         self._watch_again()
 
+    def leave(self) -> None:
+        """End the connection when it suits its peer."""
+        self.drain()
+
     def drain(self) -> None:
-        """Send a graceful GOAWAY: open streams finish, then the connection closes."""
+        """Send a graceful GOAWAY: open streams finish, then the connection closes. What comes is refused."""
         if self.connection.alive and not self.processor.draining:
             self.processor.draining = True
-            self.connection.goaway(self.h2.highest_inbound_stream_id)
+            self.connection.goaway()
             self.processor.close_if_drained()
 
     def connection_lost(self, exc: BaseException | None) -> None:

@@ -27,7 +27,7 @@ from aipod.transport.bridge import inline
 from aipod.transport.codec import encode_pieces
 from aipod.transport.headers import MAX_REFUSAL, Headers, Problem, apart, check_headers, parse_timeout
 from aipod.transport.http2 import BEGINNING, RECEIVING
-from aipod.transport.protocol import REFUSED, STREAM_SLACK
+from aipod.transport.protocol import STREAM_SLACK
 from aipod.transport.stream import H2Stream, PeerStalled
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ _FOR_ANYBODY = "/grpc."
 MAX_FOR_ANYBODY = 16
 # The longest message of theirs: a name. A thousand connections with so many streams have 64 MB of them.
 MAX_ASKED = 4 * KIB
+
+# Frames that a request counts for that is refused: it costs as much as a hundred of those that are no payload, and an
+# honest peer has few.
+REFUSED = 50
 
 # What a send raises when the peer has reset the stream, dropped the connection, or takes nothing any more.
 PEER_GONE = (StreamClosedError, StreamTerminatedError, PeerStalled)

@@ -47,7 +47,6 @@ _KINDS = {
 }
 # Seconds after which a connection that was told to go takes no more requests, also where its peer has not answered.
 _FAREWELL_TIME = 1.0
-_ANY_STREAM = 2**31 - 1
 
 
 class Server(grpclib.server.Server):
@@ -253,8 +252,9 @@ class ServerProtocol(H2Protocol):
     def leave(self) -> None:
         """Tell the peer to go elsewhere, so that nothing is lost that it sends meanwhile (RFC 9113 section 6.8).
 
-        A first GOAWAY ends no stream, a second one follows when its PING is answered, or after `_FAREWELL_TIME`. Not
-        each peer tries again what only the second one would refuse: nginx tells its client that the upstream is dead.
+        Behind a first GOAWAY calls are served, behind a second one, which follows when its PING is answered, or after
+        `_FAREWELL_TIME`, they are refused. Not each peer tries those again: nginx tells its client that the upstream is
+        dead.
         """
         if not self.leaving:
             self.leaving = True
@@ -262,7 +262,7 @@ class ServerProtocol(H2Protocol):
 
     def _say_farewell(self) -> None:
         if self.connection.alive:
-            self.connection.goaway(_ANY_STREAM)
+            self.connection.goaway()
             self.h2.ping(FAREWELL)
             self.connection.flush()
             asyncio.get_running_loop().call_later(_FAREWELL_TIME, self.drain)
@@ -274,7 +274,7 @@ class ServerProtocol(H2Protocol):
         server's health is told that the connection is gone), and what it asks for meanwhile it may ask for again.
         """
         log.info("a connection makes room for a new one (--max-connections)")
-        self.connection.goaway(self.h2.highest_inbound_stream_id)
+        self.connection.goaway()
         self.transport.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
