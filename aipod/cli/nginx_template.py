@@ -162,7 +162,8 @@ http {
         # count a client's PINGs as activity.
         keepalive_timeout 1h;
         # After so many calls, or so long, nginx asks a client to connect anew. Rarely: aipod's client finishes its
-        # calls on the old connection, but some gRPC clients drop them.
+        # calls on the old connection, but some gRPC clients drop them, and grpcio may lose messages of one that it
+        # sends again by itself. A reload asks too: let a grpcio client send its payload when the server has answered.
         keepalive_requests 1000000;
         keepalive_time 24h;
         # A connection that does not say what it wants. A new one sends its first request at once.
