@@ -39,8 +39,7 @@ def test_what_a_small_job_costs_the_server(address: str) -> None:
 
     Mutants seen: a hop of its own for each line of the journal; RUNNING has a line of its own; a task per heartbeat, or
     for who watches for the method's cancel; every phase is told at once; the outcome and the answer are two writes, or
-    the status is one; the answer is made in a thread; the entry is let go of in a step of its own; a scope for a
-    timeout that no method has, a dozen generators for managers, paths that nobody asks for.
+    the status is one; the answer is made in a thread; the entry is let go of in a step of its own.
     """
     cost: dict[str, float] = {}
 
