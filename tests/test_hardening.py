@@ -1103,19 +1103,20 @@ def test_the_work_ends_while_a_heartbeat_is_cut(serve: Serve, tmp_path: Path) ->
 
 
 def test_a_silent_peer_is_found(serve: Serve) -> None:
-    """It has said hello, and never answers a PING; with what it sends besides, and without."""
-    served = serve("Async", "--ping-interval", "0.2", "--ping-timeout", "1")
+    """It has said hello, and never answers a PING: at once, or when it says nothing else any more.
+
+    On a slow line the answer may be on its way as long as other things come.
+    """
+    served = serve("Async", "--ping-interval", "0.2", "--ping-timeout", "2")
     hello = PREFACE + raw_frame(SETTINGS, 0, 0, b"")
     with silent(served, hello) as quiet, silent(served, hello) as busy:
-        until = time.monotonic() + 8
-        while time.monotonic() < until:
-            with contextlib.suppress(ConnectionError):
-                busy.send(raw_frame(PING, 0, 0, bytes(8)) + raw_frame(SETTINGS, ACK, 0, b""))
-            if closed(busy, 0.1):
-                break
-        else:
-            pytest.fail("never found")
-        assert closed(quiet, 4)
+        until = time.monotonic() + 20
+        while not closed(quiet, 0.1):
+            assert time.monotonic() < until, "never found"
+            busy.send(raw_frame(PING, 0, 0, bytes(8)) + raw_frame(SETTINGS, ACK, 0, b""))
+        busy.send(raw_frame(PING, 0, 0, bytes(8)))
+        assert not closed(busy, 0.1), "it spoke"
+        assert closed(busy, 20)
 
 
 def test_a_peer_with_a_full_write_buffer_is_found(serve: Serve) -> None:
