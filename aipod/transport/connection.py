@@ -267,10 +267,10 @@ class H2Connection(base.Connection):
 class _PingTimer:
     """Aborts a connection from which nothing has come for `timeout` seconds, the answer to a PING for one.
 
-    On a slow line that may wait for minutes behind data, which is a sign of life as well, and so are the PINGs of a peer
-    that waits for what proxies still hold (grpc-go counts all reads in the same way). Not what the peer takes: the
-    system of a process that has stopped takes PINGs. grpclib's own timer would close(), and wait for a write buffer that
-    nobody reads.
+    On a slow line that may wait for minutes behind data, which is a sign of life as well, and so are the PINGs of who
+    waits for what proxies still hold (grpc-go counts all reads in the same way). Not what the peer takes: the system of
+    a process that has stopped takes PINGs. grpclib's own timer would close(), and wait for a write buffer that nobody
+    reads.
     """
 
     def __init__(self, connection: H2Connection, timeout: float) -> None:
