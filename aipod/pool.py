@@ -137,10 +137,7 @@ class Pool:
             self._return(instance)
 
     async def _wait(self, waiter: Waiter) -> Instance:
-        if waiter.instance is None:  # else it was taken
-            waiter.beside = waiter.beside and self._has_beside
-            self._line.insert(0 if waiter.again else len(self._line), waiter)
-            self._assign()
+        self.join(waiter)
         try:
             if waiter.given.is_set():  # as nearly always: a turn of the loop less
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -151,16 +148,20 @@ class Pool:
                 self._return(waiter.instance)
             raise
         finally:
-            if waiter in self._line:
+            with contextlib.suppress(ValueError):  # it was given its instance
                 self._line.remove(waiter)
         assert waiter.instance is not None
         return waiter.instance
 
-    def take(self, waiter: Waiter) -> Lease | None:
-        """What `lease` gives, where there is an instance that is free now; else None.
+    def join(self, waiter: Waiter) -> None:
+        """Stand in line, if not yet; who does enters `lease` with the same `waiter`, before it waits for anything."""
+        if waiter.instance is None and waiter not in self._line:  # else it was taken, or given by now
+            waiter.beside = waiter.beside and self._has_beside
+            self._line.insert(0 if waiter.again else len(self._line), waiter)
+            self._assign()
 
-        Who has it enters `lease` with the same `waiter`, or calls `give_back`.
-        """
+    def take(self, waiter: Waiter) -> Lease | None:
+        """What `lease` gives, if one is free now; then `waiter` enters `lease`, or who has it calls `give_back`."""
         waiter.beside = waiter.beside and self._has_beside
         # Nobody stands in line for it: `_assign` would have given it away.
         instance = self._find_free(waiter.version, waiter.beside)

@@ -131,6 +131,8 @@ async def test_long_kwargs_and_no_instance_have_lines_of_their_own(tmp_path: Pat
         assert taken.take() is not None
         job = await server.find(b"u" * 16)
         assert (job.phase, job.place, job.begun) == (Phase.QUEUED, 0, False)
+        # Before its task has begun. Mutant seen: the place is taken there, and until then it is told to be the first.
+        assert (await server.find(b"v" * 16)).place == 1
         taken.give_back()
         assert await over(job) == Phase.DONE
         await server.settle()

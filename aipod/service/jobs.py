@@ -211,10 +211,10 @@ class Jobs:
             return {}, None
         fields = {}
         payload, queue, begin = whole_payload(request), None, None
-        if payload is not None and len(request.kwargs or b"") <= INLINE:
+        if payload is not None:
             queue = self._make_queue(request.version, request.method)
             # Where an instance is free, one line for all that there is to be written before the run.
-            if (lease := queue.take()) is not None:
+            if len(request.kwargs or b"") <= INLINE and (lease := queue.take()) is not None:
                 begin = running(lease, 1)
 
         def claim() -> Entry | None:
@@ -226,9 +226,10 @@ class Jobs:
             if entry is None:
                 return fields, None
             job = self._take_in(self._job(request, entry))
-            if payload is not None:
+            if queue is not None and payload is not None:
                 job.times.arrived(len(payload), len(request.take_first().data))
                 job.begun = begin is not None
+                job.queue = queue.join()  # before anybody is told of its place
                 job.enter(Phase.QUEUED)
                 self.start(job, deadline, queue)
                 queue = None  # the job's now

@@ -26,6 +26,11 @@ class Place:
         self._leased = True
         return self._pool.lease(self._version, self._waiter)
 
+    def join(self) -> Place:
+        """Stand in line from now on: a job that is told of before it is in `lease` has its place."""
+        self._pool.join(self._waiter)
+        return self
+
     def take(self) -> Lease | None:
         """The lease, where there is an instance that is free now; it is entered by `lease`, or given back."""
         return self._pool.take(self._waiter)
