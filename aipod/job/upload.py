@@ -258,7 +258,8 @@ async def receive_payload(
             if any(message.sync for message in messages):
                 durable.asked = True  # the loop is to hear of it
                 return
-            patience = LINGER if time.monotonic() < began + LONGEST else 0.0
+            lingers = BULK.available_tokens and time.monotonic() < began + LONGEST  # nobody waits for the thread
+            patience = LINGER if lingers else 0.0
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read)
