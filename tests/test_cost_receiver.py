@@ -113,7 +113,7 @@ async def test_a_thread_that_has_written_all_waits_for_more(entry: Entry) -> Non
 
 async def test_a_thread_that_others_may_want_waits_for_nothing(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant seen: a thousand slow uploads have each of the few threads wait."""
-    monkeypatch.setattr(upload, "LINGER", 10.0)
+    monkeypatch.setattr(upload, "LINGER", 30.0)
     others = [object() for _ in range(int(upload.BULK.available_tokens) - 1)]
     for other in others:
         upload.BULK.acquire_on_behalf_of_nowait(other)
