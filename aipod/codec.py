@@ -120,13 +120,13 @@ def stored(data: bytes | memoryview) -> bytes:
 
 
 class Laid:
-    """A chunk of `CHUNK` bytes that lies in `buffer`, of `LAID` bytes, as it would in the frame that stores it.
+    """A chunk of `CHUNK` bytes that lies in `view`, of `LAID` bytes, as it would in the frame that stores it.
 
     For what most likely does not shrink: whoever reads it into `pieces` need not copy it to store it.
     """
 
-    def __init__(self, buffer: bytearray) -> None:
-        self._view = memoryview(buffer)
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
         starts = range(len(_STORED) + 4 + 3, LAID - 4, _BLOCK + 3)
         self.pieces = [self._view[start : start + _BLOCK] for start in starts]
 

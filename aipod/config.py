@@ -184,7 +184,7 @@ class Config:
     max_age_grace: float = _setting(1 * HOURS, "Seconds that its calls have then.", low=0)
     max_idle: float = _setting(0.0, "Seconds without a call after which a connection ends; 0 is none.", low=0)
     ping_interval: float = _setting(5 * SECONDS, "Seconds between HTTP/2 PINGs, with or without calls.", low=0.1)
-    ping_timeout: float = _setting(2 * MINUTES, "Seconds without PING's answer, or data: a peer is dead.", low=0.1)
+    ping_timeout: float = _setting(2 * MINUTES, "Seconds without data or an answer to PING: the peer is dead.", low=0.1)
     # Below it the connection is as good as dead: no heartbeat of ours would get through either.
     send_stall: float = _setting(2 * MINUTES, "Seconds that a peer may refuse to take data.", low=1)
 

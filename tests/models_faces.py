@@ -41,7 +41,7 @@ class Faces(aipod.Model):
 
 
 class Copy(aipod.Model):
-    """Answers with bytes."""
+    """Answers with its payload, as a file."""
 
     async def predict(self, context: Context, path: Path) -> Path:
         return path

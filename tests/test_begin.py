@@ -178,7 +178,9 @@ async def test_what_comes_while_its_line_is_written(tmp_path: Path, what: str) -
                 case "its caller cancels it":
                     leaves.cancel()
                     nursery.start_soon(functools.partial(server.jobs.end, ID, release=False))
-                    await trio.sleep(0.3)  # so that it has looked for the job
+                    with trio.fail_after(20):
+                        while not server.jobs.room._awaited:
+                            await trio.sleep(0.001)
                 case "the disk is full":
                     server.spool.reserve = 1 << 62
             server.spool.passed.set()

@@ -83,9 +83,9 @@ async def test_a_hop_writes_many_chunks_and_little_waits(entry: Entry) -> None:
     assert peak < 2 * INBOX + 8 * MIB, peak
 
 
-async def test_a_thread_that_has_written_all_waits_for_more(entry: Entry) -> None:
-    """Where each chunk comes when the one before was written. Mutant seen: it comes back for each of them."""
-    count, rest, hops = 64, chunks(64), []
+async def receive_one_by_one(entry: Entry, count: int) -> list[int]:
+    """As `receive`; each chunk comes when the one before was written."""
+    rest, hops = chunks(count), []
 
     def arrived(data: int, wire: int) -> None:
         if not wire:
@@ -103,7 +103,26 @@ async def test_a_thread_that_has_written_all_waits_for_more(entry: Entry) -> Non
     request = Request(entry.id, "chaos", "v", b"{}", None, Open(), Raw(), {})
     await receive_payload(request, entry, more, limit=0, synced=lambda: None, arrived=arrived)
     assert sum(hops) == entry.written == count * MIB
-    assert len(hops) <= count // 2, hops
+    return hops
+
+
+async def test_a_thread_that_has_written_all_waits_for_more(entry: Entry) -> None:
+    """Mutant seen: it comes back for each chunk."""
+    assert len(await receive_one_by_one(entry, 64)) <= 32
+
+
+async def test_a_thread_that_others_may_want_waits_for_nothing(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutant seen: a thousand slow uploads have each of the few threads wait."""
+    monkeypatch.setattr(upload, "LINGER", 30.0)
+    others = [object() for _ in range(int(upload.BULK.available_tokens) - 1)]
+    for other in others:
+        upload.BULK.acquire_on_behalf_of_nowait(other)
+    try:
+        with trio.fail_after(20):
+            await receive_one_by_one(entry, 4)
+    finally:
+        for other in others:
+            upload.BULK.release_on_behalf_of(other)
 
 
 async def test_who_waits_for_more_is_woken_for_several_for_much_and_at_the_end() -> None:
@@ -141,6 +160,40 @@ async def test_what_was_written_is_synced_beside_the_writing_which_waits_where_t
     await receive(entry, 192)
     assert len(at_stake) == 1
     assert at_stake[0] <= SYNC_BYTES + INBOX + 2 * MIB  # what one take of the inbox brings goes behind the stretch
+
+
+async def test_a_sync_that_is_asked_for_while_one_is_under_way_holds_nothing_up(entry: Entry) -> None:
+    """Mutant seen: what follows waits for it, and the loop turns without a pause meanwhile (as it was)."""
+    count, syncs, hops = 8, 0, []
+    sync = entry.checkpoint
+
+    def slow(*, now: bool = False) -> None:
+        nonlocal syncs
+        syncs += 1
+        if syncs == 1:
+            wait_until(lambda: entry.written == count * MIB, seconds=20)
+        sync(now=now)
+
+    def arrived(data: int, wire: int) -> None:
+        if not wire:
+            hops.append(data)
+
+    rest = chunks(count)
+
+    async def more() -> Raw | None:
+        message = next(rest, None)
+        if message is not None:
+            message.sync = message.offset < 2 * MIB
+            while entry.written < message.offset:
+                await trio.sleep(0.001)
+        return message
+
+    entry.checkpoint = slow  # type: ignore[method-assign]
+    request = Request(entry.id, "chaos", "v", b"{}", None, Open(), Raw(), {})
+    await receive_payload(request, entry, more, limit=0, synced=lambda: None, arrived=arrived)
+    assert sum(hops) == entry.written == count * MIB
+    assert syncs >= 2
+    assert hops.count(0) == 1, "of the request"
 
 
 def test_an_answer_is_written_by_few_hops_and_all_of_it_is_told(tmp_path: Path) -> None:

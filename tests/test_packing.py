@@ -226,7 +226,7 @@ def test_a_thread_keeps_few_compressors() -> None:
 
 def laid(data: bytes) -> Laid:
     """As a file is read."""
-    chunk = Laid(bytearray(os.urandom(LAID)))
+    chunk = Laid(memoryview(bytearray(os.urandom(LAID))))
     for number, piece in enumerate(chunk.pieces):
         piece[:] = data[number * BLOCK : (number + 1) * BLOCK]
     return chunk

@@ -21,7 +21,8 @@ from aipod.client.source import HOP, Source
 from aipod.config import CHUNK
 from aipod.errors import JobFailed, leaves
 from aipod.packing import BATCH, Packed, Packer
-from aipod.transport.channel import CALL_OVER, Channel, came, expect, held, read_status, reset, send_message
+from aipod.transport.channel import CALL_OVER, Channel, read_status, reset, send_message
+from aipod.transport.stream import came, expect, held
 from aipod.wire.ai import Op, Open, Phase, Raw, State, StreamInput
 
 # Batches between the threads that compress and the network: one that is being sent, one that is ready.

@@ -156,8 +156,7 @@ class File:
             laid = Laid(block)
             count = os.preadv(self._file.fileno(), laid.pieces, start)
             return laid if count == CHUNK else laid.joined(count)
-        view = memoryview(block)[:size]
-        return view[: os.preadv(self._file.fileno(), [view], start)]
+        return block[: os.preadv(self._file.fileno(), [block[:size]], start)]
 
     def _check(self) -> None:
         assert self._file is not None

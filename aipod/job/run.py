@@ -170,8 +170,8 @@ async def _queue_and_run(job: Job, queue: Queue, versions: Versions, terms: Term
                     kwargs=kwargs,
                     metadata={**request.metadata, **job.times.trace.headers()},  # what it traces belongs to its run
                     payload=entry.payload,
-                    work_dir=f"{entry.path}/work",
-                    res=f"{entry.path}/res",
+                    work_dir=entry.work_name,
+                    res=entry.result_name,
                     new_version=versions.fresh_name(request.job_id),
                     timeout=None if left == math.inf else left,
                     remark=job.remark,

@@ -25,9 +25,12 @@ INBOX = 4 * MIB
 # Bytes of payload that a thread writes before the loop hears of it: a hop for each message costs as much as writing it.
 # Not more, for the loop then looks whether there is something to sync.
 STRETCH = SYNC_BYTES // 4
-# Seconds that this thread waits for more, and messages that are worth waking it for: to come back later costs as much
-# as writing a chunk, and each wake a fight for the interpreter's lock. And seconds after which it comes back anyhow.
-LINGER, WORTH_WAKING, LONGEST = 0.005, 2, 0.1
+# Seconds that this thread waits for more: to come back later costs as much as writing a chunk.
+LINGER = 0.005
+# Messages that are worth waking it for: each wake is a fight for the interpreter's lock.
+WORTH_WAKING = 2
+# Seconds after which it comes back anyhow, for the loop looks whether there is something to sync.
+LONGEST = 0.1
 DIGEST = 16  # bytes
 # Threads for payloads and results, of all jobs: a slow disk must not take those that heartbeats and small steps need.
 BULK = trio.CapacityLimiter(24)
@@ -45,7 +48,7 @@ class Inbox:
         self._token = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()  # of what follows
         self._news = threading.Condition(self._lock)
-        self._lingers = False  # a thread waits for that
+        self._lingers = False  # a thread waits in `take`
         self._messages: list[Raw] = []
         self._bytes = 0
         self._waiting = False  # in `put`
@@ -248,12 +251,15 @@ async def receive_payload(
     def write() -> None:
         """In a thread: what is there and what comes meanwhile, for a stretch."""
         until, began, patience = entry.written + STRETCH, time.monotonic(), 0.0
-        while entry.written < until and not durable.asked and (messages := inbox.take(patience)):
+        while entry.written < until and (messages := inbox.take(patience)):
             sink.feed(messages)
             for message in messages:
                 recycle(message.data)
-            durable.asked |= any(message.sync for message in messages)
-            patience = LINGER if time.monotonic() < began + LONGEST else 0.0
+            if any(message.sync for message in messages):
+                durable.asked = True  # the loop is to hear of it
+                return
+            lingers = BULK.available_tokens and time.monotonic() < began + LONGEST  # nobody waits for the thread
+            patience = LINGER if lingers else 0.0
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read)

@@ -22,10 +22,7 @@ from aipod.service.status import Ending
 from aipod.transport import bridge
 from aipod.transport.requests import (
     PEER_GONE,
-    came,
-    expect,
     has_message,
-    held,
     joined,
     message_arrived,
     peer_certificate,
@@ -35,6 +32,7 @@ from aipod.transport.requests import (
     send_now,
     was_on_its_way,
 )
+from aipod.transport.stream import came, expect, held
 from aipod.wire.ai import Phase, Raw, State, StreamInput
 
 log = logging.getLogger("aipod.service")

@@ -61,12 +61,22 @@ class Look:
     @functools.cached_property
     def result(self) -> Path:
         """The file of a result that is too long for the journal."""
-        return self.path / "res"
+        return Path(self.result_name)
 
     @functools.cached_property
     def work(self) -> Path:
         """The model's scratch directory."""
-        return self.path / "work"
+        return Path(self.work_name)
+
+    # As text for the many jobs that have neither: a path object takes longer to make than a file.
+
+    @property
+    def result_name(self) -> str:
+        return f"{self.path}/res"
+
+    @property
+    def work_name(self) -> str:
+        return f"{self.path}/work"
 
     def read(self) -> dict[str, Any]:
         """The fold of the journal; empty where there is no such job, or a power cut has left nothing to rely on.

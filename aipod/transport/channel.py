@@ -218,21 +218,6 @@ async def send_message(stream: grpclib.client.Stream[Any, Any], message: Any, *,
         stream._end_done = end
 
 
-def expect(stream: grpclib.client.Stream[Any, Any], size: int) -> None:
-    """So many bytes are about to come on a call: as many of them may come at once as one call may have."""
-    cast(H2Stream, stream._stream).inbox.window.widen(size)
-
-
-def came(stream: grpclib.client.Stream[Any, Any]) -> int:
-    """As `H2Stream.came`, of a call."""
-    return cast(H2Stream, stream._stream).came
-
-
-def held(stream: grpclib.client.Stream[Any, Any]) -> int:
-    """Bytes that a call's connection was given and the peer's system has not acknowledged."""
-    return cast(H2Stream, stream._stream).connection.waiting
-
-
 def reset(stream: grpclib.client.Stream[Any, Any]) -> None:
     """Send RST_STREAM(CANCEL) for a call that nobody wants; grpclib would say NO_ERROR, or wait for trailers.
 

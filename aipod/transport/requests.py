@@ -252,21 +252,6 @@ def end_request(stream: grpclib.server.Stream[Any, Any]) -> None:
     cast(H2Stream, stream._stream).inbox.close()
 
 
-def expect(stream: grpclib.server.Stream[Any, Any], size: int) -> None:
-    """So many bytes are about to come on a call: as many of them may come at once as one call may have."""
-    cast(H2Stream, stream._stream).inbox.window.widen(size)
-
-
-def came(stream: grpclib.server.Stream[Any, Any]) -> int:
-    """As `H2Stream.came`, of a call."""
-    return cast(H2Stream, stream._stream).came
-
-
-def held(stream: grpclib.server.Stream[Any, Any]) -> int:
-    """Bytes that a call's connection was given and the peer's system has not acknowledged."""
-    return cast(H2Stream, stream._stream).connection.waiting
-
-
 def peer_certificate(stream: grpclib.server.Stream[Any, Any]) -> dict[str, Any] | None:
     """The verified certificate of the caller, as `ssl.SSLSocket.getpeercert` gives it; None without mTLS."""
     return stream.peer.cert() or None

@@ -9,7 +9,7 @@ import functools
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import betterproto2
 import grpclib.protocol as base
@@ -29,7 +29,12 @@ from aipod.transport.inbox import PREFIX, Inbox, let_others_run
 from aipod.transport.window import ReceiveWindow
 
 if TYPE_CHECKING:
+    import grpclib.client
+    import grpclib.server
+
     from aipod.transport.connection import H2Connection
+
+    Call = grpclib.client.Stream[Any, Any] | grpclib.server.Stream[Any, Any]
 
 # A message up to it does not wait for its turn behind long ones (a heartbeat has 10 bytes).
 SMALL = 16 * KIB
@@ -414,3 +419,21 @@ class H2Stream(base.Stream):
         if self.wrapper is not None and self.wrapper._error is None:
             self.wrapper._error = error  # if it goes on before it is woken, that ends it as well
             self.connection.wakes.add(functools.partial(self.wrapper.cancel, error))
+
+
+# Of a call, on either side
+
+
+def expect(call: Call, size: int) -> None:
+    """So many bytes are about to come: as many of them may come at once as one call may have."""
+    cast(H2Stream, call._stream).inbox.window.widen(size)
+
+
+def came(call: Call) -> int:
+    """As `H2Stream.came`."""
+    return cast(H2Stream, call._stream).came
+
+
+def held(call: Call) -> int:
+    """Bytes that its connection was given and the peer's system has not acknowledged."""
+    return cast(H2Stream, call._stream).connection.waiting
