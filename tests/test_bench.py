@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -169,6 +170,14 @@ def test_many_jobs_are_measured(place: Path) -> None:
     assert run["jobs"] == 20
     assert run["gaps"] >= 20  # one each at least, in 2.5 s
     assert 0 <= run["gaps_in_time"] <= 1
+
+
+def test_what_keeps_a_large_job_from_running_is_told() -> None:
+    """In a line. Mutant seen: a traceback."""
+    command = [sys.executable, "-m", "bench", "large", "--to", "nonsense", "--size", "1000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.fullmatch(r"python -m bench large: .*nonsense.*\n", done.stderr)
 
 
 @harness
