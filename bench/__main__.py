@@ -38,7 +38,7 @@ from rich.console import Console
 
 from bench import file, jobs, levels, links, machine, memory, report, result, small, wire
 from bench.compare import Comparison, Measured, measure
-from bench.options import Options, size
+from bench.options import GIB, Options, count, seconds, size
 from bench.required import judge
 
 BENCHMARKS: dict[str, Callable[[Options], list[Comparison]]] = {
@@ -63,26 +63,43 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="smaller, and two rounds")
-    parser.add_argument("--pairs", type=int, help="rounds of each comparison (default: 5, some 3; 2 with --quick)")
+    parser.add_argument("--pairs", type=count, help="rounds of each comparison (default: 5, some 3; 2 with --quick)")
     parser.add_argument("--rows", help="which rows, separated by commas (default: all)")
     parser.add_argument("--size", type=size, default=0, help="of a transfer, as 16GiB")
-    parser.add_argument("--jobs", type=int, default=0, help="small jobs of a run, or jobs at once")
-    parser.add_argument("--seconds", type=float, default=0.0, help="that jobs run")
+    parser.add_argument("--jobs", type=count, default=0, help="small jobs of a run, or jobs at once")
+    parser.add_argument("--seconds", type=seconds, default=0.0, help="that jobs run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run, the machine and the versions")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the ratios, as SVG and PNG")
     parser.add_argument("--require", action="store_true", help="exit with 1 where a required figure is missed")
     parser.add_argument(
-        "--directory", type=Path, default=Path(tempfile.gettempdir()), help="where spools, data and answers lie"
+        "--directory",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where spools and answers lie, and data to send, which stay for the next run (default: %(default)s)",
     )
     parser.add_argument("--lock", type=Path, metavar="FILE", help="for each round, where others measure here as well")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(BENCHMARKS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
-    if options.pairs is not None and options.pairs < 1:
-        parser.error("at least one pair")
     if options.plots and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plots needs matplotlib: pip install -e '.[bench]'")
+        parser.error(f"--plots needs matplotlib: {machine.EXTRA}")
+    _check_places(parser, options)
     return options
+
+
+def _check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Now, and not after an hour: what cannot be written."""
+    for name, path in (("--json", options.json), ("--lock", options.lock)):
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+            parser.error(f"{name}: {path} cannot be written")
+    for name, place in (("--directory", options.directory), ("--plots", options.plots)):
+        if place is None:
+            continue
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as exc:
+            parser.error(f"{name}: {exc}")
 
 
 def _choose(options: argparse.Namespace, settings: Options) -> list[tuple[str, Comparison]]:
@@ -106,32 +123,56 @@ def main(arguments: Sequence[str]) -> int:
     if not console.is_terminal:
         console = Console(width=140)
     absent = machine.absent()
-    for peer, module in absent.items():
-        console.print(f"{peer} is left out: {module} is not installed (python: pip install -e '.\\[bench]')")
+    for what, why in absent.items():
+        console.print(f"{what} is left out: {why}", markup=False)
     here = machine.describe()
     load, cores = here["machine"]["load"][0], here["machine"]["cores"]
     console.print(f"Python {here['python']}, {cores} cores, load {load:.1f} before the run")
-    data = options.directory / f"aipod-bench-data-{os.getuid()}"
-    with tempfile.TemporaryDirectory(prefix="aipod-bench-", dir=options.directory) as name:
-        settings = Options(Path(name), data, options.quick, options.size, options.jobs, options.seconds)
-        several: list[Measured] = []
-        for benchmark, whole in _choose(options, settings):
-            comparison = whole.without(set(absent))
-            if comparison is None:
-                continue
-            notes.print(f"{benchmark} {comparison.row}: {', '.join(way.name for way in comparison.ways)}")
-            rounds = options.pairs or (2 if options.quick else PAIRS.get(benchmark, 5))
-            several += measure(benchmark, [comparison], rounds, settings.directory, options.lock)
+    several: list[Measured] = []
+    stopped = _measure(options, set(absent), notes, several)
+    if stopped is not None and several:
+        notes.print("stopped; this is what was measured before:")
     summaries = [measured.summary() for measured in several]
     judged = judge(summaries)
-    report.show(console, several, judged)
-    if options.json:
+    smaller = options.quick or 0 < options.size < GIB or options.jobs or options.seconds
+    report.show(console, several, judged, smaller=bool(smaller))
+    if options.json and several:
         arguments_used = {key: str(value) for key, value in vars(options).items()}
-        result: dict[str, Any] = here | {"arguments": arguments_used, "comparisons": summaries, "required": judged}
+        result: dict[str, Any] = here | {"arguments": arguments_used, "whole": stopped is None}
+        result |= {"comparisons": summaries, "required": judged}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.plots:
+    if options.plots and several:
         importlib.import_module("bench.plots").draw(summaries, options.plots)
+    if isinstance(stopped, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if stopped is not None:
+        raise stopped
+    if not several:
+        sys.exit("python -m bench: nothing was measured: all peers of these rows are left out")
     return status(judged, require=options.require)
+
+
+def _measure(
+    options: argparse.Namespace, absent: set[str], notes: Console, several: list[Measured]
+) -> BaseException | None:
+    """Measure all that is asked for; what has stopped that, so that nothing is lost which was measured before."""
+    data = options.directory / f"aipod-bench-data-{os.getuid()}"
+    try:
+        with tempfile.TemporaryDirectory(prefix="aipod-bench-", dir=options.directory) as name:
+            settings = Options(Path(name), data, options.quick, options.size, options.jobs, options.seconds)
+            for benchmark, whole in _choose(options, settings):
+                comparison = whole.without(absent)
+                if comparison is None:
+                    notes.print(f"{benchmark} {whole.row}: left out, with all its peers")
+                    continue
+                notes.print(f"{benchmark} {comparison.row}: {', '.join(way.name for way in comparison.ways)}")
+                rounds = options.pairs or (2 if options.quick else PAIRS.get(benchmark, 5))
+                several += measure(benchmark, [comparison], rounds, settings.directory, options.lock)
+    except OSError as exc:  # a disk that is full, above all
+        return SystemExit(f"python -m bench: {exc} (--directory {options.directory})")
+    except (SystemExit, KeyboardInterrupt) as exc:
+        return exc
+    return None
 
 
 def status(judged: Sequence[dict[str, Any]], *, require: bool) -> int:

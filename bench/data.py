@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from bench.models import describe
 MIB = 1 << 20
 BLOCK = 32 * MIB
 KINDS = ("random", "tar", "weights", "json")
+NUMPY = "weights"  # the kind that needs it
 _SOURCES = (".py", ".pyi", ".c", ".h", ".txt")
 FORMAT = 1  # of these files' names: another number where what is in them changes
 # Of the names that an installation has many more of than it needs.
@@ -57,6 +59,11 @@ def make(kind: str, size: int, directory: Path) -> Path:
             fresh.unlink(missing_ok=True)
     described(path)
     return path
+
+
+def kinds() -> tuple[str, ...]:
+    """Those that can be made here."""
+    return tuple(kind for kind in KINDS if kind != NUMPY or importlib.util.find_spec("numpy"))
 
 
 @functools.cache

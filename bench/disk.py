@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aipod.spool import Spool, Sweeper
+from bench.options import count
 
 JOBS = 200  # for each figure
 PAIRS = 5
@@ -85,7 +86,7 @@ def measure(name: str, spool: Spool, beside: Path) -> None:
 def main(argv: list[str]) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench disk", description=__doc__)
-    parser.add_argument("--ended", type=int, default=100_000, help="ended jobs in the spool (default %(default)s)")
+    parser.add_argument("--ended", type=count, default=100_000, help="ended jobs in the spool (default %(default)s)")
     ended = parser.parse_args(argv).ended
     with tempfile.TemporaryDirectory(prefix="aipod-bench-") as directory:
         spool, beside = Spool.open(Path(directory) / "spool", "bench", reserve=0), Path(directory) / "beside"

@@ -44,7 +44,7 @@ def behind_nginx(way: Way, kind: str) -> Way:
 
 def comparisons(options: Options) -> list[Comparison]:
     size = options.size or (64 * MIB if options.quick else GIB)
-    paths = {kind: data.make(kind, size, options.data) for kind in data.KINDS}
+    paths = {kind: data.make(kind, size, options.data) for kind in data.kinds()}
     rows = [send(kind, path, PRODUCT, FIRST, WEB) for kind, path in paths.items()]
     for name, smaller in SMALLER:
         if smaller < size:

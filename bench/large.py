@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import filecmp
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from aipod import Client
+from aipod import AipodError, Client
 from aipod.client import Event
 from bench.options import size
 from bench.peers.common import peak_memory
@@ -34,7 +36,9 @@ def server(model: str, directory: Path) -> Iterator[tuple[str, int]]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().split()[-1], process.pid
+        if not (line := process.stdout.readline()):
+            raise SystemExit(f"python -m bench large: the server does not start; try: {shlex.join(command)}")
+        yield line.split()[-1], process.pid
     finally:
         process.terminate()
         process.communicate()
@@ -82,4 +86,9 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="aipod-bench-") as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         address, pid = (options.to, None) if options.to else stack.enter_context(server(MODEL, directory))
-        asyncio.run(large(address, pid, options.size, directory))
+        try:
+            asyncio.run(large(address, pid, options.size, directory))
+        except (AipodError, OSError) as exc:
+            raise SystemExit(f"python -m bench large: {exc}") from None
+        except KeyboardInterrupt:
+            raise SystemExit(128 + signal.SIGINT) from None

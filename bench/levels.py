@@ -39,7 +39,7 @@ def comparisons(options: Options, *, down: bool = False) -> list[Comparison]:
     rows = []
     for link, hop in HOPS.items():
         ways = [dataclasses.replace(way, hop=hop) for way in (ADAPTIVE, *fixed)]
-        for kind in data.KINDS:
+        for kind in data.kinds():
             path = data.make(kind, size, options.data)
             rows.append((fetch if down else send)(f"{kind} {link}", path, *ways))
     return rows

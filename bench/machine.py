@@ -13,14 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench import data
 from bench.processes import ROOT
 
 PACKAGES = (
     "grpclib", "h2", "trio", "trio-asyncio", "betterproto2", "protobuf", "zstandard", "xxhash", "grpcio", "pyarrow",
     "httpx", "starlette", "uvicorn", "uvloop", "httptools",
 )  # fmt: skip
-# What peers need beyond aipod itself; all are in the extra `bench`, but for nginx.
+EXTRA = "pip install -e '.[bench]'"
+# What peers, and one kind of data, need beyond aipod itself; all are in the extra `bench`, but for nginx.
 NEEDS = {
+    data.NUMPY: ("numpy",),
     "flight": ("pyarrow",),
     "grpcio_aio": ("grpc",),
     "grpcio_sync": ("grpc",),
@@ -30,12 +33,12 @@ NEEDS = {
 
 
 def absent() -> dict[str, str]:
-    """The peers that cannot run here, and what each misses."""
-    missing = {} if shutil.which("nginx") else {"nginx": "the program nginx"}
+    """The peers that cannot run here (and the kind of data that cannot be made), and what each misses."""
+    missing = {} if shutil.which("nginx") else {"nginx": "the program nginx is not installed"}
     for peer, modules in NEEDS.items():
         for module in modules:
             if importlib.util.find_spec(module) is None:
-                missing[peer] = module
+                missing[peer] = f"{module} is not installed: {EXTRA}"
     return missing
 
 

@@ -17,12 +17,14 @@ LARGE = 1 << 20  # bytes; below, what a job costs is more than what its bytes do
 # CPU seconds of one run: the two sides, what the server has started, and what is between.
 COSTS = ("client_user", "client_sys", "server_user", "server_sys", "server_workers", "hop_cpu")
 PEAKS = ("client_peak_mb", "server_peak_mb", "server_worker_peak_mb")
+SMALLER = "This run has not the usual sizes or numbers: of these figures it is a hint only."
 
 
-def show(console: Console, several: Sequence[Measured], judged: Sequence[dict[str, Any]]) -> None:
-    console.print(_ratios(several))
-    console.print(_cost(several))
-    console.print(_required(judged))
+def show(console: Console, several: Sequence[Measured], judged: Sequence[dict[str, Any]], *, smaller: bool) -> None:
+    """`smaller`: than what the required figures are of."""
+    for table in (_ratios(several), _cost(several), _required(judged, SMALLER if smaller else None)):
+        if table.row_count:
+            console.print(table)
 
 
 def _ratios(several: Sequence[Measured]) -> Table:
@@ -91,8 +93,9 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _required(judged: Sequence[dict[str, Any]]) -> Table:
-    table = Table("what", "required", "measured", "", title="Required: two cores, both ends on one machine, full size")
+def _required(judged: Sequence[dict[str, Any]], caption: str | None) -> Table:
+    title = "Required: two cores, both ends on one machine, full size"
+    table = Table("what", "required", "measured", "", title=title, caption=caption)
     for each in judged:
         if each["reached"] is None and all(bound["measured"] is None for bound in each["bounds"]):
             continue

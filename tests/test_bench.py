@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 import pytest
 
 from bench import data, file, levels, machine
-from bench.__main__ import BENCHMARKS, status
+from bench.__main__ import BENCHMARKS, main, status
 from bench.compare import Bed, Comparison, Figure, Measured, _rests, measure, same
 from bench.faults.run import Totals
 from bench.faults.runs import check_starts
@@ -70,8 +71,8 @@ def data_in(directory: Path) -> Path:
 
 
 def require_peers() -> None:
-    for peer, module in machine.absent().items():
-        missing(f"{peer}: {module} is not installed: pip install -e '.[bench]'")
+    for peer, why in machine.absent().items():
+        missing(f"{peer}: {why}")
 
 
 def measured(name: str, directory: Path, *arguments: str) -> tuple[dict[str, Any], str]:
@@ -171,6 +172,14 @@ def test_many_jobs_are_measured(place: Path) -> None:
     assert 0 <= run["gaps_in_time"] <= 1
 
 
+def test_what_keeps_a_large_job_from_running_is_told() -> None:
+    """In a line. Mutant seen: a traceback."""
+    command = [sys.executable, "-m", "bench", "large", "--to", "nonsense", "--size", "1000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.fullmatch(r"python -m bench large: .*nonsense.*\n", done.stderr)
+
+
 @harness
 @pytest.mark.slow
 def test_memory_is_measured(place: Path) -> None:
@@ -186,6 +195,84 @@ def test_an_unknown_row_is_refused(place: Path) -> None:
     done = bench("wire", "--rows", "sideways", directory=place)
     assert done.returncode == 1
     assert "choose from up, down" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--size", "0"), "at least one byte"),
+        (("--jobs", "-4"), "--jobs: '-4'"),
+        (("--pairs", "0"), "--pairs: '0'"),
+        (("--seconds", "nan"), "--seconds: 'nan'"),
+        (("--json", "{dir}"), "{dir} cannot be written"),
+        (("--json", "{dir}/none/x.json"), "x.json cannot be written"),
+        (("--lock", "{dir}/none/x"), "x cannot be written"),
+        (("--directory", "{dir}/file"), "--directory: "),
+        (("--plots", "{dir}/file"), "--plots: "),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_measured(
+    arguments: tuple[str, str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An hour is lost else. Mutants seen: no check of places; 0 and less are let in."""
+    if "--plots" in arguments:
+        pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["small", "--rows", "none", *(each.replace("{dir}", str(tmp_path)) for each in arguments)])
+    assert told.replace("{dir}", str(tmp_path)) in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept_when_it_is_stopped(tmp_path: Path) -> None:
+    """Mutants seen: no table and no JSON then; and status 0."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "bench", "small", "--rows", "1 at once,worker", "--jobs", "5", "--pairs", "2"]
+    command += ["--directory", str(tmp_path), "--json", str(out)]
+    harness = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    try:
+        assert harness.stderr is not None
+        for line in harness.stderr:
+            if line.startswith("small worker:"):
+                break
+        os.killpg(harness.pid, signal.SIGINT)  # as Ctrl-C of a terminal
+        printed, errors = harness.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(harness.pid, signal.SIGKILL)
+        harness.wait()
+    assert harness.returncode == 130
+    assert "stopped" in errors
+    assert "small 1 at once" in printed
+    result = json.loads(out.read_text())
+    assert not result["whole"]
+    assert [each["row"] for each in result["comparisons"]] == ["1 at once"]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]  # nothing of the servers
+
+
+def test_what_is_not_installed_is_named_and_left_out(tmp_path: Path) -> None:
+    """Mutants seen: numpy is imported all the same; tables without a row, and status 0."""
+    code = """if True:
+        import sys
+        sys.modules["numpy"] = sys.modules["httpx"] = None
+        from bench.__main__ import BENCHMARKS, main, machine
+        from bench.options import Options
+        from pathlib import Path
+        place = Path(sys.argv[1])
+        rows = [each.row for each in BENCHMARKS["levels"](Options(place, place / "data", size=10))]
+        assert rows.count("weights unshaped") == 0 and rows.count("json unshaped") == 1, rows
+        sys.exit(main(["result", "--rows", "random,tar", "--size", "10", "--directory", sys.argv[1]]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "weights is left out: numpy is not installed: pip install -e '.[bench]'" in done.stdout
+    assert "web is left out: httpx is not installed" in done.stdout
+    assert "how many times" not in done.stdout
+    assert "result random: left out, with all its peers" in done.stderr
+    assert "nothing was measured" in done.stderr
 
 
 # Figures and verdicts

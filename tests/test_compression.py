@@ -35,7 +35,7 @@ async def up_and_down(address: str, payload: Path, config: aipod.Config | None =
 
 
 def test_a_caller_is_told_what_it_brings(serve: Serve, tmp_path: Path) -> None:
-    """Mutant seen: the download does not tell, and shows what the upload had."""
+    """Mutants seen: the download does not tell, and shows what the upload had; it shows that until it has a byte."""
     served = serve("aipod.examples.basics:Echo", *ON, "--level", "1")
     text, noise = tmp_path / "text", tmp_path / "noise"
     text.write_bytes(TEXT)
@@ -50,6 +50,7 @@ def test_a_caller_is_told_what_it_brings(serve: Serve, tmp_path: Path) -> None:
     down = [event for event in packed if event.phase == "DONE" and event.received]
     assert {event.level for event in up} == {-100}
     assert 1.2 < up[-1].ratio < down[-1].ratio
+    assert next(event.ratio for event in packed if event.phase == "DONE") == 0
     assert 0.99 < random[-1].ratio < 1
     assert [event.level for event in random if event.phase == "RECEIVING" and event.sent][-1] is None
     until(metrics_of(served), aipod_answer_chunks_total={"1": (len(TEXT) + 4 * MIB) / MIB})
