@@ -248,11 +248,13 @@ async def receive_payload(
     def write() -> None:
         """In a thread: what is there and what comes meanwhile, for a stretch."""
         until, began, patience = entry.written + STRETCH, time.monotonic(), 0.0
-        while entry.written < until and not durable.asked and (messages := inbox.take(patience)):
+        while entry.written < until and (messages := inbox.take(patience)):
             sink.feed(messages)
             for message in messages:
                 recycle(message.data)
             durable.asked |= any(message.sync for message in messages)
+            if durable.asked:
+                break  # not before something was taken: while the one before is synced, the loop would only ask again
             patience = LINGER if time.monotonic() < began + LONGEST else 0.0
 
     async with trio.open_nursery() as nursery:
