@@ -441,3 +441,19 @@ def test_one_that_nobody_has_closed_is_closed_by_its_loop(serve: Serve, where: s
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Unclosed connection") == 1
     assert "Exception ignored" not in done.stderr
+
+
+def test_of_a_client_that_cannot_be_made_nothing_is_told_but_why() -> None:
+    """Mutant seen: what closes a channel that nobody has closed finds that it never was one, and prints a traceback."""
+    code = """
+import aipod, asyncio
+async def main():
+    async with aipod.Client("localhost:1", config=aipod.Config(tls=True, tls_ca="/nonexistent")) as client:
+        await client.chaos(b"")
+try:
+    asyncio.run(main())
+except Exception as exc:
+    print(type(exc).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("TLSError\n", "")

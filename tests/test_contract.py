@@ -124,7 +124,7 @@ ATTRIBUTES: list[tuple[Any, str, Any]] = [
 INSTANCE = {
     "_connection", "_transport", "_config", "_h2_connection", "_stream", "_wrapper", "_tasks", "_cancelled",
     "_mapping", "_codec", "_status_details_codec", "_loop", "_settings", "_frame_dispatch_table", "_timers",
-    "_timer_handle_cancelled", "_connected", "_headers_buffer", "_inbound_flow_control_window_manager",
+    "_timer_handle_cancelled", "_connected", "_headers_buffer", "_preamble_len", "_inbound_flow_control_window_manager",
     "_inbound_window_manager", "_expected_content_length", "_main_loop_one", "_io_task", "_q_recv", "_run", "_raise",
     "_scope", "_closed_streams", "_authority", "_channel", "_deadline", "_metadata", "_method_name", "_recv_type",
     "_release_stream", "_scheme", "_FakedPolicy", "_original_policy",
@@ -204,6 +204,7 @@ def test_h2_dispatches_frames_by_their_class_and_keeps_settings_in_deques() -> N
     connection = h2.connection.H2Connection(H2Configuration(client_side=False))
     assert GoAwayFrame in connection._frame_dispatch_table
     assert connection.incoming_buffer._headers_buffer == []
+    assert connection.incoming_buffer._preamble_len == len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     assert connection._inbound_flow_control_window_manager.current_window_size == 65535
     assert isinstance(connection.max_inbound_frame_size, int)
     assert isinstance(connection.decoder.max_header_list_size, int)

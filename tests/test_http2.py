@@ -246,13 +246,14 @@ REQUESTS: dict[str, list[tuple[int, Any] | str]] = {
     "behind a reset": [(1, REQUEST), "reset", (1, REQUEST), (3, REQUEST)],
     "behind a reset that is forgotten": [(1, REQUEST), "reset", "forget", (1, REQUEST), (3, REQUEST)],
     "behind the end": [(1, REQUEST), "close", (3, REQUEST)],
+    "in the place of the preface": [(1, REQUEST)],
 }
 
 
 @pytest.mark.parametrize("what", REQUESTS)
 def test_a_request_means_what_h2_takes_it_for(what: str) -> None:
     """Mutants seen: the streams are not counted; what is told on a stream that was reset ends the connection; an even
-    number is a client's; the end is not heard of.
+    number is a client's; the end is not heard of; no preface is missed.
     """
     heard = []
     for take in (H2.take, H2.receive_data):
@@ -262,7 +263,8 @@ def test_a_request_means_what_h2_takes_it_for(what: str) -> None:
         if what == "too many at once":
             ours.local_settings.update({SettingCodes.MAX_CONCURRENT_STREAMS: 2})
             ours.local_settings.acknowledge()
-        ours.receive_data(client.data_to_send())
+        if what != "in the place of the preface":
+            ours.receive_data(client.data_to_send())
         events: list[Any] = []
         try:
             for step in REQUESTS[what]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import trio
 import zstandard
 from trio.testing import wait_all_tasks_blocked
 
-from aipod.codec import digest
+from aipod.codec import digest, stored
 from aipod.config import GIB, MIB
 from aipod.errors import Refused, leaves
 from aipod.job.request import Request
@@ -101,6 +102,46 @@ async def test_the_first_message_is_gone_when_the_payload_is_here(entry: Entry) 
     assert gone() is None
     assert request.first == Raw()
     assert entry.payload.read_bytes() == b"payload"
+
+
+async def test_what_comes_while_a_checkpoint_is_made_is_taken_though_another_was_asked_for(entry: Entry) -> None:
+    """Mutant seen: the thread takes nothing until then, and is begun again and again, 13,000 times a second."""
+    disk, stretches = threading.Event(), 0
+    sync = entry.checkpoint
+
+    def slow(*, now: bool = False) -> None:
+        assert disk.wait(20)
+        sync(now=now)
+
+    entry.checkpoint = slow  # type: ignore[method-assign]
+
+    def arrived(data: int, wire: int) -> None:
+        nonlocal stretches
+        stretches += wire == 0
+
+    pieces = [b"first", b"second", b"third", b"fourth"]
+    messages = [Raw(data=stored(piece), sync=True) for piece in pieces]
+    for number, message in enumerate(messages):
+        message.offset = sum(map(len, pieces[:number]))
+    messages[-1].last, messages[-1].digest = True, digest(*pieces)
+    rest = iter(messages[1:])
+
+    async def more() -> Raw | None:
+        await trio.sleep(0.05)
+        return next(rest, None)
+
+    request = Request(entry.id, "chaos", "v", b"{}", None, Open(), messages[0], {})
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+
+            async def go_on() -> None:
+                while entry.written < sum(map(len, pieces)):
+                    await trio.sleep(0.01)
+                disk.set()
+
+            nursery.start_soon(go_on)
+            await receive_payload(request, entry, more, limit=0, synced=lambda: None, arrived=arrived)
+    assert stretches <= len(pieces)
 
 
 def bomb(size: int) -> bytes:

@@ -54,6 +54,8 @@ class Channel(grpclib.client.Channel):
     `ip`: one of those that the host in `target` stands for, by whose name it is called all the same.
     """
 
+    _pid = 0  # of who has made it; of one that could not be made there is nothing to close
+
     def __init__(self, target: str, config: Config, ip: str | None = None) -> None:
         host, port, path = split_target(target)
         grpc = configuration(config)

@@ -139,7 +139,8 @@ class H2(BaseH2):
         """Whether headers are what comes on this stream: a client's first, or what a server answers."""
         if self.config.client_side:
             return stream is not None and stream.state_machine.state in RECEIVING
-        return stream is None and stream_id % 2 == 1 and stream_id > self.highest_inbound_stream_id
+        is_new = stream is None and stream_id % 2 == 1 and stream_id > self.highest_inbound_stream_id
+        return is_new and not self.incoming_buffer._preamble_len  # the client has sent its preface
 
     def forget(self, stream_id: int) -> None:
         """Keep of a stream, which nobody uses any more, nothing but how it ended."""
