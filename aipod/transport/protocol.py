@@ -124,7 +124,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
         self._wakes = wakes
         self._rest = b""  # the beginning of a frame; more where the reader is held
         self._into: Inbox | None = None  # where the payload under way goes
-        self._straight = False  # the read under way goes there
+        self._straight: Inbox | None = None  # where the read under way goes
         self._small = 0  # DATA frames that were small
         self._read_size = READ_FRAMES
         self._frames = Bucket(config.frame_rate, config.frame_rate)
@@ -187,7 +187,7 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next read goes: into its message, or behind the beginning of a frame that the last one left."""
         room = self._into.room(self._reader.owed) if self._into is not None and not self._rest else None
-        self._straight = room is not None
+        self._straight = self._into if room is not None else None
         if room is not None:
             return room
         view = scratch.view
@@ -203,8 +203,8 @@ class H2Protocol(asyncio.BufferedProtocol, _Grpclib):
                 self.transport.abort()
             return
         self.connection.read += nbytes
-        if self._straight and self._into is not None:
-            self._into.filled(nbytes)
+        if self._straight is not None:
+            self._straight.filled(nbytes)
             self._reader.passed(nbytes)
             self._read_size = READ_FRAMES  # what follows is the head of a frame: the less of it is copied, the better
             self._deal_with(scratch.view[:0])
