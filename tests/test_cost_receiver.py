@@ -162,40 +162,6 @@ async def test_what_was_written_is_synced_beside_the_writing_which_waits_where_t
     assert at_stake[0] <= SYNC_BYTES + INBOX + 2 * MIB  # what one take of the inbox brings goes behind the stretch
 
 
-async def test_a_sync_that_is_asked_for_while_one_is_under_way_holds_nothing_up(entry: Entry) -> None:
-    """Mutant seen: what follows waits for it, and the loop turns without a pause meanwhile (as it was)."""
-    count, syncs, hops = 8, 0, []
-    sync = entry.checkpoint
-
-    def slow(*, now: bool = False) -> None:
-        nonlocal syncs
-        syncs += 1
-        if syncs == 1:
-            wait_until(lambda: entry.written == count * MIB, seconds=20)
-        sync(now=now)
-
-    def arrived(data: int, wire: int) -> None:
-        if not wire:
-            hops.append(data)
-
-    rest = chunks(count)
-
-    async def more() -> Raw | None:
-        message = next(rest, None)
-        if message is not None:
-            message.sync = message.offset < 2 * MIB
-            while entry.written < message.offset:
-                await trio.sleep(0.001)
-        return message
-
-    entry.checkpoint = slow  # type: ignore[method-assign]
-    request = Request(entry.id, "chaos", "v", b"{}", None, Open(), Raw(), {})
-    await receive_payload(request, entry, more, limit=0, synced=lambda: None, arrived=arrived)
-    assert sum(hops) == entry.written == count * MIB
-    assert syncs >= 2
-    assert hops.count(0) == 1, "of the request"
-
-
 def test_an_answer_is_written_by_few_hops_and_all_of_it_is_told(tmp_path: Path) -> None:
     """Mutants seen: a hop for each chunk; no bound on what waits; the last ones are not told."""
     count = 64
