@@ -117,6 +117,7 @@ FOREIGN = {
     "--plots",
     "--to",
     "--size",
+    "--directory",
     "--seconds",
     "--help",
     "--help-all",
