@@ -284,8 +284,12 @@ def test_a_new_job_goes_to_the_other_server_while_its_own_drains(tmp_path: Path)
             assert len({bytes(answer) for answer in answers}) == 1
             parents = {mark.read_text() for mark in marks}
             assert parents == {f"start {stays.process.pid}\n"}
+            # It ends as soon as its last job has ended and nobody waits for that.
+            heard: list[Event] = []
+            waiting = asyncio.create_task(kept.wait(on_event=heard.append))
+            await until(lambda: any(event.phase == "RUNNING" for event in heard))
             gate.touch()
-            await kept.wait()
+            await waiting
 
     with proxy(tmp_path, [nobody()] * 4 + [drains.address, stays.address]) as nginx:
         run(main)
